@@ -1,0 +1,53 @@
+"""tf_dpbn: batch normalization under differential privacy, for TensorFlow and Keras.
+
+The map, in the order data flows:
+
+- `sampling`: Poisson batches of fixed shape; `PrivacyPlan` with data sets.
+- `layers`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
+- `clipping`: per-example gradients, with the gradient through the statistics, clipped and summed.
+- `mechanisms`: the privacy boundary, where noise is added.
+- `optimizers`: Keras optimizers behind that boundary.
+- `model`: `DPModel` and `DPSequential`, whose train step puts it together.
+- `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
+- `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
+"""
+
+from tf_dpbn import (
+    accounting,
+    callbacks,
+    clipping,
+    layers,
+    mechanisms,
+    model,
+    optimizers,
+    public_data,
+    sampling,
+    statistics,
+)
+from tf_dpbn.accounting import Ledger, PrivacyWarning
+from tf_dpbn.layers import DPBatchNormalization
+from tf_dpbn.model import DPModel, DPSequential
+from tf_dpbn.optimizers import DPOptimizer
+from tf_dpbn.sampling import PrivacyPlan
+from tf_dpbn.version import __version__
+
+__all__ = [
+    "DPBatchNormalization",
+    "DPModel",
+    "DPOptimizer",
+    "DPSequential",
+    "Ledger",
+    "PrivacyPlan",
+    "PrivacyWarning",
+    "__version__",
+    "accounting",
+    "callbacks",
+    "clipping",
+    "layers",
+    "mechanisms",
+    "model",
+    "optimizers",
+    "public_data",
+    "sampling",
+    "statistics",
+]

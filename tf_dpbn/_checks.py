@@ -1,0 +1,164 @@
+"""What a model must satisfy before it may train on private data; every failure names the layer and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import _graph, _validate
+from tf_dpbn._keras import (
+    BatchNormalizationBase,
+    IS_KERAS_3,
+    build_compiled_loss,
+    call_model,
+    call_time_losses,
+    clear_call_time_losses,
+    flatten_layers,
+    own_variables,
+    raw,
+    seed_states,
+)
+from tf_dpbn.layers import DPBatchNormalization, PublicPass
+from tf_dpbn.optimizers import DPOptimizer
+from tf_dpbn.sampling import PoissonSampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What a trace of the model's training pass shows.
+
+    Attributes:
+      active: the normalization calls that are in training (see `layers.PublicPass`).
+      has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
+    """
+
+    active: frozenset[tuple[int, int]]
+    has_state: bool
+
+
+def check_layers(model: Any) -> None:
+    """Refuses stock batch normalization that would train.
+
+    Raises:
+      ValueError: naming the layer.
+    """
+    for layer in flatten_layers(model):
+        stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
+        if stock and layer.trainable:
+            raise ValueError(
+                f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
+                "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, or freeze it "
+                f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
+            )
+        if getattr(layer, "activity_regularizer", None) is not None:
+            _refuse_call_time_loss(layer)
+
+
+def check_labels(model: Any, labels: Any) -> None:
+    """Refuses integer labels outside the classes that a model with a sparse categorical loss predicts.
+
+    Args:
+      model: compiled, with one output of known shape; other models pass unchecked.
+      labels: array of labels.
+
+    Raises:
+      ValueError: with the smallest or largest label.
+    """
+    loss = getattr(model, "loss", None)
+    name = loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", ""))
+    shape = getattr(model, "output_shape", None)
+    if "sparse_categorical" not in str(name) or not isinstance(shape, tuple) or not shape[-1:]:
+        return
+    classes = shape[-1]
+    if classes is None or isinstance(classes, tuple) or tf.nest.is_nested(labels):
+        return
+    for label in (int(tf.reduce_min(labels)), int(tf.reduce_max(labels))):
+        if not 0 <= label < classes:
+            raise _validate.argument_error(
+                "y",
+                label,
+                f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
+                "Correct the labels or give the last layer more units.",
+            )
+
+
+def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer) -> None:
+    """Refuses a data set of draws that the optimizer's denominator or accounting does not fit.
+
+    Raises:
+      ValueError: naming both numbers.
+    """
+    pairs = [
+        ("expected_batch_size", optimizer.expected_batch_size, sampling.expected_batch_size),
+        ("num_examples", optimizer.num_examples or sampling.num_examples, sampling.num_examples),
+    ]
+    for name, given, drawn in pairs:
+        if abs(given - drawn) > 1e-6 * drawn:
+            raise _validate.argument_error(
+                name,
+                given,
+                f"equal that of the Poisson data set, {drawn:g}",
+                "Build optimizer and data set from the same PrivacyPlan.",
+            )
+
+
+def trace_structure(model: Any, x: Any, y: Any) -> Structure:
+    """Traces the model's training pass once, without running it, and checks what it does.
+
+    Args:
+      model: a compiled model.
+      x, y: nests of tensors or TensorSpecs, a batch.
+
+    Raises:
+      ValueError: if a layer's state depends on the examples, or a layer adds a loss during its call.
+    """
+    scope = PublicPass()
+
+    def forward(x: Any, y: Any) -> Any:
+        with scope:
+            y_pred = call_model(model, x, training=True)
+        build_compiled_loss(model, y, y_pred)
+        return y_pred
+
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
+    clear_call_time_losses(model)
+    graph = tf.function(forward, autograph=False).get_concrete_function(*specs).graph
+    added = call_time_losses(model)
+    clear_call_time_losses(model)
+    for layer in added:
+        _refuse_call_time_loss(layer)
+    has_state = _check_state(model, graph)
+    return Structure(frozenset(scope.active), has_state)
+
+
+def _check_state(model: Any, graph: Any) -> bool:
+    """Refuses state that depends on examples; returns whether there is any other state."""
+    owners = {}
+    for layer in [model, *flatten_layers(model)]:
+        owners.update({id(raw(variable)): layer.name for variable in own_variables(layer)})
+    variables = _graph.captured_variables(graph, [raw(variable) for variable in model.variables])
+    captured = {id(inside) for _, inside in graph.captures}
+    data = _graph.data_tensors(graph, [t for t in graph.inputs if id(t) not in captured])
+    random_states = {id(state) for state in seed_states(model)}
+    has_state = False
+    for handle, operation in _graph.written_handles(graph):
+        variable = variables.get(id(handle))
+        if any(id(tensor) in data for tensor in operation.inputs):
+            name = owners.get(id(variable), "unknown")
+            raise ValueError(
+                f"Layer {name!r} updates its state {getattr(variable, 'name', handle.name)!r} during training from the "
+                "examples, un-noised: that couples private examples. Use a layer without such state (for a recurrent "
+                "layer: stateful=False), or freeze it."
+            )
+        has_state = has_state or id(variable) not in random_states
+    return has_state
+
+
+def _refuse_call_time_loss(layer: Any) -> None:
+    raise ValueError(
+        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can depend "
+        "on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, which is "
+        "clipped for each example, or use a weight regularizer (kernel_regularizer)."
+    )

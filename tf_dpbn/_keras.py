@@ -1,0 +1,275 @@
+"""What differs between Keras 3 and tf_keras, and every use of a Keras internal, in one place.
+
+The rest of the package is written once on `keras` as imported from here: what TensorFlow resolves `tf.keras`
+to, Keras 3 or, with TF_USE_LEGACY_KERAS=1, tf_keras.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+IS_KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
+# tf.keras of Keras 3 is a view of the package that lacks some modules (saving).
+keras = importlib.import_module("keras") if IS_KERAS_3 else tf.keras
+
+if IS_KERAS_3 and keras.config.backend() != "tensorflow":
+    raise ImportError(
+        "tf_dpbn needs Keras on its TensorFlow backend. Set KERAS_BACKEND=tensorflow before Keras is "
+        f"imported. Received: KERAS_BACKEND={keras.config.backend()!r}"
+    )
+
+
+def _functional_class() -> type:
+    inputs = keras.Input((1,))
+    return type(keras.Model(inputs=inputs, outputs=keras.layers.Activation("linear")(inputs)))
+
+
+Functional: type = _functional_class()
+# The class that every kind of stock batch normalization derives from.
+BatchNormalizationBase: type = (
+    keras.layers.BatchNormalization if IS_KERAS_3 else keras.layers.BatchNormalization.__mro__[1]
+)
+
+
+def is_functional_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether constructor arguments are those of a functional model (inputs, outputs)."""
+    return len(args) == 2 or "outputs" in kwargs
+
+
+def raw(variable: Any) -> tf.Variable:
+    """Returns the tf.Variable behind a Keras 3 variable, or the tf.Variable itself.
+
+    Must not be called under a mixed precision autocast scope or a stateless scope.
+    """
+    return variable.value if IS_KERAS_3 and not isinstance(variable, tf.Variable) else variable
+
+
+def flatten_layers(model: Any) -> list[Any]:
+    """All layers inside `model`, nested ones included, the model itself not."""
+    return list(model._flatten_layers(include_self=False, recursive=True))
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """The variables that `layer` itself created, not those of its sublayers."""
+    if IS_KERAS_3:
+        return list(layer._trainable_variables) + list(layer._non_trainable_variables)
+    return list(layer._trainable_weights) + list(layer._non_trainable_weights)
+
+
+def call_model(model: Any, x: Any, training: bool) -> Any:
+    """Calls `model` with the training argument if its `call` takes one."""
+    takes_training = (
+        model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
+    )
+    return model(x, training=training) if takes_training else model(x)
+
+
+def call_time_losses(model: Any) -> list[Any]:
+    """Layers that added a loss during their last call (add_loss, activity_regularizer)."""
+    found = []
+    for layer in [*flatten_layers(model), model]:
+        if layer._losses or getattr(layer, "_eager_losses", None):
+            found.append(layer)
+    return found
+
+
+def clear_call_time_losses(model: Any) -> None:
+    """Forgets the losses that a trace of the model added, so that no later reader meets its tensors."""
+    for layer in [*flatten_layers(model), model]:
+        if IS_KERAS_3:
+            layer._losses.clear()
+            layer._loss_ids.clear()
+        else:
+            layer._clear_losses()
+
+
+def regularization_losses(model: Any) -> list[tf.Tensor]:
+    """Losses of the weights' regularizers, functions of the weights alone."""
+    if IS_KERAS_3:
+        return list(model._get_regularization_losses())
+    layers = [*flatten_layers(model), model]
+    return [loss() for layer in layers for loss in layer._callable_losses if loss() is not None]
+
+
+def _seed_generators(model: Any) -> list[Any]:
+    generators: dict[int, Any] = {}
+    for layer in [*flatten_layers(model), model]:
+        for generator in getattr(layer, "_seed_generators", []):
+            generators[id(generator)] = generator
+    return list(generators.values())
+
+
+def seed_states(model: Any) -> list[tf.Variable]:
+    """The states of a Keras 3 model's random generators."""
+    return [raw(generator.state) for generator in _seed_generators(model)]
+
+
+def draw_example_seeds(model: Any) -> list[tuple[Any, tf.Tensor]]:
+    """Advances each random generator of a Keras 3 model by one and returns (state, drawn seed).
+
+    tf_keras layers draw from stateful ops, which are independent for each example by themselves.
+    """
+    if not IS_KERAS_3:
+        return []
+    return [(generator.state, generator.next()) for generator in _seed_generators(model)]
+
+
+@contextlib.contextmanager
+def isolated_call(
+    seeds: Sequence[tuple[Any, tf.Tensor]], example: tf.Tensor, zeroed: Sequence[Any] = ()
+) -> Iterator[Any]:
+    """A scope in which the model runs on one example without touching any Keras 3 state.
+
+    Args:
+      seeds: from `draw_example_seeds`.
+      example: int32 scalar; folded into every seed, so that dropout is independent across examples.
+      zeroed: Keras 3 variables that read as zero inside the scope.
+
+    Yields:
+      The Keras 3 stateless scope, or None on tf_keras.
+    """
+    if not IS_KERAS_3:
+        yield None
+        return
+    mapping = []
+    for state, seed in seeds:
+        words = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), example)
+        mapping.append((state, tf.cast(words, state.dtype)))
+    mapping += [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in zeroed]
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        yield scope
+
+
+def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
+    """Creates the loss objects and their trackers, outside any stateless scope."""
+    container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
+    if not container.built:
+        container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred)
+
+
+def compiled_data_loss(
+    model: Any, y: Any, y_pred: Any, sample_weight: Any, scope: Any
+) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+    """The compiled loss without regularization, and its parts by output.
+
+    The parts (unweighted by loss_weights, as Keras logs them) are empty for a single output.
+    Nothing is tracked: on Keras 3 the trackers' updates go to `scope` (see `loss_trackers`).
+    """
+    if IS_KERAS_3:
+        total = model._compile_loss(y, y_pred, sample_weight)
+        parts = [scope.get_current_value(m.total) for m in model._compile_loss.metrics]
+        return total, tuple(parts)
+    return _legacy_data_loss(model.compiled_loss, y, y_pred, sample_weight)
+
+
+def _legacy_data_loss(
+    container: Any, y: Any, y_pred: Any, sample_weight: Any
+) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+    y = tf.nest.flatten(container._conform_to_outputs(y_pred, y))
+    weights = tf.nest.flatten(container._conform_to_outputs(y_pred, sample_weight))
+    outputs = tf.nest.flatten(y_pred)
+    total, parts = [], []
+    for y_t, y_p, weight, loss, scale in zip(
+        y, outputs, weights, container._losses, container._loss_weights, strict=True
+    ):
+        if y_t is None or loss is None:
+            continue
+        y_t, y_p, weight = _legacy_match_rank(y_t, y_p, weight)
+        mask = getattr(y_p, "_keras_mask", None)
+        if mask is not None:
+            mask = tf.cast(mask, y_p.dtype)
+            weight = mask if weight is None else weight * mask
+        value = tf.reduce_mean(loss(y_t, y_p, sample_weight=weight))
+        parts.append(value)
+        total.append(value if scale is None else value * scale)
+    return tf.add_n(total), tuple(parts) if len(outputs) > 1 else ()
+
+
+def _legacy_match_rank(y: Any, y_pred: Any, weight: Any) -> tuple[Any, Any, Any]:
+    """tf_keras gives a target or weight of rank one the trailing axis of a rank-two prediction."""
+    if y.shape.rank == 1 and y_pred.shape.rank == 2:
+        y = y[:, None]
+    if weight is not None:
+        weight = tf.cast(weight, y_pred.dtype)
+        if weight.shape.rank == 1 and y_pred.shape.rank == 2:
+            weight = weight[:, None]
+    if y.dtype.is_floating and y_pred.dtype.is_floating or y.dtype.is_integer and y_pred.dtype.is_integer:
+        y = tf.cast(y, y_pred.dtype)
+    return y, y_pred, weight
+
+
+def loss_trackers(model: Any) -> tuple[Any, list[Any]]:
+    """The metric that logs "loss" and those that log the loss of each of several outputs."""
+    if IS_KERAS_3:
+        return model._loss_tracker, list(model._compile_loss.metrics)
+    container = model.compiled_loss
+    parts = [m for m in container._per_output_metrics or [] if m is not None]
+    return container._total_loss_mean, parts
+
+
+def tracker_variables(model: Any) -> list[Any]:
+    """Keras 3 variables in which per-output losses accumulate; empty for a single output."""
+    if not IS_KERAS_3:
+        return []
+    return [v for metric in model._compile_loss.metrics for v in (metric.total, metric.count)]
+
+
+def update_compiled_metrics(
+    model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None
+) -> None:
+    """Updates the compiled metrics as Keras does, leaving out rows whose mask is False.
+
+    Args:
+      mask: bool [batch], or None where every row is a real example. Keras does not weight `metrics`, so
+        padding must be kept out of them here.
+    """
+    if not IS_KERAS_3:
+        if mask is not None:
+            y_pred = tf.nest.map_structure(_with_keras_mask(mask), y_pred)
+        model.compiled_metrics.update_state(y, y_pred, sample_weight)
+        return
+    container = model._compile_metrics
+    if container is None:
+        return
+    if mask is None:
+        container.update_state(y, y_pred, sample_weight)
+        return
+    if not container.built:
+        container.build(y, y_pred)
+    real = tf.cast(mask, tf.float32)
+    targets, outputs = container._flatten_y(y), container._flatten_y(y_pred)
+    for metrics, target, output in zip(container._flat_metrics, targets, outputs, strict=False):
+        if metrics:
+            metrics.update_state(target, output, sample_weight=real)
+    weights = container._flatten_y(sample_weight)
+    weights = weights if len(weights) == len(targets) else [weights[0]] * len(targets)
+    for metrics, target, output, weight in zip(
+        container._flat_weighted_metrics, targets, outputs, weights, strict=False
+    ):
+        if metrics:
+            metrics.update_state(target, output, sample_weight=weight)
+
+
+def _with_keras_mask(mask: tf.Tensor) -> Any:
+    def attach(output: tf.Tensor) -> tf.Tensor:
+        output = tf.identity(output)
+        shape = tf.concat([tf.shape(mask), tf.ones([tf.rank(output) - 2], tf.int32)], 0)
+        output._keras_mask = mask if output.shape.rank == 2 else tf.reshape(mask, shape)
+        return output
+
+    return attach
+
+
+def serialize(obj: Any) -> Any:
+    """keras.saving.serialize_keras_object."""
+    return keras.saving.serialize_keras_object(obj)
+
+
+def deserialize(config: Any, custom_objects: Any = None) -> Any:
+    """keras.saving.deserialize_keras_object."""
+    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)

@@ -1,0 +1,358 @@
+"""Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out.
+
+Needs no TensorFlow.
+Looking back: `StepRecord`, `Ledger`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
+`calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard
+deviation / L2 sensitivity. Adjacency is add-or-remove one example; the number of examples and the
+expected batch size are public.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+
+import dp_accounting
+
+from tf_dpbn import _validate
+from tf_dpbn._ledger import (
+    ACCOUNTANTS,
+    Ledger,
+    StepRecord,
+    default_max_batch_size,
+    dp_sgd_event,
+    effective_noise_multiplier,
+    epsilon_of_events,
+    gaussian_event,
+    overflow_probability,
+)
+from tf_dpbn._reports import (
+    TensorFlowPrivacyEpsilons,
+    privacy_statement,
+    tensorflow_privacy_epsilons,
+)
+
+__all__ = [
+    "Ledger",
+    "PrivacyPlan",
+    "PrivacyWarning",
+    "StepRecord",
+    "TensorFlowPrivacyEpsilons",
+    "calibrate_noise_multiplier",
+    "default_max_batch_size",
+    "dp_sgd_event",
+    "effective_noise_multiplier",
+    "max_steps",
+    "overflow_probability",
+    "privacy_statement",
+    "tensorflow_privacy_epsilons",
+]
+
+_LARGEST_NOISE_MULTIPLIER = 2.0**30
+
+
+class PrivacyWarning(UserWarning):
+    """Training goes on, but its guarantee is weaker than it may look."""
+
+
+class _FoldedAccountant:
+    """`epsilon_of_events` behind what calibrate_dp_mechanism uses of an accountant."""
+
+    def __init__(self, accountant: str) -> None:
+        self._accountant = accountant
+        self._events: tuple[dp_accounting.DpEvent, ...] = ()
+
+    @property
+    def ledger(self) -> dp_accounting.DpEvent:
+        return (
+            dp_accounting.ComposedDpEvent(list(self._events))
+            if self._events
+            else dp_accounting.NoOpDpEvent()
+        )
+
+    def compose(self, event: dp_accounting.DpEvent) -> _FoldedAccountant:
+        self._events += (event,)
+        return self
+
+    def get_epsilon(self, target_delta: float) -> float:
+        return epsilon_of_events(self._events, target_delta, self._accountant)
+
+
+def calibrate_noise_multiplier(
+    *,
+    target_epsilon: float,
+    delta: float,
+    sampling_probability: float,
+    steps: int,
+    accountant: str = "rdp",
+) -> float:
+    """Returns the smallest effective noise multiplier that meets the target, to 1e-5 relative.
+
+    Args:
+      target_epsilon: > 0.
+      delta: in (0, 1); subtract `overflow_delta` first where batches are cut (PrivacyPlan does).
+      sampling_probability: in (0, 1].
+      steps: >= 1.
+      accountant: "rdp" or "pld".
+
+    Raises:
+      ValueError: an argument is out of range, or no noise multiplier up to 2^30 reaches the target.
+    """
+    target = _validate.positive("target_epsilon", target_epsilon)
+    delta = _validate.open_probability("delta", delta)
+    q = _validate.probability("sampling_probability", sampling_probability)
+    steps = _validate.positive_int("steps", steps)
+    _validate.one_of("accountant", accountant, ACCOUNTANTS)
+
+    def event(noise_multiplier: float) -> dp_accounting.DpEvent:
+        return gaussian_event(q, noise_multiplier, steps)
+
+    def epsilon(noise_multiplier: float) -> float:
+        return epsilon_of_events((event(noise_multiplier),), delta, accountant)
+
+    upper, factor = 1.0, 2.0
+    if accountant == "pld":
+        # PLD takes seconds where RDP takes milliseconds: start just above the answer. RDP cannot
+        # show the smallest epsilons at all.
+        factor = 1.1
+        upper = calibrate_noise_multiplier(
+            target_epsilon=max(target, 0.05), delta=delta, sampling_probability=q, steps=steps
+        )
+    while epsilon(upper) > target:
+        upper *= factor
+        if upper > _LARGEST_NOISE_MULTIPLIER:
+            remedy = "No amount of noise reaches it. Raise it, or try accountant='pld'."
+            raise _validate.argument_error(
+                "target_epsilon", target_epsilon, "be attainable", remedy
+            )
+    lower = upper / factor
+    while epsilon(lower) <= target:
+        upper, lower = lower, lower / factor
+    bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
+    found = dp_accounting.calibrate_dp_mechanism(
+        lambda: _FoldedAccountant(accountant), event, target, delta, bracket, tol=1e-5 * lower
+    )
+    # The search stops within its tolerance on either side; `upper` is known to meet the target.
+    noise_multiplier, nudge = float(found), 1e-6
+    while epsilon(noise_multiplier) > target:
+        noise_multiplier, nudge = min(noise_multiplier * (1.0 + nudge), upper), 2.0 * nudge
+    return noise_multiplier
+
+
+def max_steps(
+    ledger: Ledger,
+    *,
+    next_record_config: StepRecord,
+    target_epsilon: float,
+    delta: float,
+    accountant: str = "rdp",
+    limit: int = 10_000_000,
+) -> int:
+    """Returns how many further steps keep the ledger's epsilon at or below the target.
+
+    Args:
+      ledger: what ran so far; not changed.
+      next_record_config: the configuration of the further steps; its `steps` is ignored.
+      target_epsilon: > 0.
+      delta: in (0, 1).
+      accountant: "rdp" or "pld".
+      limit: the largest answer.
+
+    Returns:
+      The largest n <= limit with ledger.epsilon <= target_epsilon after n more steps, overflow of
+      cut batches included; 0 if there is none.
+
+    Raises:
+      ValueError: an argument is out of range, or a sampling probability is unknown.
+    """
+    target = _validate.positive("target_epsilon", target_epsilon)
+    limit = _validate.positive_int("limit", limit)
+
+    def fits(steps: int) -> bool:
+        future = ledger.copy()
+        future.record(dataclasses.replace(next_record_config, steps=steps))
+        return future.epsilon(delta, accountant) <= target
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2  # `low` fits
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)  # does not fit, or is not asked for
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """A training run planned for a privacy budget: which noise for which epsilon.
+
+    Give target_epsilon or noise_multiplier, and epochs or steps; the other one of each pair, and
+    max_batch_size if it is not given, are filled in. `dataclasses.replace` works on the given
+    fields: what was filled in is found anew. Noise multiplier 0 is legal, for debugging; epsilon is
+    then math.inf.
+
+    Attributes:
+      target_epsilon: the epsilon that the whole plan may cost, > 0, or None.
+      noise_multiplier: effective noise multiplier of a step, >= 0.
+      delta: in (0, 1), well below 1 / num_examples.
+      num_examples: size N of the data set (public).
+      expected_batch_size: B = q * N, the mean size of a Poisson draw (public).
+      epochs: passes over the data, each of ceil(N / B) steps, or None.
+      steps: number of training steps.
+      accountant: "rdp" or "pld".
+      max_batch_size: rows of the padded batch; larger draws are cut to it, which the plan's epsilon
+        includes.
+
+    Raises:
+      ValueError: a field is out of range, both or neither of a pair are given, or max_batch_size is
+        so small that its overflow alone costs delta.
+    """
+
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    delta: float
+    num_examples: int
+    expected_batch_size: int
+    epochs: float | None = None
+    steps: int | None = None
+    accountant: str = "rdp"
+    max_batch_size: int | None = None
+    # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart
+    # from what was given.
+    _filled: tuple[tuple[str, float], ...] = dataclasses.field(
+        default=(), repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        self._drop_filled()
+        given = {
+            name
+            for name in ("noise_multiplier", "steps", "max_batch_size")
+            if getattr(self, name) is not None
+        }
+        self._check()
+        if self.delta >= 1.0 / self.num_examples:
+            message = (
+                f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: "
+                "that allows publishing a random example outright. Choose a smaller delta."
+            )
+            warnings.warn(message, PrivacyWarning, stacklevel=3)
+        self._fill()
+        filled = [n for n in ("noise_multiplier", "steps", "max_batch_size") if n not in given]
+        self._put("_filled", tuple((name, getattr(self, name)) for name in filled))
+
+    def _put(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _drop_filled(self) -> None:
+        partner = {"noise_multiplier": "target_epsilon", "steps": "epochs"}
+        for name, value in self._filled:
+            # Without its partner a filled-in value is what the user now wants to keep.
+            if (
+                getattr(self, name) == value
+                and getattr(self, partner.get(name, "delta")) is not None
+            ):
+                self._put(name, None)
+
+    def _check(self) -> None:
+        for one, other in (("target_epsilon", "noise_multiplier"), ("epochs", "steps")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                received = {one: getattr(self, one), other: getattr(self, other)}
+                raise ValueError(f"Give exactly one of `{one}` and `{other}`. Received: {received}")
+        checks = {
+            "target_epsilon": _validate.positive,
+            "noise_multiplier": _validate.non_negative,
+            "delta": _validate.open_probability,
+            "num_examples": _validate.positive_int,
+            "expected_batch_size": _validate.positive_int,
+            "epochs": _validate.positive,
+            "steps": _validate.positive_int,
+            "max_batch_size": _validate.positive_int,
+        }
+        for name, check in checks.items():
+            if getattr(self, name) is not None or name in (
+                "delta",
+                "num_examples",
+                "expected_batch_size",
+            ):
+                self._put(name, check(name, getattr(self, name)))
+        _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
+        if self.expected_batch_size > self.num_examples:
+            requirement = f"be at most num_examples={self.num_examples}"
+            raise _validate.argument_error(
+                "expected_batch_size", self.expected_batch_size, requirement
+            )
+        if self.max_batch_size is not None and self.max_batch_size < self.expected_batch_size:
+            requirement = f"be at least expected_batch_size={self.expected_batch_size}"
+            remedy = "Leave it out to have it chosen."
+            raise _validate.argument_error(
+                "max_batch_size", self.max_batch_size, requirement, remedy
+            )
+
+    def _fill(self) -> None:
+        q = self.sampling_probability
+        if self.epochs is not None:
+            # Rounded first: 1.1 epochs of 10 steps are 11 steps, not ceil(11.000000000000002).
+            self._put("steps", max(1, math.ceil(round(self.epochs * self.steps_per_epoch, 6))))
+        steps = _validate.positive_int("steps", self.steps)
+        if self.max_batch_size is None:
+            rows = default_max_batch_size(
+                num_examples=self.num_examples,
+                sampling_probability=q,
+                steps=steps,
+                delta=self.delta,
+            )
+            self._put("max_batch_size", max(rows, self.expected_batch_size))
+        # Computed as Ledger does, so that calibration and ledger agree to the last bit.
+        overflow = Ledger([dataclasses.replace(self._step(), steps=steps)]).overflow_delta()
+        if overflow >= self.delta:
+            requirement = (
+                f"be larger: batches cut to it cost {overflow:.3g}, all of delta={self.delta}"
+            )
+            remedy = "Leave it out to have it chosen."
+            raise _validate.argument_error(
+                "max_batch_size", self.max_batch_size, requirement, remedy
+            )
+        if self.target_epsilon is not None:
+            noise_multiplier = calibrate_noise_multiplier(
+                target_epsilon=self.target_epsilon,
+                delta=self.delta - overflow,
+                sampling_probability=q,
+                steps=steps,
+                accountant=self.accountant,
+            )
+            self._put("noise_multiplier", noise_multiplier)
+
+    def _step(self) -> StepRecord:
+        return StepRecord(
+            sampling_probability=self.sampling_probability,
+            noise_multipliers=(self.noise_multiplier or 0.0,),
+            steps=1,
+            num_examples=self.num_examples,
+            max_batch_size=self.max_batch_size,
+            sampling="poisson",
+        )
+
+    @property
+    def sampling_probability(self) -> float:
+        """q = expected_batch_size / num_examples."""
+        return self.expected_batch_size / self.num_examples
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """ceil(num_examples / expected_batch_size)."""
+        return -(-self.num_examples // self.expected_batch_size)
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon of the whole plan at delta, the overflow of cut batches included."""
+        return Ledger([self.record()]).epsilon(self.delta, self.accountant)
+
+    def record(self, steps: int | None = None) -> StepRecord:
+        """Returns the record of `steps` steps of this plan, of all of them by default."""
+        count = self.steps if steps is None else steps
+        return dataclasses.replace(self._step(), steps=_validate.non_negative_int("steps", count))

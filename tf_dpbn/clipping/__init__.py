@@ -1,0 +1,94 @@
+"""Clipping engines: from private examples to a `ClippedSum`.
+
+The contract, which every engine satisfies and tests/conformance checks:
+
+- It computes, for each example i, the vector of corrected gradients L_i' = dL_i/dtheta + local terms, a function of
+  example i, the weights, and the released or public statistics alone.
+- It scales the whole vector (all variables together) to an L2 norm of at most `l2_norm_clip`; examples that are padding or
+  whose vector is not finite contribute exactly zero.
+- It returns the sum as a `ClippedSum` whose sensitivity under adding or removing one example is `l2_norm_clip`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from tf_dpbn.clipping.local_terms import LocalTerm
+from tf_dpbn.mechanisms import ClippedSum
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Private examples of one step.
+
+    Attributes:
+      x, y: nests of tensors [batch, ...].
+      sample_weight: float [batch, ...], a nest of them (one an output), or None.
+      mask: bool [batch], False for padding, or None where every row is a real example.
+    """
+
+    x: Any
+    y: Any
+    sample_weight: Any
+    mask: tf.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleResult:
+    """What the forward pass of one example yields.
+
+    Attributes:
+      loss: scalar, its sample weight included.
+      parts: its unweighted losses by output, as Keras logs them; empty for a single output.
+      y_pred: the prediction, without a batch axis.
+    """
+
+    loss: tf.Tensor
+    parts: tuple[tf.Tensor, ...]
+    y_pred: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """Private by-products of a clipped sum: for Keras' un-noised metrics, never for an update.
+
+    Attributes:
+      loss: float32 [batch].
+      parts: float32 [batch] for each output.
+      y_pred: nest of [batch, ...].
+      not_finite: int64 scalar, how many real examples were dropped because their gradient was not finite.
+    """
+
+    loss: tf.Tensor
+    parts: tuple[tf.Tensor, ...]
+    y_pred: Any
+    not_finite: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What an engine needs to know about the model, at the current weights.
+
+    Attributes:
+      run_example: maps (x, y, sample_weight, index, statistics) of one example, without batch axis, to its
+        ExampleResult. It runs the model on a batch of one, so nothing in it can see another example.
+      variables: the trainable variables.
+      statistics: (mean, variance) of each normalization call in training; public or released.
+      local_terms: for each of those calls, the local corrections to add (docs/algorithm.md, section 3a).
+    """
+
+    run_example: Callable[..., ExampleResult]
+    variables: tuple[tf.Variable, ...]
+    statistics: tuple[tuple[tf.Tensor, tf.Tensor], ...]
+    local_terms: tuple[tuple[LocalTerm, ...], ...]
+
+
+class Engine(Protocol):
+    """Computes the clipped sum of corrected per-example gradients."""
+
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[ClippedSum, BatchResult]:
+        """Returns the sum, of sensitivity `l2_norm_clip`, and the un-noised by-products."""

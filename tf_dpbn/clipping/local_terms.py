@@ -1,0 +1,236 @@
+"""The local part of batch normalization's gradient (docs/algorithm.md, section 3a).
+
+A normalization's statistics are functions of the kernel layer that feeds it. With that layer's public inputs held
+constant, mean and variance of channel o depend only on the kernel's own channel o, so their whole Jacobian has the
+kernel's shape. This file finds the feeding layer and computes the two Jacobians.
+
+The feeding layer is found in the graph of the public pass: from the normalization's input, back through operations that
+keep channels apart (bias, activation, pooling), to the first operation that multiplies data by a variable. That works for
+functional, sequential and subclassed models alike, and for a layer that is called several times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_dpbn._graph import captured_variables, data_tensors
+from tf_dpbn.layers import NormalizationCall
+
+# Operations that multiply data by a kernel -> axes of the kernel that enumerate the output's channels.
+_KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
+    "MatMul": (-1,),
+    "BatchMatMulV2": (-1,),
+    "Conv2D": (-1,),
+    "Conv3D": (-1,),
+    "Conv2DBackpropInput": (-2,),
+    "Conv3DBackpropInputV2": (-2,),
+    "DepthwiseConv2dNative": (-2, -1),
+}
+# Each output channel depends on the same input channel only; the channel axis stays where it is.
+_CHANNELWISE_OPERATIONS = frozenset(
+    "Add AddV2 AvgPool AvgPool3D BatchToSpaceND BiasAdd Cast Elu Exp Identity LeakyRelu MaxPool MaxPool3D Mul Neg RealDiv "
+    "Relu Relu6 Selu Sigmoid Softplus Softsign Sub Tanh".split()
+)
+# A kernel may pass through these on its way from the variable to the operation; its last two axes survive.
+_KERNEL_PASSAGES = frozenset(["Cast", "ExpandDims", "Identity", "ReadVariableOp"])
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTerm:
+    """How the statistics of one normalization call depend on one variable of the layer that feeds it.
+
+    Attributes:
+      index: position of the variable among the trainable variables.
+      channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
+      d_mean: d mean_o / d variable[.., o], of the variable's shape.
+      d_variance: d variance_o / d variable[.., o], of the variable's shape.
+    """
+
+    index: int
+    channel_axes: tuple[int, ...]
+    d_mean: tf.Tensor
+    d_variance: tf.Tensor
+
+    def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
+        """pbar (x) c_mu + V * c_v for each of a batch of cotangents.
+
+        Args:
+          c_mean, c_variance: [..., channels], derivatives of the loss by mean and variance.
+
+        Returns:
+          [..., *variable.shape].
+        """
+        return self._spread(c_mean) * self.d_mean + self._spread(c_variance) * self.d_variance
+
+    def _spread(self, cotangent: tf.Tensor) -> tf.Tensor:
+        """Reshapes [..., channels] so that it broadcasts against the variable."""
+        shape = [1] * self.d_mean.shape.rank
+        for axis in self.channel_axes:
+            shape[axis] = self.d_mean.shape[axis]
+        return tf.reshape(cotangent, tf.concat([tf.shape(cotangent)[:-1], shape], 0))
+
+
+def find_local_terms(
+    calls: Sequence[NormalizationCall], public_inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]
+) -> tuple[tuple[LocalTerm, ...], ...]:
+    """Computes the local terms of each normalization call of a public pass in the current graph.
+
+    Args:
+      calls: from `layers.PublicPass`.
+      public_inputs: the tensors through which public data entered the pass.
+      variables: the trainable variables.
+
+    Returns:
+      For each call its local terms, one for each variable of the layer that feeds it; empty where the call is not fed by one
+      kernel layer (after an addition of branches, say).
+    """
+    graph = _PassGraph(public_inputs, variables)
+    return tuple(_terms_of_call(graph, call) for call in calls)
+
+
+def _terms_of_call(graph: _PassGraph, call: NormalizationCall) -> tuple[LocalTerm, ...]:
+    producer = graph.find_producer(call.inputs, call.layer.channel_axes)
+    if producer is None:
+        return ()
+    reads = [parameter.read for parameter in producer.parameters]
+    stop = [producer.frozen_input]
+    # Mean and variance of channel o involve only channel o of each parameter, so the gradient of their sum over
+    # channels holds every entry of the Jacobian.
+    d_means = tf.gradients(tf.reduce_sum(call.mean), reads, stop_gradients=stop)
+    d_variances = tf.gradients(tf.reduce_sum(call.variance), reads, stop_gradients=stop)
+    return tuple(
+        LocalTerm(parameter.index, parameter.channel_axes, d_mean, d_variance)
+        for parameter, d_mean, d_variance in zip(producer.parameters, d_means, d_variances, strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    index: int
+    channel_axes: tuple[int, ...]
+    read: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Producer:
+    parameters: tuple[_Parameter, ...]
+    frozen_input: tf.Tensor
+
+
+class _PassGraph:
+    """The graph of a public pass: which tensors carry data, which are reads of trainable variables."""
+
+    def __init__(self, public_inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]) -> None:
+        graph = public_inputs[0].graph
+        self._data = data_tensors(graph, public_inputs)
+        index = {id(variable): i for i, variable in enumerate(variables)}
+        captured = captured_variables(graph, variables)
+        self._variables = {handle: index[id(variable)] for handle, variable in captured.items()}
+
+    def find_producer(self, z: tf.Tensor, channel_axes: tuple[int, ...]) -> _Producer | None:
+        """Walks back from z to the kernel operation that feeds it, or returns None."""
+        if len(channel_axes) != 1:
+            return None
+        axis = channel_axes[0] % z.shape.rank
+        channels = z.shape[axis]
+        parameters: list[_Parameter] = []
+        while True:
+            operation = z.op
+            data = [tensor for tensor in operation.inputs if id(tensor) in self._data]
+            if len(data) != 1:
+                return None
+            if operation.type in _KERNEL_OPERATIONS:
+                kernel = self._kernel(operation, data[0], axis, channels)
+                return kernel and _Producer((*parameters, kernel), data[0])
+            moved = _axis_before(operation, data[0], axis)
+            added = self._channel_parameters(operation, data[0], axis, channels)
+            if moved is None or added is None:
+                return None
+            parameters += added
+            axis, z = moved, data[0]
+
+    def _kernel(
+        self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int
+    ) -> _Parameter | None:
+        if axis != _channel_axis_of_kernel_operation(operation):
+            return None
+        found = [self._variable_read(t, _KERNEL_PASSAGES) for t in operation.inputs if t is not data]
+        reads = [each for each in found if each is not None]
+        if len(reads) != 1 or operation.type.endswith("MatMul") and operation.get_attr("transpose_b"):
+            return None
+        index, read = reads[0]
+        axes = _KERNEL_OPERATIONS[operation.type]
+        size = 1
+        for each in axes:
+            size *= read.shape[each]
+        return _Parameter(index, axes, read) if size == channels else None
+
+    def _channel_parameters(
+        self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int
+    ) -> list[_Parameter] | None:
+        """Trainable vectors, one number a channel, that an operation on the way applies (a bias)."""
+        found = []
+        for tensor in operation.inputs:
+            if tensor is data:
+                continue
+            variable = self._variable_read(tensor, _KERNEL_PASSAGES | {"Reshape", "Squeeze"})
+            if variable is None:
+                if self._reads_a_variable(tensor):
+                    return None
+                continue
+            index, read = variable
+            aligned = [1] * data.shape.rank
+            aligned[axis] = channels
+            shape = [1] * (data.shape.rank - tensor.shape.rank) + tensor.shape.as_list()
+            is_bias_add = operation.type == "BiasAdd" and axis == data.shape.rank - 1
+            if read.shape.as_list() != [channels] or not (is_bias_add or shape == aligned):
+                return None
+            found.append(_Parameter(index, (-1,), read))
+        return found
+
+    def _variable_read(
+        self, tensor: tf.Tensor, passages: frozenset[str]
+    ) -> tuple[int, tf.Tensor] | None:
+        """Follows a tensor back to the read of a trainable variable: (index, result of the read)."""
+        while tensor.op.type in passages:
+            if tensor.op.type == "ReadVariableOp":
+                index = self._variables.get(id(tensor.op.inputs[0]))
+                return None if index is None else (index, tensor)
+            tensor = tensor.op.inputs[0]
+        return None
+
+    def _reads_a_variable(self, tensor: tf.Tensor) -> bool:
+        seen, stack = set(), [tensor]
+        while stack:
+            tensor = stack.pop()
+            if id(tensor) in self._variables:
+                return True
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                stack.extend(tensor.op.inputs)
+        return False
+
+
+def _channel_axis_of_kernel_operation(operation: tf.Operation) -> int:
+    rank: int = operation.outputs[0].shape.rank
+    if "Conv" in operation.type and operation.get_attr("data_format").startswith(b"NC"):
+        return 1
+    return rank - 1
+
+
+def _axis_before(operation: tf.Operation, data: tf.Tensor, axis: int) -> int | None:
+    """Where the channel axis of an operation's output lies in its input, or None if channels are mixed."""
+    out: tf.Tensor = operation.outputs[0]
+    if operation.type in _CHANNELWISE_OPERATIONS:
+        return axis if data.shape.rank == out.shape.rank and data.shape[axis] == out.shape[axis] else None
+    last = axis == out.shape.rank - 1
+    if operation.type in ("Reshape", "Squeeze", "ExpandDims"):
+        # Leading axes may be merged or split; the last one must be kept whole.
+        return data.shape.rank - 1 if last and data.shape[-1] == out.shape[-1] != 1 else None
+    if operation.type == "Transpose":
+        permutation = tf.get_static_value(operation.inputs[1])
+        return None if permutation is None else int(permutation[axis])
+    return None

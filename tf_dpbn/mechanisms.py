@@ -1,0 +1,138 @@
+"""The privacy boundary: `ClippedSum` goes in, noised tensors come out. No other file draws privacy noise.
+
+A `ClippedSum` holds sums over private examples together with their L2 sensitivity. It is not a tensor: nothing
+accepts it but `add_gaussian_noise`, whose result is safe to use in any way (post-processing).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+
+import tensorflow as tf
+
+from tf_dpbn import _validate
+
+
+def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
+    """The factor that scales each example's vector to an L2 norm of at most `l2_norm_clip`.
+
+    An example whose norm is not finite gets weight 0: its contribution is dropped, which is a function of that
+    example alone and leaves the sensitivity as it is.
+
+    Args:
+      squared_norms: float32 [batch], squared L2 norm of each example's whole vector.
+      l2_norm_clip: bound on the norm, > 0; `math.inf` does not clip.
+      mask: bool [batch], False for padding rows (weight 0), or None.
+
+    Returns:
+      float32 [batch], each in [0, 1].
+
+    Source: Abadi et al. 2016, Algorithm 1, with min(1, C/|g|) in place of 1/max(1, |g|/C).
+
+    >>> clip_weights(tf.constant([4.0, 0.25, float("inf")]), 1.0, None).numpy().tolist()
+    [0.5, 1.0, 0.0]
+    """
+    norms = tf.sqrt(squared_norms)
+    weights = l2_norm_clip / tf.maximum(norms, l2_norm_clip) if math.isfinite(l2_norm_clip) else 1.0
+    keep = tf.math.is_finite(norms)
+    if mask is not None:
+        keep = tf.logical_and(keep, mask)
+    return tf.where(keep, weights, tf.zeros_like(norms))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class ClippedSum:
+    """Sums over private examples, each example's vector clipped. Private until noise is added.
+
+    Attributes:
+      tensors: one float32 tensor a variable; together they are one vector.
+      l2_sensitivity: how far that vector can move, in L2 norm, when one example is added or removed.
+    """
+
+    tensors: tuple[tf.Tensor, ...]
+    l2_sensitivity: float
+
+    def __repr__(self) -> str:
+        return f"ClippedSum({len(self.tensors)} tensors, l2_sensitivity={self.l2_sensitivity})"
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisedGradients:
+    """Gradients that may leave the privacy boundary: a noised clipped sum over the expected batch size.
+
+    Attributes:
+      tensors: one float32 tensor a variable.
+    """
+
+    tensors: tuple[tf.Tensor, ...]
+
+    def plus(self, terms: list[tf.Tensor | None]) -> NoisedGradients:
+        """Adds terms computed without private data, or from released values only; None adds nothing."""
+        pairs = zip(self.tensors, terms, strict=True)
+        return NoisedGradients(tuple(g if t is None else g + tf.cast(t, g.dtype) for g, t in pairs))
+
+
+class NoiseSource:
+    """Draws standard normal tensors, never the same one twice.
+
+    The key comes from the operating system's entropy, so that `keras.utils.set_random_seed` and
+    `tf.random.set_seed` do not make privacy noise predictable. The object is deliberately not trackable: a key
+    and counter restored from a checkpoint would repeat noise that was already used, so a loaded model draws a new key.
+    Draws are stateless (Philox, keyed by (key, counter)): equal on all replicas that share key and counter.
+
+    Args:
+      seed: for tests only: an int that fixes the key. Noise from a known seed protects nothing.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        if seed is None:
+            key = [secrets.randbits(63), secrets.randbits(63)]
+        else:
+            key = [int(seed), 0]
+        with tf.init_scope():
+            self._key = tf.Variable(key, dtype=tf.int64, trainable=False, name="key")
+            self._draws = tf.Variable(0, dtype=tf.int64, trainable=False, name="draws")
+
+    def standard_normal(self, shapes: list[tf.TensorShape]) -> list[tf.Tensor]:
+        """One fresh float32 N(0, 1) tensor for each shape; advances the counter by one."""
+        draw = self._draws.assign_add(1)
+        seed = tf.random.experimental.stateless_fold_in(self._key, draw)
+        seeds = [tf.random.experimental.stateless_fold_in(seed, i) for i in range(len(shapes))]
+        return [
+            tf.random.stateless_normal(shape, each, alg="philox")
+            for shape, each in zip(shapes, seeds, strict=True)
+        ]
+
+
+def add_gaussian_noise(
+    clipped: ClippedSum, noise_multiplier: float, denominator: float, source: NoiseSource
+) -> NoisedGradients:
+    """Releases (clipped sum + N(0, (noise_multiplier * l2_sensitivity)^2 I)) / denominator.
+
+    Formal guarantee: the Gaussian mechanism with standard deviation noise_multiplier * l2_sensitivity; what it
+    costs is computed by `accounting` from the multiplier, the sampling rate and the number of steps.
+
+    Args:
+      clipped: the sums; each tensor of static shape.
+      noise_multiplier: standard deviation over sensitivity, >= 0; 0 adds no noise and gives no privacy.
+      denominator: a public constant, the *expected* batch size; never the size of the batch at hand.
+      source: where the noise comes from.
+
+    Raises:
+      TypeError: if `clipped` is not a ClippedSum.
+      ValueError: if noise_multiplier < 0, denominator <= 0, or there is noise to add to an unbounded sum.
+    """
+    if not isinstance(clipped, ClippedSum):
+        raise _validate.argument_error(
+            "clipped", clipped, "be a ClippedSum", "Clip the examples first.", TypeError
+        )
+    multiplier = _validate.non_negative("noise_multiplier", noise_multiplier)
+    denominator = _validate.positive("denominator", denominator)
+    sums = list(clipped.tensors)
+    if multiplier > 0:
+        stddev = multiplier * _validate.positive("l2_sensitivity", clipped.l2_sensitivity)
+        noise = source.standard_normal([tensor.shape for tensor in sums])
+        sums = [tensor + stddev * each for tensor, each in zip(sums, noise, strict=True)]
+    return NoisedGradients(tuple(tensor / denominator for tensor in sums))

@@ -1,0 +1,297 @@
+"""DPModel and DPSequential: Keras models whose train step is differentially private.
+
+`train_step` is the algorithm; everything around it keeps the books (ledger, public batch, fresh statistics).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import _checks, _validate
+from tf_dpbn._keras import (
+    IS_KERAS_3,
+    Functional,
+    call_model,
+    compiled_data_loss,
+    deserialize,
+    draw_example_seeds,
+    is_functional_signature,
+    isolated_call,
+    keras,
+    loss_trackers,
+    raw,
+    regularization_losses,
+    tracker_variables,
+    update_compiled_metrics,
+)
+from tf_dpbn._class_weight import apply_class_weight
+from tf_dpbn._bookkeeping import BookkeepingModel, Books
+from tf_dpbn._public_pass import CORRECTIONS, PublicForward
+from tf_dpbn.accounting import PrivacyWarning
+from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
+from tf_dpbn.clipping.registry import get_engine
+from tf_dpbn.layers import GivenStatistics
+from tf_dpbn.optimizers import DPOptimizer
+from tf_dpbn.sampling import real_example_mask, source_of
+
+
+class DPModel(BookkeepingModel):
+    """A keras.Model that trains with DP-SGD, batch normalization included.
+
+    Build it as `DPModel(inputs, outputs)`, or subclass it and define `call`. Compile it with a DPOptimizer, give it a
+    public batch if it contains DPBatchNormalization, and train it with `fit`:
+
+        model = tf_dpbn.DPModel(inputs, outputs)
+        model.set_public_batch(tf_dpbn.public_data.uniform_noise((28, 28, 1)))
+        model.compile(optimizer=..., loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+        model.fit(plan.poisson_dataset(x, y), epochs=20)
+
+    Formal guarantee: every step releases one Gaussian mechanism on a sum of per-example vectors of norm at most
+    l2_norm_clip; weights, moving statistics and checkpoints are post-processing of those releases, the public batch and
+    the initial weights. Losses and metrics logged in training are not covered.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is DPModel and is_functional_signature(args, kwargs):
+            return super().__new__(DPFunctional, *args, **kwargs)
+        return super().__new__(cls, *args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if is_functional_signature(args, kwargs) and not isinstance(self, Functional):
+            raise TypeError(
+                "A subclass of DPModel must define `call` and pass no inputs and outputs to super().__init__(). Use "
+                f"tf_dpbn.DPModel(inputs, outputs) directly for a functional model. Received: {type(self).__name__}"
+            )
+        super().__init__(*args, **kwargs)
+        self._books = Books()
+
+    # ------------------------------------------------------------------ configuration
+
+    def compile(
+        self,
+        optimizer: Any = None,
+        loss: Any = None,
+        *args: Any,
+        correction: str = "local",
+        engine: str = "vectorized",
+        microbatch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training.
+
+        Args:
+          optimizer: a DPOptimizer.
+          loss: as in Keras; any reduction. The loss of one example is what Keras computes for a batch of one.
+          *args, **kwargs: loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile as in Keras.
+            jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
+          correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md, 3b where
+            3a does not apply), "full" (3a and 3b) or "none" (statistics as constants; for studies).
+          engine: "vectorized" or "loop", see `clipping.registry`.
+          microbatch_size: how many examples' gradients are in memory at a time; does not change the result.
+
+        Raises:
+          TypeError: if the optimizer is not a DPOptimizer.
+          ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
+        """
+        if not isinstance(optimizer, DPOptimizer):
+            raise _validate.argument_error(
+                "optimizer",
+                optimizer,
+                "be a DPOptimizer",
+                "Wrap yours: tf_dpbn.optimizers.DPOptimizer(inner, l2_norm_clip=1.0, noise_multiplier=1.1, "
+                "expected_batch_size=256).",
+                TypeError,
+            )
+        _validate.one_of("correction", correction, CORRECTIONS)
+        self._engine = get_engine(engine, microbatch_size)
+        self._dp_options = {"correction": correction, "engine": engine, "microbatch_size": microbatch_size}
+        if IS_KERAS_3:
+            kwargs.setdefault("auto_scale_loss", False)
+            on_cpu = not tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
+            if kwargs.get("jit_compile", "auto") == "auto" and on_cpu:
+                kwargs["jit_compile"] = False
+        super().compile(optimizer, loss, *args, **kwargs)
+        _checks.check_layers(self)
+        self._books.functions.clear()
+        self._books.open_record(optimizer, None)
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns the arguments of `compile`, serialized."""
+        config = super().get_compile_config()
+        return {**config, **self._dp_options} if config else config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles from `get_compile_config`."""
+        self.compile(**deserialize(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    # ------------------------------------------------------------------ the train step
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding."""
+        if tf.executing_eagerly():  # the local correction reads the graph of the public pass
+            if "step" not in self._books.functions:
+                self._books.functions["step"] = tf.function(self.train_step, autograph=False)
+            return self._books.functions["step"](data)
+        batch = self._read_batch(data)
+        public = self._public_forward(batch)
+
+        task = self._task(public)
+        clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
+        noised = self.optimizer.privatize(clipped)  # the privacy boundary
+
+        if public is not None:
+            noised = noised.plus(public.nonlocal_correction(noised))
+        noised = noised.plus(self._regularization_gradients())
+        self.optimizer.apply_gradients(noised, self.trainable_variables)
+        if public is not None:
+            public.update_moving_statistics()
+        self._books.steps.assign_add(1)
+        self._books.not_finite.assign_add(result.not_finite)
+        return self._update_metrics(batch, result)
+
+    def _read_batch(self, data: Any) -> Batch:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        if replicas != 1:
+            raise NotImplementedError(
+                "DPModel trains on one replica: with several, noise would be added once for each. Leave the strategy "
+                f"out. Received: num_replicas_in_sync={replicas}"
+            )
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        if weight is None:
+            return Batch(x, y, None, None)
+        masks = [real_example_mask(each) for each in tf.nest.flatten(weight)]
+        return Batch(x, y, weight, tf.reduce_any(tf.stack(masks), 0))
+
+    def _public_forward(self, batch: Batch) -> PublicForward | None:
+        _checks.check_layers(self)
+        structure = self._books.structure = _checks.trace_structure(self, batch.x, batch.y)
+        if structure.active:
+            return PublicForward(self, self._require_public_batch(), self._dp_options["correction"])
+        if structure.has_state:
+            # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
+            call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), batch.x), training=True)
+        return None
+
+    def _task(self, public: PublicForward | None) -> Task:
+        """Describes one example's forward pass: a batch of one, with the public statistics."""
+        seeds = draw_example_seeds(self)
+        calls = public.calls if public else []
+
+        def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
+            x, y, weight = tf.nest.map_structure(lambda t: t[None], (x, y, weight))
+            scale, weight = _split_weight(weight)
+            with (
+                GivenStatistics(calls, statistics),
+                isolated_call(seeds, index, tracker_variables(self)) as scope,
+            ):
+                y_pred = call_model(self, x, training=True)
+                loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)
+            y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0), y_pred)
+            return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred)
+
+        variables = tuple(raw(variable) for variable in self.trainable_variables)
+        if public is None:
+            return Task(run_example, variables, (), ())
+        return Task(run_example, variables, public.statistics, public.local_terms)
+
+    def _regularization_gradients(self) -> list[tf.Tensor | None]:
+        """Gradients of the weights' regularizers: no private data, so neither clipped nor noised."""
+        variables = [raw(variable) for variable in self.trainable_variables]
+        with tf.GradientTape() as tape:
+            losses = regularization_losses(self)
+            total = tf.add_n(losses) if losses else None
+        return tape.gradient(total, variables) if losses else [None] * len(variables)
+
+    def _update_metrics(self, batch: Batch, result: BatchResult) -> dict[str, Any]:
+        """Updates Keras' metrics on the real examples; un-noised, outside the guarantee."""
+        real = tf.ones_like(result.loss, tf.bool) if batch.mask is None else batch.mask
+        count = tf.reduce_sum(tf.cast(real, tf.float32))
+
+        def mean(values: tf.Tensor) -> tf.Tensor:
+            values = tf.where(real, values, tf.zeros_like(values))
+            return tf.math.divide_no_nan(tf.reduce_sum(values), count)
+
+        total, parts = loss_trackers(self)
+        regularization = [tf.cast(loss, tf.float32) for loss in regularization_losses(self)]
+        total.update_state(tf.add_n([mean(result.loss), *regularization]), sample_weight=count)
+        for tracker, values in zip(parts, result.parts, strict=True):
+            tracker.update_state(mean(values), sample_weight=count)
+        update_compiled_metrics(self, batch.y, result.y_pred, batch.sample_weight, batch.mask)
+        return self.get_metrics_result()
+
+    # ------------------------------------------------------------------ training
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, class_weight: Any = None, **kwargs: Any) -> Any:
+        """Trains as keras.Model.fit does.
+
+        Pass a data set from `PrivacyPlan.poisson_dataset` as x: the accounting assumes Poisson-sampled batches. Other input
+        works with a warning, and the privacy statement says that sampling was assumed.
+
+        Raises:
+          ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
+            examples, if labels are out of range, or if a public batch is needed and missing.
+        """
+        self._prepare_training(x, y)
+        if class_weight is not None and isinstance(x, tf.data.Dataset):
+            x, class_weight = apply_class_weight(x, class_weight), None
+        try:
+            return super().fit(x, y, *args, class_weight=class_weight, **kwargs)
+        finally:
+            self._refresh_if_stale()
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
+        self._watch_statistics()
+        return super().train_on_batch(*args, **kwargs)
+
+    def _prepare_training(self, x: Any, y: Any) -> None:
+        if not isinstance(getattr(self, "optimizer", None), DPOptimizer):
+            raise RuntimeError("Call compile(optimizer=..., loss=...) before fit.")
+        source = source_of(x)
+        if source is None:
+            warnings.warn(
+                "The batches do not come from PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The "
+                "reported epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy.",
+                PrivacyWarning,
+                stacklevel=3,
+            )
+        else:
+            _checks.check_sampling(source.sampling, self.optimizer)
+        labels = y if source is None else source.labels
+        if labels is not None:
+            _checks.check_labels(self, labels)
+        self._books.open_record(self.optimizer, source and source.sampling)
+        self._watch_statistics()
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class DPFunctional(DPModel, Functional):
+    """What `DPModel(inputs, outputs)` returns: a functional model that trains with DP-SGD."""
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class DPSequential(DPModel, keras.Sequential):
+    """A keras.Sequential that trains with DP-SGD; see DPModel.
+
+    Args:
+      layers: optional list of layers.
+      name: optional name.
+    """
+
+
+def _split_weight(weight: Any) -> tuple[Any, Any]:
+    """Splits one example's sample weight, [1, ...], into a factor on its loss and what Keras' loss must handle.
+
+    A weight for the whole example multiplies its loss, whatever the loss' reduction; weights by position or by output go to
+    Keras.
+    """
+    if isinstance(weight, tuple) and not weight:
+        return 1.0, None
+    if not tf.nest.is_nested(weight) and weight.shape.num_elements() == 1:
+        return tf.cast(tf.reshape(weight, []), tf.float32), None
+    return 1.0, weight

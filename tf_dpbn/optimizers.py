@@ -1,0 +1,279 @@
+"""Differentially private optimizers: a Keras optimizer behind clipping and noise.
+
+`DPOptimizer` wraps any Keras optimizer. It holds the clip norm and the noise multiplier, turns a `ClippedSum` into
+`NoisedGradients`, and hands those, and nothing else, to the inner optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from tf_dpbn import _validate
+from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
+from tf_dpbn.accounting import PrivacyPlan
+from tf_dpbn.mechanisms import ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
+
+_Self = TypeVar("_Self", bound="DPOptimizer")
+_PRIVACY_ARGUMENTS = ("l2_norm_clip", "noise_multiplier", "expected_batch_size", "num_examples", "delta")
+_ORDINARY_GRADIENTS = (
+    "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
+    "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
+)
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class DPOptimizer(keras.optimizers.Optimizer):
+    """DP-SGD around any Keras optimizer, for use with a DPModel.
+
+    Each step releases (sum of clipped per-example gradients + Gaussian noise of standard deviation
+    noise_multiplier * l2_norm_clip) / expected_batch_size, and the inner optimizer works on that release alone.
+
+    Formal guarantee: each step is one Gaussian mechanism with the given noise multiplier under adding or removing one
+    example; what the inner optimizer does (momentum, schedules, weight decay) is post-processing.
+
+    Args:
+      inner: a keras optimizer, or its name.
+      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+      noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy.
+      expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size of the
+        batch at hand, which depends on who is in it.
+      num_examples: size of the training set, for accounting; None if not known here.
+      delta: the delta at which callbacks report epsilon, in (0, 1); None if not known here.
+      noise_seed: for tests only. Noise from a known seed protects nothing; it is not part of the configuration.
+      name: optional name.
+
+    Raises:
+      ValueError: for a clip norm or batch size <= 0, a negative noise multiplier, a batch larger than the data set, or an
+        inner optimizer that is private itself or scales losses.
+
+    Source: Abadi et al. 2016, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        inner: Any,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        expected_batch_size: float | None = None,
+        num_examples: int | None = None,
+        delta: float | None = None,
+        noise_seed: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        inner = keras.optimizers.get(inner)
+        if isinstance(inner, (DPOptimizer, keras.mixed_precision.LossScaleOptimizer)):
+            raise _validate.argument_error(
+                "inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps."
+            )
+        name = name or f"dp_{inner.name}"
+        super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
+        self.inner = inner
+        self.l2_norm_clip = _validate.positive("l2_norm_clip", l2_norm_clip, "1.0 is a common start.")
+        self.noise_multiplier = _validate.non_negative(
+            "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."
+        )
+        self.expected_batch_size = _validate.positive(
+            "expected_batch_size",
+            expected_batch_size,
+            "Pass the expected number of examples in a batch, or build the optimizer with from_plan.",
+        )
+        self.num_examples = None
+        if num_examples is not None:
+            self.num_examples = _validate.positive_int("num_examples", num_examples)
+            if self.expected_batch_size > self.num_examples:
+                raise _validate.argument_error(
+                    "expected_batch_size",
+                    expected_batch_size,
+                    f"not exceed num_examples={num_examples}",
+                    "A batch is drawn from the data set.",
+                )
+        self.delta = None if delta is None else _validate.open_probability("delta", delta)
+        self._noise_source = NoiseSource(noise_seed)
+
+    @classmethod
+    def from_plan(cls: type[_Self], plan: PrivacyPlan, *args: Any, **kwargs: Any) -> _Self:
+        """Builds the optimizer with the noise multiplier, batch size and data set size of a PrivacyPlan.
+
+        Args:
+          plan: the plan.
+          *args, **kwargs: the other arguments of the constructor.
+
+        Raises:
+          ValueError: if an argument that the plan decides is passed as well.
+        """
+        from_plan = {
+            "noise_multiplier": plan.noise_multiplier,
+            "expected_batch_size": plan.expected_batch_size,
+            "num_examples": plan.num_examples,
+            "delta": plan.delta,
+        }
+        for argument in [*from_plan, "num_microbatches"]:
+            if argument in kwargs:
+                raise _validate.argument_error(
+                    argument, kwargs[argument], "be left out", "The plan decides it."
+                )
+        return cls(*args, **kwargs, **from_plan)
+
+    @property
+    def sampling_probability(self) -> float | None:
+        """expected_batch_size / num_examples, or None if num_examples was not given."""
+        return None if self.num_examples is None else self.expected_batch_size / self.num_examples
+
+    def privatize(self, clipped: ClippedSum) -> NoisedGradients:
+        """Releases a clipped sum: the privacy boundary of a train step.
+
+        Raises:
+          TypeError: for anything but a ClippedSum.
+        """
+        return add_gaussian_noise(
+            clipped, self.noise_multiplier, self.expected_batch_size, self._noise_source
+        )
+
+    def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
+        """Lets the inner optimizer apply noised gradients to `variables`.
+
+        Raises:
+          TypeError: for ordinary gradients.
+        """
+        if not isinstance(gradients, NoisedGradients):
+            raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
+        return self.inner.apply_gradients(list(zip(gradients.tensors, variables, strict=True)))
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS}")
+
+    apply = minimize = compute_gradients = stateless_apply = update_step = _refuse
+
+    def build(self, variables: Any) -> None:
+        """Creates the inner optimizer's variables."""
+        if hasattr(self.inner, "build"):
+            self.inner.build(variables)
+        if IS_KERAS_3:
+            self.built = True
+
+    @property
+    def iterations(self) -> Any:
+        """The inner optimizer's step count."""
+        return self.inner.iterations
+
+    @iterations.setter
+    def iterations(self, variable: Any) -> None:
+        self.inner.iterations = variable
+
+    @property
+    def variables(self) -> Any:
+        """The inner optimizer's variables."""
+        return self.inner.variables
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's learning rate."""
+        return self.inner.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: Any) -> None:
+        self.inner.learning_rate = value
+
+    def finalize_variable_values(self, var_list: Any) -> None:
+        """Lets the inner optimizer write its averaged weights back, if it keeps any."""
+        if hasattr(self.inner, "finalize_variable_values"):
+            self.inner.finalize_variable_values(var_list)
+
+    def _privacy_config(self) -> dict[str, Any]:
+        return {argument: getattr(self, argument) for argument in _PRIVACY_ARGUMENTS}
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the constructor's arguments, the inner optimizer serialized; never a noise seed."""
+        return {"inner": serialize(self.inner), **self._privacy_config(), "name": self.name}
+
+    @classmethod
+    def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
+        """Builds an optimizer from `get_config`."""
+        return cls(**{**config, "inner": deserialize(config["inner"], custom_objects)})
+
+
+class _VectorizedDPKerasOptimizer(DPOptimizer):
+    """Shared by the classes that carry tensorflow-privacy's names."""
+
+    inner_class: type
+
+    def __init__(
+        self,
+        l2_norm_clip: float,
+        noise_multiplier: float,
+        num_microbatches: int | None = None,
+        *inner_args: Any,
+        expected_batch_size: float | None = None,
+        num_examples: int | None = None,
+        delta: float | None = None,
+        noise_seed: int | None = None,
+        **inner_kwargs: Any,
+    ) -> None:
+        if num_microbatches is not None:
+            _validate.positive_int("num_microbatches", num_microbatches)
+            expected_batch_size = expected_batch_size or num_microbatches
+            if expected_batch_size != num_microbatches:
+                raise _validate.argument_error(
+                    "num_microbatches",
+                    num_microbatches,
+                    f"equal expected_batch_size={expected_batch_size}",
+                    "Every example is clipped on its own here; clipping means of several examples would double the "
+                    "sensitivity. To save memory pass microbatch_size to DPModel.compile.",
+                )
+        super().__init__(
+            self.inner_class(*inner_args, **inner_kwargs),
+            l2_norm_clip,
+            noise_multiplier,
+            expected_batch_size,
+            num_examples,
+            delta,
+            noise_seed,
+            name=inner_kwargs.get("name"),
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the privacy arguments and those of the inner optimizer."""
+        return {**self.inner.get_config(), **self._privacy_config()}
+
+    @classmethod
+    def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
+        """Builds an optimizer from `get_config`."""
+        privacy = {argument: config[argument] for argument in _PRIVACY_ARGUMENTS}
+        rest = {k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS}
+        # The inner class reads its own configuration (learning rate schedules, say), so it is built first.
+        inner = cls.inner_class.from_config(rest)
+        optimizer = cls.__new__(cls)
+        DPOptimizer.__init__(optimizer, inner, **privacy, name=config.get("name"))
+        return optimizer
+
+
+_ARGUMENTS = """
+
+    Args:
+      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+      noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0.
+      num_microbatches: for compatibility: None, or the expected batch size. Every example is clipped on its own.
+      *inner_args, **inner_kwargs: arguments of keras.optimizers.{name}.
+      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+
+    Raises:
+      ValueError: see DPOptimizer, and for another num_microbatches.
+    """
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
+    __doc__ = "DPOptimizer around keras.optimizers.SGD." + _ARGUMENTS.format(name="SGD")
+    inner_class = keras.optimizers.SGD
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
+    __doc__ = "DPOptimizer around keras.optimizers.Adam." + _ARGUMENTS.format(name="Adam")
+    inner_class = keras.optimizers.Adam
+
+
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
+    __doc__ = "DPOptimizer around keras.optimizers.Adagrad." + _ARGUMENTS.format(name="Adagrad")
+    inner_class = keras.optimizers.Adagrad

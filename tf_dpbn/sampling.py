@@ -1,0 +1,348 @@
+"""Poisson sampling: index draws and fixed-shape, padded `tf.data` datasets.
+
+Formal Guarantees. Privacy amplification by subsampling, as used by `accounting`, needs batches in
+which every example lies with probability q, independently of all others and of all other steps.
+Shuffled or fixed-order batches do not have that law; the draws made here do.
+
+| case                          | what happens                                                    |
+| ----------------------------- | --------------------------------------------------------------- |
+| fewer than M examples drawn   | the other rows are padding: all zeros, weight 0                 |
+| nothing drawn                 | a batch of padding only; the step must still run and add noise  |
+| more than M examples drawn    | M of them, uniformly at random, are kept; `accounting` adds the |
+|                               | probability of this to delta                                    |
+| `seed` given                  | draws can be repeated: whoever knows the seed can undo the      |
+|                               | amplification, so keep it secret or use it for tests only       |
+| several workers, one data set | all need the same secret seed, and each its own share of rows   |
+| the dataset is cached         | NOT Poisson sampling: each pass repeats the draws of the first  |
+
+Examples take uniformly random rows of the batch. So one example more or less changes one row, and
+the law of all other rows stays as it was: microbatches and replicas, which split the batch by
+rows, keep the sensitivity of a single example.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_dpbn import _validate, accounting
+
+_SOURCE_ATTRIBUTE = "tf_dpbn_source"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoissonSampling:
+    """The law of the batches; public facts only.
+
+    Attributes:
+      num_examples: N, number of examples in the data set.
+      sampling_probability: q, probability in (0, 1] that a batch contains a given example.
+      max_batch_size: M, number of rows of every batch, padding included.
+      steps_per_epoch: number of batches in one pass over the dataset.
+
+    Raises:
+      ValueError: a count is not a whole number of at least 1, or q is outside (0, 1].
+    """
+
+    num_examples: int
+    sampling_probability: float
+    max_batch_size: int
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "max_batch_size", "steps_per_epoch"):
+            object.__setattr__(self, name, _validate.positive_int(name, getattr(self, name)))
+        rate = _validate.positive("sampling_probability", self.sampling_probability)
+        if rate > 1:
+            raise _validate.argument_error("sampling_probability", rate, "be at most 1")
+        object.__setattr__(self, "sampling_probability", rate)
+
+    @property
+    def expected_batch_size(self) -> float:
+        """Mean number of examples drawn, q * N: the public denominator of the step's averages."""
+        return self.sampling_probability * self.num_examples
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PoissonSource:
+    """Where the batches of a dataset come from.
+
+    Attributes:
+      sampling: the law of the batches.
+      labels: the private labels as they were given to `poisson_dataset`.
+    """
+
+    sampling: PoissonSampling
+    labels: Any
+
+
+def poisson_indices(
+    sampling: PoissonSampling, *, seed: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draws batches of example numbers, without end.
+
+    Args:
+      sampling: the law of the batches.
+      seed: whole number that fixes the sequence; for tests. None takes the operating system's
+        entropy, which no global seed of Python, numpy, TensorFlow or Keras makes predictable.
+
+    Returns:
+      An iterator over (indices, mask): int64 [max_batch_size], the example's number or -1 for
+      padding; float32 [max_batch_size], 1 for an example, 0 for padding. The rows of the examples
+      are uniformly random; padding may lie between them.
+
+    Raises:
+      ValueError: bad `seed`.
+    """
+    return _draws(sampling, np.random.default_rng(_seed_sequence(_checked_seed(seed), 0)))
+
+
+def poisson_dataset(
+    x: Any,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    expected_batch_size: int,
+    max_batch_size: int,
+    steps_per_epoch: int | None = None,
+    seed: int | None = None,
+) -> tf.data.Dataset:
+    """Builds a dataset of Poisson-sampled batches of one fixed shape.
+
+    Every iteration over the dataset makes fresh draws. The dataset carries what it is, readable by
+    `source_of`; a dataset derived from it (cache, map, repeat) does not, since it may have another
+    law.
+
+    Args:
+      x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become
+        tuples.
+      y: labels, likewise.
+      sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. An
+        example of weight 0 counts as padding.
+      expected_batch_size: mean number B of examples in a batch; the sampling probability is B / N.
+      max_batch_size: rows M of every batch, at least B; see
+        `accounting.default_max_batch_size`.
+      steps_per_epoch: batches in one iteration; None takes ceil(N / B).
+      seed: whole number that fixes the draws of all iterations, in order; see `poisson_indices`.
+
+    Returns:
+      A dataset of (x, y, weight) with rows [M, ...]. Padding rows are zeros (empty strings) with
+      weight 0. The weight is float32 [M] or [M, ...].
+
+    Raises:
+      ValueError: arrays of different or no lengths, weights that are not finite, B > N, M < B, or
+        a bad count or seed.
+      TypeError: `x`, `y` or `sample_weight` holds something that is no dense array.
+    """
+    data = _as_tensors("x", x), _as_tensors("y", y)
+    num_examples = _common_length(*data)
+    expected = _validate.positive_int("expected_batch_size", expected_batch_size)
+    if expected > num_examples:
+        requirement = f"be at most the number of examples, {num_examples}"
+        raise _validate.argument_error("expected_batch_size", expected, requirement)
+    if _validate.positive_int("max_batch_size", max_batch_size) < expected:
+        requirement = f"be at least `expected_batch_size`, {expected}"
+        remedy = "`accounting.default_max_batch_size` gives one that draws seldom exceed."
+        raise _validate.argument_error("max_batch_size", max_batch_size, requirement, remedy)
+    if steps_per_epoch is None:
+        steps_per_epoch = math.ceil(num_examples / expected)
+    sampling = PoissonSampling(
+        num_examples=num_examples,
+        sampling_probability=expected / num_examples,
+        max_batch_size=max_batch_size,
+        steps_per_epoch=steps_per_epoch,
+    )
+    weights = _weights(sample_weight, num_examples)
+    dataset = _index_dataset(sampling, _checked_seed(seed))
+    dataset = dataset.map(_row_gatherer(*data, weights), num_parallel_calls=tf.data.AUTOTUNE)
+    dataset = dataset.prefetch(tf.data.AUTOTUNE)
+    setattr(dataset, _SOURCE_ATTRIBUTE, PoissonSource(sampling=sampling, labels=y))
+    return dataset
+
+
+class PrivacyPlan(accounting.PrivacyPlan):
+    """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
+
+    def poisson_dataset(
+        self, x: Any, y: Any, sample_weight: Any = None, *, seed: int | None = None
+    ) -> tf.data.Dataset:
+        """Builds the plan's dataset of Poisson-sampled batches.
+
+        Args:
+          x: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
+          y: likewise.
+          sample_weight: likewise, or None.
+          seed: as for `sampling.poisson_dataset`; leave it out when training for privacy.
+
+        Returns:
+          A dataset of `steps_per_epoch` batches (x, y, weight) of `max_batch_size` rows.
+
+        Raises:
+          ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have
+            `num_examples` examples: the plan's epsilon would be that of another data set.
+        """
+        length = _common_length(_as_tensors("x", x), _as_tensors("y", y))
+        if length != self.num_examples:
+            requirement = f"have the plan's num_examples={self.num_examples} examples"
+            remedy = "Plan anew: dataclasses.replace(plan, num_examples=...)."
+            raise _validate.argument_error("x, y", length, requirement, remedy)
+        assert self.max_batch_size is not None  # filled in when the plan was made
+        return poisson_dataset(
+            x,
+            y,
+            sample_weight,
+            expected_batch_size=self.expected_batch_size,
+            max_batch_size=self.max_batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+            seed=seed,
+        )
+
+
+def source_of(dataset: Any) -> PoissonSource | None:
+    """Returns what `poisson_dataset` noted on `dataset`, or None if it is not such a dataset."""
+    source = getattr(dataset, _SOURCE_ATTRIBUTE, None)
+    return source if isinstance(source, PoissonSource) else None
+
+
+def real_example_mask(sample_weight: Any) -> tf.Tensor:
+    """Tells examples from padding by their weights.
+
+    Args:
+      sample_weight: tensor [batch] or [batch, ...].
+
+    Returns:
+      A bool tensor [batch]: False where the weight is exactly 0, in all places of the row if it
+      has several. NaN counts as an example.
+
+    Raises:
+      ValueError: `sample_weight` has no batch dimension.
+    """
+    weight = tf.convert_to_tensor(sample_weight)
+    if weight.shape.rank == 0:
+        raise _validate.argument_error("sample_weight", weight, "have a batch dimension")
+    rank = tf.rank(weight) if weight.shape.rank is None else weight.shape.rank
+    nonzero = tf.not_equal(weight, tf.zeros([], weight.dtype))
+    return tf.reduce_any(nonzero, axis=tf.range(1, rank))
+
+
+def _draws(
+    sampling: PoissonSampling, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the (indices, mask) of `poisson_indices` from `rng`."""
+    rows = sampling.max_batch_size
+    while True:
+        # One coin for each example is the definition itself, to within 2^-53 of the probability.
+        coins = rng.random(sampling.num_examples)
+        drawn = np.flatnonzero(coins < sampling.sampling_probability)
+        if drawn.size > rows:
+            drawn = rng.choice(drawn, size=rows, replace=False)
+        indices = np.full(rows, -1, dtype=np.int64)
+        indices[rng.choice(rows, size=drawn.size, replace=False)] = drawn
+        yield indices, (indices >= 0).astype(np.float32)
+
+
+def _seed_sequence(seed: int | None, iteration: int) -> np.random.SeedSequence:
+    """Returns the seed of one iteration: from `seed`, or new from the operating system."""
+    # A stream for each iteration: what prefetching draws ahead in one does not shift the next.
+    # Without a seed nothing is kept between iterations that a forked process could repeat.
+    entropy = secrets.randbits(128) if seed is None else seed
+    return np.random.SeedSequence(entropy, spawn_key=(iteration,))
+
+
+def _index_dataset(sampling: PoissonSampling, seed: int | None) -> tf.data.Dataset:
+    """Returns a dataset of one epoch of index vectors, int64 [max_batch_size]."""
+    iterations = itertools.count()
+
+    def epoch() -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(_seed_sequence(seed, next(iterations)))
+        for indices, _ in itertools.islice(_draws(sampling, rng), sampling.steps_per_epoch):
+            yield indices
+
+    signature = tf.TensorSpec([sampling.max_batch_size], tf.int64)
+    dataset = tf.data.Dataset.from_generator(epoch, output_signature=signature)
+    return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch))
+
+
+def _row_gatherer(x: Any, y: Any, weights: tf.Tensor) -> Callable[[tf.Tensor], tuple]:
+    """Returns the function from an index vector to the batch (x, y, weight)."""
+
+    def gather(indices: tf.Tensor) -> tuple:
+        is_example = indices >= 0
+        safe_indices = tf.maximum(indices, 0)
+
+        def rows(array: tf.Tensor) -> tf.Tensor:
+            gathered = tf.gather(array, safe_indices)
+            keep = tf.reshape(is_example, [-1] + [1] * (len(array.shape) - 1))
+            return tf.where(keep, gathered, tf.zeros_like(gathered))
+
+        return tf.nest.map_structure(rows, (x, y, weights))
+
+    return gather
+
+
+def _as_tensors(name: str, nest: Any) -> Any:
+    """Returns `nest` with lists as tuples and arrays as tensors in host memory."""
+    if isinstance(nest, dict):
+        return {key: _as_tensors(f"{name}[{key!r}]", value) for key, value in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        parts = [_as_tensors(f"{name}[{i}]", value) for i, value in enumerate(nest)]
+        return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
+    remedy = "Give dense arrays of numbers or strings, all with the examples in front."
+    if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
+        kind = type(nest).__name__
+        raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError)
+    try:
+        with tf.device("CPU:0"):  # the whole data set need not fit into an accelerator
+            tensor = tf.convert_to_tensor(nest)
+    except (TypeError, ValueError) as error:
+        kind = type(nest).__name__
+        raise _validate.argument_error(
+            name, kind, "hold dense arrays", remedy, TypeError
+        ) from error
+    if tensor.shape.rank == 0:
+        raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
+    return tensor
+
+
+def _common_length(*nests: Any) -> int:
+    """Returns the number of examples that all arrays of `nests` have."""
+    lengths = [int(array.shape[0]) for array in tf.nest.flatten(nests)]
+    if not lengths or len(set(lengths)) != 1 or lengths[0] == 0:
+        requirement = "all have the same number of examples, at least 1"
+        raise _validate.argument_error("x, y", lengths, requirement)
+    return lengths[0]
+
+
+def _weights(sample_weight: Any, num_examples: int) -> tf.Tensor:
+    """Returns the weights as a float32 tensor [N, ...] in host memory."""
+    weights = np.ones(num_examples) if sample_weight is None else np.asarray(sample_weight)
+    if weights.dtype.kind not in "fiub":
+        requirement = "be one array of real numbers"
+        kind = weights.dtype
+        raise _validate.argument_error("sample_weight.dtype", kind, requirement, "", TypeError)
+    if weights.ndim == 0 or weights.shape[0] != num_examples:
+        requirement = f"have one row for each of the {num_examples} examples"
+        raise _validate.argument_error("sample_weight.shape", weights.shape, requirement)
+    with np.errstate(over="ignore"):  # reported below
+        weights = weights.astype(np.float32)
+    if not np.all(np.isfinite(weights)):
+        raise ValueError("`sample_weight` must hold finite float32 numbers only.")
+    with tf.device("CPU:0"):
+        return tf.convert_to_tensor(weights)
+
+
+def _checked_seed(seed: int | None) -> int | None:
+    """Returns `seed` as a Python int or None."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        raise _validate.argument_error("seed", seed, "be None or a whole number of at least 0")
+    return int(seed)
