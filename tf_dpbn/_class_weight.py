@@ -14,20 +14,29 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
     """Multiplies each example's weight by that of its class.
 
     Args:
-      dataset: yields (x, y) or (x, y, weight); y holds class numbers [batch] or [batch, 1], or one-hot rows.
+      dataset: yields (x, y) or (x, y, weight); y holds class numbers [batch] or [batch, 1], or
+        one-hot rows; weight is [batch, ...].
       class_weight: weight of each class, for classes 0 to K - 1.
 
     Raises:
-      ValueError: if the classes are not 0 to K - 1, or y has several parts.
+      ValueError: if the classes are not 0 to K - 1, y has several parts, or an example has several labels.
     """
     classes = sorted(class_weight)
-    if classes != list(range(len(classes))):
+    if not classes or classes != list(range(len(classes))):
         raise _validate.argument_error(
             "class_weight", class_weight, "give a weight to every class from 0 up", "Use 1.0 for the others."
         )
-    if tf.nest.is_nested(dataset.element_spec[1]):
+    labels = dataset.element_spec[1]
+    if tf.nest.is_nested(labels):
         raise _validate.argument_error(
             "class_weight", class_weight, "be left out for several outputs", "Use sample weights."
+        )
+    if labels.shape.rank not in (1, 2):
+        raise _validate.argument_error(
+            "class_weight",
+            class_weight,
+            f"be left out for labels of shape {labels.shape}",
+            "Use sample weights.",
         )
     table = tf.constant([float(class_weight[k]) for k in classes])
 
@@ -37,6 +46,9 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
         else:
             number = tf.cast(tf.reshape(y, [-1]), tf.int64)
         factor = tf.gather(table, number)
-        return x, y, factor if weight is None else weight * factor
+        if weight is None:
+            return x, y, factor
+        factor = tf.reshape(factor, [-1] + [1] * (weight.shape.rank - 1))
+        return x, y, tf.cast(weight, factor.dtype) * factor
 
     return dataset.map(weigh)

@@ -144,7 +144,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     private example.
 
     Args:
-      axis: int or sequence of ints, the channel axes.
+      axis: int, the channel axis; on tf_keras also a sequence of ints.
       momentum, epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
         moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in
         keras.layers.BatchNormalization.
@@ -177,9 +177,10 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         for option in ("renorm", "synchronized", "virtual_batch_size", "adjustment"):
-            if kwargs.pop(option, None):
+            value = kwargs.pop(option, None)
+            if value:
                 raise _validate.argument_error(
-                    option, True, "be left out", "It computes statistics across private examples."
+                    option, value, "be left out", "It computes statistics across private examples."
                 )
         for option in ("renorm_clipping", "renorm_momentum", "fused"):
             kwargs.pop(option, None)

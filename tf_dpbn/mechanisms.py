@@ -98,11 +98,15 @@ class NoiseSource:
     def standard_normal(self, shapes: list[tf.TensorShape]) -> list[tf.Tensor]:
         """One fresh float32 N(0, 1) tensor for each shape; advances the counter by one."""
         draw = self._draws.assign_add(1)
-        seed = tf.random.experimental.stateless_fold_in(self._key, draw)
-        seeds = [tf.random.experimental.stateless_fold_in(seed, i) for i in range(len(shapes))]
+        # Philox permutes the 128 bits of a seed, so no two draws share a stream. (stateless_fold_in
+        # keeps 64 bits, or 32 with a Python int: so few that they repeat, and can be searched.)
+        seed = self._key + tf.stack([tf.zeros_like(draw), draw])
+        seeds = tf.random.stateless_uniform(
+            [len(shapes), 2], seed, minval=None, maxval=None, dtype=tf.int64, alg="philox"
+        )
         return [
             tf.random.stateless_normal(shape, each, alg="philox")
-            for shape, each in zip(shapes, seeds, strict=True)
+            for shape, each in zip(shapes, tf.unstack(seeds), strict=True)
         ]
 
 

@@ -211,7 +211,8 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     ) -> None:
         if num_microbatches is not None:
             _validate.positive_int("num_microbatches", num_microbatches)
-            expected_batch_size = expected_batch_size or num_microbatches
+            if expected_batch_size is None:
+                expected_batch_size = num_microbatches
             if expected_batch_size != num_microbatches:
                 raise _validate.argument_error(
                     "num_microbatches",
@@ -220,15 +221,16 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
                     "Every example is clipped on its own here; clipping means of several examples would double the "
                     "sensitivity. To save memory pass microbatch_size to DPModel.compile.",
                 )
+        inner = self.inner_class(*inner_args, **inner_kwargs)
         super().__init__(
-            self.inner_class(*inner_args, **inner_kwargs),
+            inner,
             l2_norm_clip,
             noise_multiplier,
             expected_batch_size,
             num_examples,
             delta,
             noise_seed,
-            name=inner_kwargs.get("name"),
+            name=inner.name,
         )
 
     def get_config(self) -> dict[str, Any]:

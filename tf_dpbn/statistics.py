@@ -31,7 +31,7 @@ def moments(
     Args:
       z: [batch, ...], any float type.
       axes: the channel axes; all others are averaged over.
-      mask: bool [batch, ...] without the last axis of z; False positions are left out.
+      mask: bool, of the shape of the first axes of z; False positions are left out.
 
     Returns:
       (mean, variance), each of the shape of the channel axes.
@@ -44,8 +44,10 @@ def moments(
     reduce = _reduction_axes(z.shape.rank, axes)
     if mask is None:
         return tf.nn.moments(z, reduce)
-    weights = tf.broadcast_to(tf.cast(mask, z.dtype)[..., None], tf.shape(z))
-    return tf.nn.weighted_moments(z, reduce, weights)
+    weights = tf.cast(mask, z.dtype)
+    while weights.shape.rank < z.shape.rank:
+        weights = weights[..., None]
+    return tf.nn.weighted_moments(z, reduce, tf.broadcast_to(weights, tf.shape(z)))
 
 
 def widen(z: tf.Tensor) -> tf.Tensor:

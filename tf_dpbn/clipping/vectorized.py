@@ -7,6 +7,9 @@ loop of their own) or looped over one by one. It is the oracle of every faster r
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -87,12 +90,60 @@ class PerExampleEngine:
         def run_row(row: Any) -> Any:
             return _differentiate(task, *row[:-1])
 
-        if self._vectorize:
-            loss, parts, y_pred, gradients, cotangents = tf.vectorized_map(run_row, rows)
+        vectorized = _trace_vectorized(run_row, rows) if self._vectorize else None
+        if vectorized is not None:
+            outputs = vectorized(rows)
         else:
             spec = _output_signature(run_row, rows)
-            loss, parts, y_pred, gradients, cotangents = tf.map_fn(run_row, rows, fn_output_signature=spec)
+            outputs = tf.map_fn(run_row, rows, fn_output_signature=spec)
+        loss, parts, y_pred, gradients, cotangents = outputs
         return ExampleResult(loss, parts, y_pred), gradients, cotangents
+
+
+def _trace_vectorized(run_row: Any, rows: Any) -> Any:
+    """Traces the vectorized run of all rows, or returns None where it must be looped over instead."""
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), rows)
+    with _quiet_fallbacks():
+        try:
+            mapped = tf.function(lambda rows: tf.vectorized_map(run_row, rows), autograph=False)
+            traced = mapped.get_concrete_function(specs)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            # Loops over tensor lists (tf_keras' recurrent layers), for one. An error of the model itself comes
+            # back when the loop is traced.
+            tf.get_logger().info("Examples are looped over one by one, they cannot be vectorized: %s", error)
+            return None
+    if _has_unsafe_matmul(traced.graph):
+        tf.get_logger().info("Examples are looped over one by one: broadcast matrix products are unsafe on CPUs.")
+        return None
+    return mapped
+
+
+def _has_unsafe_matmul(graph: tf.Graph) -> bool:
+    """Whether a graph multiplies batches of matrices of unequal rank, four or more, on a CPU.
+
+    oneDNN's kernel for that corrupts memory (seen with TensorFlow 2.21: [4, 1, 7, 4] x [4, 6] aborts within a few
+    hundred calls). Vectorizing a product by a weight of rank two yields it.
+    """
+    if tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU"):
+        return False
+    products = [op for op in graph.get_operations() if op.type.startswith("BatchMatMul")]
+    ranks = [[tensor.shape.rank for tensor in op.inputs] for op in products]
+    return any(None in pair or (pair[0] != pair[1] and max(pair) >= 4) for pair in ranks)
+
+
+@contextlib.contextmanager
+def _quiet_fallbacks() -> Iterator[None]:
+    """Keeps TensorFlow from telling users to fix its own conversion of filter gradients."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "uses a while_loop" not in record.getMessage()
+
+    logger = tf.get_logger()
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
 
 
 def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:

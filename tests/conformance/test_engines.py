@@ -1,0 +1,155 @@
+"""Every engine against a naive loop over examples, for every kind of layer."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import helpers, zoo
+from tf_dpbn._keras import raw
+from tf_dpbn.clipping import Batch
+from tf_dpbn.clipping.registry import ENGINES
+
+PLAIN = [name for name in zoo.BODIES if not name.startswith("batch_normalization")]
+
+
+def naive_clipped_sum(model, x, y, weights, clip):
+    """The definition: one example at a time, clip, add."""
+    variables = [raw(v) for v in model.trainable_variables]
+    total, norms = None, []
+    for i in range(len(x)):
+        with tf.GradientTape() as tape:
+            logits = model(x[i : i + 1], training=True)
+            loss = tf.reduce_sum(zoo.logits_loss(y[i : i + 1], logits)) * weights[i]
+        gradient = [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, variables)]
+        norm = np.linalg.norm(helpers.flat(gradient))
+        norms.append(norm)
+        scaled = [g * min(1.0, clip / max(norm, 1e-30)) for g in gradient]
+        total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
+    return total, norms
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", PLAIN)
+def test_clipped_sum_equals_a_loop_over_examples(name, engine):
+    model = zoo.build(name)
+    helpers.randomize(model)
+    x, y = zoo.data(name, 5)
+    weights = np.array([1.0, 0.5, 0.0, 2.0, 1.0], "float32")
+    _, norms = naive_clipped_sum(model, x, y, weights, 1.0)
+    clip = float(np.median(norms))  # some examples are clipped, some are not
+    expected, _ = naive_clipped_sum(model, x, y, weights, clip)
+    helpers.compiled(
+        model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=2
+    )
+    found, _ = helpers.clipped_sum_function(model)(x, y, weights)
+    assert helpers.relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["batch_normalization", "batch_normalization_twice", "batch_normalization_residual"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("microbatch_size", [1, 3, None])
+def test_engines_and_microbatches_agree_for_batch_normalization(name, engine, microbatch_size):
+    model = zoo.build(name)
+    helpers.randomize(model)
+    x, y = zoo.data(name, 5)
+    model.set_public_batch(zoo.data(name, 6, seed=1)[0])
+    optimizer = helpers.dp_optimizer(l2_norm_clip=0.5)
+    helpers.compiled(model, optimizer=optimizer)
+    expected, one = helpers.clipped_sum_function(model)(x, y)
+    helpers.compiled(model, optimizer=optimizer, engine=engine, microbatch_size=microbatch_size)
+    found, other = helpers.clipped_sum_function(model)(x, y)
+    assert helpers.relative_error(found, expected) < 1e-5
+    np.testing.assert_allclose(other.loss, one.loss, rtol=1e-5)
+    np.testing.assert_allclose(other.y_pred, one.y_pred, rtol=1e-4, atol=1e-5)
+
+
+def test_local_term_is_the_derivative_of_each_examples_loss_through_the_statistics():
+    """Differentiates F_i(theta, s(K; public inputs)) literally, for one example at a time."""
+    model = helpers.bn_stack(1, helpers.tf_dpbn.DPBatchNormalization, model=helpers.tf_dpbn.DPModel)
+    helpers.randomize(model)
+    (x, y), (public, _) = helpers.images(5), helpers.images(7, seed=1)
+    kernel, bias, gamma, beta, head, head_bias = [raw(v) for v in model.trainable_variables]
+    epsilon = model.layers[2].epsilon
+
+    def logits(examples):
+        def convolve(images):
+            return tf.nn.conv2d(images, kernel, 1, "SAME") + bias
+
+        mean, variance = tf.nn.moments(convolve(public), [0, 1, 2])
+        z = tf.nn.batch_normalization(convolve(examples), mean, variance, beta, gamma, epsilon)
+        return tf.reduce_mean(tf.tanh(z), [1, 2]) @ head + head_bias
+
+    clip, total = 0.4, 0.0
+    for i in range(len(x)):
+        with tf.GradientTape() as tape:
+            loss = zoo.logits_loss(y[i : i + 1], logits(x[i : i + 1]))
+        gradient = helpers.flat(tape.gradient(loss, [kernel, bias, gamma, beta, head, head_bias]))
+        total = total + gradient * min(1.0, clip / np.linalg.norm(gradient))
+
+    model.set_public_batch(public)
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip))
+    found, _ = helpers.clipped_sum_function(model)(x, y)
+    assert helpers.relative_error(found, [total]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name, engine",
+    [("dense", "vectorized"), ("batch_normalization", "vectorized"), ("batch_normalization", "loop"), ("lstm", "loop")],
+)
+def test_whole_step_compiles_with_xla_and_agrees(name, engine):
+    model = zoo.build(name)
+    helpers.randomize(model)
+    x, y = zoo.data(name, 4)
+    if zoo.has_batch_normalization(model):
+        model.set_public_batch(zoo.data(name, 6, seed=1)[0])
+    helpers.compiled(model, engine=engine, microbatch_size=2)
+    weights = np.ones(4, "float32")
+    expected, _ = helpers.clipped_sum_function(model)(x, y, weights)
+    found, _ = helpers.clipped_sum_function(model, jit_compile=True)(x, y, weights)
+    assert helpers.relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [0, 1])
+def test_batches_of_no_and_of_one_example(engine, size):
+    model = helpers.compiled(zoo.build("conv2d"), engine=engine)
+    x, y = zoo.data("conv2d", 3)
+    weights = np.array([1.0] * size + [0.0] * (3 - size), "float32")
+    found, result = helpers.clipped_sum_function(model)(x, y, weights)
+    expected, _ = naive_clipped_sum(model, x, y, weights, 1.0)
+    np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
+    assert (np.linalg.norm(helpers.flat(found)) > 0) == bool(size)
+    assert int(result.not_finite) == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_example_with_a_gradient_that_is_not_finite_contributes_nothing_and_is_counted(bad):
+    model = helpers.compiled(zoo.build("conv2d"))
+    x, y = zoo.data("conv2d", 4)
+    weights = np.array([1.0, 1.0, 0.0, 1.0], "float32")
+    expected, _ = helpers.clipped_sum_function(model)(x, y, np.array([1.0, 0.0, 0.0, 1.0], "float32"))
+    x[1:3] = bad  # one example, and one row of padding, which is not counted
+    found, result = helpers.clipped_sum_function(model)(x, y, weights)
+    np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
+    assert int(result.not_finite) == 1
+
+
+def test_dropout_is_independent_across_examples_and_steps():
+    inputs = zoo.keras.Input((400,))
+    x = zoo.layers.Dropout(0.5)(inputs)
+    model = helpers.compiled(helpers.tf_dpbn.DPModel(inputs, x), loss="mse")
+    ones = np.ones((4, 400), "float32")
+    outputs = []
+
+    def run(batch):
+        model._public_forward(Batch(batch, batch, None, None))
+        task = model._task(None)
+        return tf.vectorized_map(
+            lambda row: task.run_example(row[0], row[0], (), row[1], ()).y_pred, (batch, tf.range(4))
+        )
+
+    run = tf.function(run, autograph=False)
+    outputs = [run(tf.constant(ones)).numpy() > 0 for _ in range(2)]
+    masks = np.concatenate(outputs)
+    agreement = [(masks[i] == masks[j]).mean() for i in range(8) for j in range(i)]
+    assert 0.35 < min(agreement) and max(agreement) < 0.65

@@ -1,0 +1,18 @@
+"""What all tests share, on both versions of Keras."""
+
+from __future__ import annotations
+
+import os
+
+# Before TensorFlow is imported: it reports its CPU features on every start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds():
+    """Initial weights and test data are the same in every run; privacy noise does not obey this."""
+    import tensorflow as tf
+
+    tf.keras.utils.set_random_seed(0)

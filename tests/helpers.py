@@ -1,0 +1,104 @@
+"""Small models and direct access to the clipped sum, for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import tf_dpbn
+from tf_dpbn._keras import keras
+from tf_dpbn.clipping import Batch, BatchResult
+
+layers = keras.layers
+
+
+def dp_optimizer(**kwargs: Any) -> tf_dpbn.DPOptimizer:
+    """Plain SGD at rate 1 with a clip norm and no noise, unless told otherwise."""
+    arguments = {
+        "inner": keras.optimizers.SGD(1.0),
+        "l2_norm_clip": 1.0,
+        "noise_multiplier": 0.0,
+        "expected_batch_size": 8,
+        **kwargs,
+    }
+    return tf_dpbn.DPOptimizer(**arguments)
+
+
+def compiled(model: Any, loss: Any = None, optimizer: Any = None, **kwargs: Any) -> Any:
+    """Compiles `model` with a sparse categorical loss on logits and returns it."""
+    loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer=optimizer or dp_optimizer(), loss=loss, **kwargs)
+    return model
+
+
+def bn_stack(depth: int, normalization: Callable[..., Any], channels: int = 5, model: Any = keras.Model) -> Any:
+    """Convolutions, each followed by a normalization and a tanh, and a dense head of 3 logits."""
+    inputs = keras.Input((6, 6, 2))
+    x = inputs
+    for k in range(depth):
+        x = layers.Conv2D(channels, 3, padding="same", use_bias=k % 2 == 0)(x)
+        x = layers.Activation("tanh")(normalization()(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return model(inputs, layers.Dense(3)(x))
+
+
+def randomize(model: Any, seed: int = 0, scale: float = 0.3) -> None:
+    """Gives every weight of `model` a random value; variances become positive."""
+    rng = np.random.default_rng(seed)
+    weights = []
+    for variable in model.weights:
+        value = rng.normal(size=variable.shape) * scale
+        if "seed_generator" in getattr(variable, "path", variable.name):
+            value = np.asarray(variable)
+        elif "variance" in getattr(variable, "path", variable.name):
+            value = np.abs(value) + 0.5
+        elif "gamma" in getattr(variable, "path", variable.name):
+            value = 1.0 + value
+        weights.append(value)
+    model.set_weights(weights)
+
+
+def images(n: int, shape: tuple[int, ...] = (6, 6, 2), classes: int = 3, seed: int = 0) -> Any:
+    """Random float images and integer labels."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, classes, n)
+
+
+def clipped_sum_function(model: Any, jit_compile: bool = False) -> Callable[..., Any]:
+    """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step."""
+
+    def run(x: Any, y: Any, weight: Any) -> Any:
+        mask = None
+        if weight is not None:
+            mask = model._read_batch((x, y, weight)).mask
+        batch = Batch(x, y, weight, mask)
+        task = model._task(model._public_forward(batch))
+        clipped, result = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        return clipped.tensors, tuple(getattr(result, f.name) for f in dataclasses.fields(result))
+
+    traced = tf.function(run, autograph=False, jit_compile=jit_compile)
+
+    def call(x: Any, y: Any, weight: Any = None) -> Any:
+        x, y, weight = tf.nest.map_structure(tf.convert_to_tensor, (x, y, weight)) if weight is not None else (
+            *tf.nest.map_structure(tf.convert_to_tensor, (x, y)),
+            None,
+        )
+        tensors, result = traced(x, y, weight)
+        return [tensor.numpy() for tensor in tensors], BatchResult(*result)
+
+    return call
+
+
+def flat(tensors: Any) -> np.ndarray:
+    """Concatenates arrays into one float64 vector."""
+    return np.concatenate([np.asarray(t, np.float64).ravel() for t in tensors])
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """L2 distance over the L2 norm of what is expected."""
+    found, expected = flat(found), flat(expected)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

@@ -1,0 +1,430 @@
+"""Tests of tf_dpbn.accounting, against closed forms, exact sums, quadrature, other libraries."""
+
+import fractions
+import json
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+from scipy import stats
+
+from tf_dpbn import accounting
+
+ACCOUNTANTS = ("rdp", "pld")
+
+
+def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
+    return accounting.StepRecord(
+        sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs
+    )
+
+
+def subsampled_gaussian_delta(epsilon, sigma, q):
+    """The larger hockey-stick divergence of one step, both directions, in closed form."""
+    normal = stats.norm(scale=sigma)
+
+    def threshold(ratio):  # the x at which (1 - q) + q exp((2x - 1) / 2 sigma^2) equals ratio
+        return -math.inf if ratio <= 1 - q else sigma**2 * math.log((ratio - 1 + q) / q) + 0.5
+
+    x = threshold(math.exp(epsilon))
+    remove = (1 - q) * normal.sf(x) + q * normal.sf(x - 1) - math.exp(epsilon) * normal.sf(x)
+    y = threshold(math.exp(-epsilon))
+    mixture = (1 - q) * normal.cdf(y) + q * normal.cdf(y - 1)
+    add = normal.cdf(y) - math.exp(epsilon) * mixture if math.isfinite(y) else 0.0
+    return max(remove, add)
+
+
+# Folding the releases of a step.
+
+
+@pytest.mark.parametrize(
+    "sigmas, expected",
+    [
+        ((1.3,), 1.3),
+        ((1.0, 2.0), 0.8944271909999159),
+        ((2, 1), 0.8944271909999159),
+        ((3.0,) * 9, 1.0),
+        ((1.0, 0.0), 0.0),
+        ((1e-200, 1e-200), 1e-200 / math.sqrt(2)),
+        ((1e200, 1e200), 1e200 / math.sqrt(2)),
+    ],
+)
+def test_effective_noise_multiplier_is_the_inverse_root_of_summed_inverse_squares(sigmas, expected):
+    assert accounting.effective_noise_multiplier(sigmas) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("sigmas", [(), (-1.0,), (math.nan,), (math.inf,), ("1",), "11", 1.0])
+def test_effective_noise_multiplier_refuses(sigmas):
+    with pytest.raises(ValueError, match="noise_multipliers"):
+        accounting.effective_noise_multiplier(sigmas)
+
+
+def test_budget_split_of_the_design_folds_back_to_the_whole():
+    sigma, rho, releases = 1.7, 0.1, 5
+    split = (sigma / math.sqrt(1 - rho),) + (sigma * math.sqrt(releases / rho),) * releases
+    assert accounting.effective_noise_multiplier(split) == pytest.approx(sigma, rel=1e-14)
+
+
+def two_release_delta(epsilon, sigmas, q):
+    """Hockey-stick of one step with two releases of one draw, by quadrature on a plane."""
+    axes = [np.linspace(-9 * s, 9 * s + 1, 1501) for s in sigmas]
+    absent = np.multiply.outer(
+        *(stats.norm.pdf(x, 0, s) for x, s in zip(axes, sigmas, strict=True))
+    )
+    present = np.multiply.outer(
+        *(stats.norm.pdf(x, 1, s) for x, s in zip(axes, sigmas, strict=True))
+    )
+    mixture = (1 - q) * absent + q * present
+    excess = np.maximum(mixture - math.exp(epsilon) * absent, 0)
+    return excess.sum() * np.prod([x[1] - x[0] for x in axes])
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.5])
+def test_two_releases_on_one_draw_cost_what_the_folded_gaussian_costs(epsilon):
+    sigmas, q = (1.0, 2.0), 0.3
+    truth = two_release_delta(epsilon, sigmas, q)
+    folded = accounting.effective_noise_multiplier(sigmas)
+    assert subsampled_gaussian_delta(epsilon, folded, q) == pytest.approx(truth, rel=1e-4)
+    for wrong in (1.0, 2.0, math.sqrt(5.0), 1.5):
+        assert subsampled_gaussian_delta(epsilon, wrong, q) != pytest.approx(truth, rel=1e-2)
+
+
+# Records and events.
+
+
+def test_event_is_self_composed_poisson_sampled_gaussian_of_python_numbers():
+    event = accounting.dp_sgd_event(
+        record(np.float32(0.25), (np.float64(1), np.int64(2)), np.int64(7))
+    )
+    gaussian = dp_accounting.GaussianDpEvent(0.8944271909999159)
+    sampled = dp_accounting.PoissonSampledDpEvent(0.25, gaussian)
+    assert event == dp_accounting.SelfComposedDpEvent(sampled, 7)
+    assert type(event.count) is int
+    assert type(event.event.sampling_probability) is float
+    assert type(event.event.event.noise_multiplier) is float
+
+
+@pytest.mark.parametrize(
+    "sigmas",
+    [(1.0, 2.0), (1, 2), (2, 1), [2, 1.0], (np.float32(1), np.float32(2)), (np.int64(2), 1)],
+)
+def test_no_noise_multiplier_is_lost_whatever_its_number_type(sigmas):
+    # dp_accounting 0.4.3 to 0.6.0 gives 2.1014 for (1, 2) and 0.6862 for (2, 1) as nested events.
+    ledger = accounting.Ledger([record(0.01, sigmas, 1000)])
+    assert ledger.epsilon(1e-5) == pytest.approx(2.7488, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"q": 0.0}, "sampling_probability=0.0"),
+        ({"q": 1.5}, "sampling_probability=1.5"),
+        ({"q": "0.1"}, "sampling_probability='0.1'"),
+        ({"q": None, "sampling": "poisson"}, "sampling_probability"),
+        ({"sigmas": ()}, "noise_multipliers"),
+        ({"sigmas": (1.0, -1.0)}, "noise_multipliers=-1.0"),
+        ({"sigmas": 1.0}, "noise_multipliers=1.0"),
+        ({"steps": -1}, "steps=-1"),
+        ({"steps": 1.5}, "steps=1.5"),
+        ({"steps": True}, "steps=True"),
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"num_examples": 9, "max_batch_size": 0}, "max_batch_size=0"),
+        ({"max_batch_size": 8}, "num_examples"),
+        ({"sampling": "shuffled"}, "sampling='shuffled'"),
+    ],
+)
+def test_record_refuses(fields, message):
+    with pytest.raises(ValueError, match=message):
+        record(**fields)
+
+
+def test_record_without_a_word_about_sampling_is_assumed():
+    assert record().sampling == "assumed"
+
+
+# Batches that overflow their padded size.
+
+
+def exact_tail(n, q, m):
+    q = fractions.Fraction(q)
+    return float(sum(math.comb(n, k) * q**k * (1 - q) ** (n - k) for k in range(m, n + 1)))
+
+
+@pytest.mark.parametrize(
+    "n, q, m",
+    [(6, 0.5, 4), (6, 0.5, 6), (6, 0.5, 7), (6, 1.0, 6), (400, 0.1, 120), (300, 0.3, 250)],
+)
+def test_overflow_probability_is_the_binomial_tail_from_max_batch_size_on(n, q, m):
+    found = accounting.overflow_probability(
+        num_examples=n, sampling_probability=q, max_batch_size=m
+    )
+    assert type(found) is float
+    assert found == pytest.approx(exact_tail(n, q, m), rel=1e-11, abs=0.0)
+
+
+def cut_step_delta(epsilon, *, n, m, q, sigma):
+    """Exact hockey-stick of one step with cut batches, n common examples -1 and one more, +1."""
+    x = np.linspace(-m - 10 * sigma, m + 10 * sigma, 40_001)
+    without, with_it = np.zeros_like(x), np.zeros_like(x)
+
+    def bump(total):
+        return stats.norm.pdf(x, total, sigma)
+
+    for k in range(n + 1):
+        weight = stats.binom.pmf(k, n, q)
+        kept = min(k, m)
+        without += weight * bump(-kept)
+        with_it += weight * (1 - q) * bump(-kept)
+        if k < m:
+            with_it += weight * q * bump(-k + 1)
+        else:  # m of k + 1 rows stay: the extra one with probability m / (k + 1)
+            stays = m / (k + 1)
+            with_it += weight * q * (stays * bump(-(m - 1) + 1) + (1 - stays) * bump(-m))
+    excess = [
+        np.maximum(p - math.exp(epsilon) * r, 0).sum()
+        for p, r in ((with_it, without), (without, with_it))
+    ]
+    return max(excess) * (x[1] - x[0])
+
+
+@pytest.mark.parametrize("n, m", [(6, 4), (6, 3), (6, 6), (2, 2), (3, 1)])
+@pytest.mark.parametrize("q, sigma", [(0.2, 0.4), (0.5, 0.4), (0.8, 1.0)])
+@pytest.mark.parametrize("epsilon", [0.1, 1.0, 4.0])
+def test_overflow_theorem_bounds_the_exact_divergence_of_cut_batches(n, m, q, sigma, epsilon):
+    charge = record(q, (sigma,), 1, num_examples=n, max_batch_size=m).overflow_delta
+    truth = cut_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
+    assert truth <= subsampled_gaussian_delta(epsilon, sigma, q) + charge + 1e-9
+
+
+def test_without_overflow_the_exact_divergence_is_within_the_uncut_bound():
+    for epsilon in (0.1, 1.0, 4.0):
+        truth = cut_step_delta(epsilon, n=6, m=7, q=0.5, sigma=0.4)
+        assert truth <= subsampled_gaussian_delta(epsilon, 0.4, 0.5) + 1e-9
+
+
+@pytest.mark.parametrize(
+    "wrong_charge",
+    [lambda n, q, m: 0.0, lambda n, q, m: stats.binom.sf(m, n, q)],
+    ids=["no charge", "P[Bin > M]"],
+)
+def test_the_exact_divergence_rejects_a_smaller_charge(wrong_charge):
+    n, m, q, sigma, epsilon = 2, 2, 0.8, 1.0, 0.5
+    truth = cut_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
+    bound = subsampled_gaussian_delta(epsilon, sigma, q) + wrong_charge(n, q, m)
+    assert truth > bound + 0.01
+
+
+@pytest.mark.parametrize("n, q, steps", [(60_000, 0.01, 1000), (50, 0.3, 10), (9, 1.0, 3)])
+def test_default_max_batch_size_is_the_smallest_multiple_of_eight_within_the_share(n, q, steps):
+    delta, share = 1e-5, 0.01
+    m = accounting.default_max_batch_size(
+        num_examples=n, sampling_probability=q, steps=steps, delta=delta
+    )
+
+    def charge(rows):
+        return steps * stats.binom.sf(rows - 1, n, q)
+
+    assert m % 8 == 0
+    assert charge(m) <= share * delta < charge(m - 8)
+    assert m <= 8 * math.ceil((n + 1) / 8)
+
+
+def test_default_max_batch_size_follows_multiple_and_share():
+    given = {"num_examples": 1000, "sampling_probability": 0.05, "steps": 10, "delta": 1e-5}
+    fine = accounting.default_max_batch_size(**given, multiple=1)
+    assert fine <= accounting.default_max_batch_size(**given, multiple=8) < fine + 8
+    assert accounting.default_max_batch_size(**given, multiple=1, share=0.5) < fine
+    with pytest.raises(ValueError, match="share=1.0"):
+        accounting.default_max_batch_size(**given, share=1.0)
+
+
+# The ledger.
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+@pytest.mark.parametrize("q, sigma", [(0.3, 0.8), (1.0, 2.0)])
+def test_epsilon_of_one_step_bounds_the_closed_form(accountant, q, sigma):
+    delta = 1e-5
+    epsilon = accounting.Ledger([record(q, (sigma,), 1)]).epsilon(delta, accountant)
+    assert subsampled_gaussian_delta(epsilon, sigma, q) <= delta
+    slack = 1e-3 if accountant == "pld" else 1.0
+    assert subsampled_gaussian_delta(epsilon - slack, sigma, q) > delta
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+def test_epsilon_is_the_accountants_for_all_entries_together(accountant):
+    entries = [record(0.01, (1.0,), 500), record(0.02, (1.5, 2.5), 300)]
+    oracle = {"rdp": dp_accounting.rdp.RdpAccountant, "pld": dp_accounting.pld.PLDAccountant}
+    reference = oracle[accountant]()
+    for entry in entries:
+        reference.compose(accounting.dp_sgd_event(entry))
+    found = accounting.Ledger(entries).epsilon(1e-5, accountant)
+    assert type(found) is float
+    assert found == pytest.approx(reference.get_epsilon(1e-5), rel=1e-12)
+
+
+def test_overflow_is_taken_from_delta_and_summed_over_steps_and_entries():
+    cut = {"num_examples": 1000, "max_batch_size": 96}
+    ledger = accounting.Ledger([record(0.05, (1.0,), 30, **cut), record(0.05, (2.0,), 70, **cut)])
+    overflow = 100 * stats.binom.sf(95, 1000, 0.05)
+    assert 1e-8 < overflow < 1e-5
+    assert ledger.overflow_delta() == pytest.approx(overflow, rel=1e-12)
+    uncut = accounting.Ledger([record(0.05, (1.0,), 30), record(0.05, (2.0,), 70)])
+    assert ledger.epsilon(1e-5) == pytest.approx(uncut.epsilon(1e-5 - overflow), rel=1e-9)
+    assert ledger.epsilon(1e-5) > uncut.epsilon(1e-5)
+    assert ledger.epsilon(overflow * 0.99) == math.inf
+    assert ledger.epsilon(ledger.overflow_delta()) == math.inf
+
+
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+def test_edges_of_epsilon(accountant):
+    assert accounting.Ledger().epsilon(1e-5, accountant) == 0.0
+    assert accounting.Ledger([record(steps=0)]).epsilon(1e-5, accountant) == 0.0
+    assert accounting.Ledger([record(sigmas=(1.0, 0.0), steps=1)]).epsilon(0.5, accountant) == (
+        math.inf
+    )
+    no_noise = [record(sigmas=(5.0,)), record(sigmas=(0.0,), steps=1)]
+    assert accounting.Ledger(no_noise).epsilon(1e-5, accountant) == math.inf
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan, "1e-5", None])
+def test_epsilon_refuses_delta(delta):
+    with pytest.raises(ValueError, match="delta="):
+        accounting.Ledger([record()]).epsilon(delta)
+
+
+@pytest.mark.parametrize("ledger", [accounting.Ledger(), accounting.Ledger([record()])])
+def test_epsilon_refuses_an_unknown_accountant(ledger):
+    with pytest.raises(ValueError, match="accountant='gdp'"):
+        ledger.epsilon(1e-5, "gdp")
+
+
+def test_equal_configurations_merge_and_different_ones_do_not():
+    ledger = accounting.Ledger()
+    for entry in (record(steps=2), record(steps=3), record(0.02, steps=5), record(steps=1)):
+        ledger.record(entry)
+    ledger.record(record(steps=7, sampling="poisson"))
+    assert ledger.entries == (
+        record(steps=6),
+        record(0.02, steps=5),
+        record(steps=7, sampling="poisson"),
+    )
+    assert ledger.steps == 18
+    with pytest.raises(TypeError, match="StepRecord"):
+        ledger.record("step")
+
+
+def test_epsilon_does_not_depend_on_how_steps_were_recorded():
+    one_by_one = accounting.Ledger([record(steps=1)] * 100)
+    assert one_by_one.epsilon(1e-5) == accounting.Ledger([record(steps=100)]).epsilon(1e-5)
+
+
+def test_unknown_sampling_probability_is_refused_until_it_is_filled_in():
+    known = record(0.05, steps=3)
+    ledger = accounting.Ledger([record(None, steps=10), known])
+    with pytest.raises(ValueError, match=r"num_examples.*PrivacyPlan.*with_sampling_probability"):
+        ledger.epsilon(1e-5)
+    with pytest.raises(ValueError, match="sampling_probability"):
+        accounting.Ledger([record(None, num_examples=9, max_batch_size=8)]).overflow_delta()
+    filled = ledger.with_sampling_probability(0.01)
+    assert filled.entries == (record(0.01, steps=10), known)
+    assert ledger.entries[0].sampling_probability is None
+    assert filled.epsilon(1e-5) > 0
+    with pytest.raises(ValueError, match="sampling_probability=0"):
+        ledger.with_sampling_probability(0)
+
+
+def test_copy_is_independent():
+    ledger = accounting.Ledger([record(steps=1)])
+    twin = ledger.copy()
+    assert twin == ledger
+    twin.record(record(steps=1))
+    assert (ledger.steps, twin.steps) == (1, 2)
+    assert twin != ledger
+
+
+def test_json_restores_the_ledger_exactly():
+    ledger = accounting.Ledger(
+        [
+            record(1 / 3, (0.1 + 0.2, 1e-300), 7, num_examples=9, max_batch_size=4),
+            record(None, (2.0,), 10**12),
+            record(256 / 60_000, sampling="poisson"),
+        ]
+    )
+    assert accounting.Ledger.from_json(ledger.to_json()) == ledger
+    assert accounting.Ledger.from_json(accounting.Ledger().to_json()).steps == 0
+
+
+def damage(**changes):
+    content = json.loads(accounting.Ledger([record(num_examples=9)]).to_json())
+    for path, value in changes.items():
+        if path.startswith("entry_"):
+            content["entries"][0][path[len("entry_") :]] = value
+        else:
+            content[path] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "3",
+        "[" * 100_000,
+        accounting.Ledger([record()]).to_json()[:-1],
+        damage(version=2),
+        damage(version="1"),
+        damage(version=True),
+        damage(format="other"),
+        damage(extra=1),
+        damage(entries=None),
+        damage(entries=[3]),
+        damage(entries=[{}]),
+        damage(entry_extra=1),
+        damage(entry_steps=-1),
+        damage(entry_steps=10**400),
+        damage(entry_steps="7"),
+        damage(entry_noise_multipliers="11"),
+        damage(entry_noise_multipliers=[]),
+        damage(entry_noise_multipliers=[math.nan]),
+        damage(entry_noise_multipliers=[-1.0]),
+        damage(entry_sampling_probability=2),
+        damage(entry_sampling="shuffled"),
+        damage(entry_sampling=["poisson"]),
+    ],
+)
+def test_from_json_refuses_corrupt_text(text):
+    with pytest.raises(ValueError, match="must be the JSON of a Ledger"):
+        accounting.Ledger.from_json(text)
+
+
+def test_from_json_names_the_unknown_version():
+    with pytest.raises(ValueError, match="its version is 2, and this code reads 1"):
+        accounting.Ledger.from_json(damage(version=2))
+
+
+@pytest.mark.parametrize(
+    "q, accountant", [(1e-6, "rdp"), (1e-3, "rdp"), (0.05, "rdp"), (1e-3, "pld")]
+)
+def test_enormous_noise_neither_fails_nor_raises_epsilon(q, accountant):
+    # Raw RDP accounting raises here in dp_accounting 0.4.3: rounding makes divergences negative.
+    epsilons = [
+        accounting.Ledger([record(q, (sigma,), 100)]).epsilon(1e-7, accountant)
+        for sigma in (2.0, 20.0, 100.0, 1e5, 1e8)
+    ]
+    assert epsilons == sorted(epsilons, reverse=True)
+    assert epsilons[-1] < 0.05
+
+
+def test_tiny_noise_with_pld_answers_with_the_rdp_bound_at_once():
+    ledger = accounting.Ledger([record(0.01, (1e-3,), 10)])
+    assert ledger.epsilon(1e-5, "pld") == ledger.epsilon(1e-5, "rdp") > 50
+
+
+def test_pld_is_tighter_than_rdp():
+    ledger = accounting.Ledger([record(0.01, (1.0,), 1000)])
+    assert ledger.epsilon(1e-5, "pld") < 0.95 * ledger.epsilon(1e-5, "rdp")

@@ -1,0 +1,408 @@
+"""Tests of what tf_dpbn.accounting plans and says: calibration, plans, statements, parity."""
+
+import ast
+import dataclasses
+import math
+import pathlib
+import sys
+import warnings
+
+import dp_accounting
+import pytest
+
+from tf_dpbn import accounting
+
+
+def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
+    return accounting.StepRecord(
+        sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs
+    )
+
+
+def plan(**kwargs):
+    given = {"delta": 1e-5, "num_examples": 60_000, "expected_batch_size": 600, "epochs": 10}
+    if "target_epsilon" not in kwargs:
+        given["noise_multiplier"] = 1.1
+    if "steps" in kwargs:
+        del given["epochs"]
+    return accounting.PrivacyPlan(**{**given, **kwargs})
+
+
+# Calibration and remaining steps.
+
+
+@pytest.mark.parametrize(
+    "target, q, steps, accountant",
+    [
+        (3.0, 0.01, 1000, "rdp"),
+        (0.5, 0.002, 300, "rdp"),
+        (8.0, 0.1, 20, "rdp"),
+        (0.01, 0.01, 1000, "rdp"),
+        (0.5, 0.2, 30, "pld"),
+        (0.001, 0.01, 1000, "pld"),
+        (100.0, 0.01, 1000, "pld"),
+    ],
+)
+def test_calibration_meets_the_target_with_the_least_noise(accountant, target, q, steps):
+    sigma = accounting.calibrate_noise_multiplier(
+        target_epsilon=target,
+        delta=1e-5,
+        sampling_probability=q,
+        steps=steps,
+        accountant=accountant,
+    )
+
+    def epsilon(noise_multiplier):
+        entry = record(q, (noise_multiplier,), steps)
+        return accounting.Ledger([entry]).epsilon(1e-5, accountant)
+
+    assert type(sigma) is float
+    assert epsilon(sigma) <= target < epsilon(sigma * (1 - 1e-4))
+
+
+def test_calibration_mends_a_search_that_stops_short(monkeypatch):
+    given = {"target_epsilon": 3.0, "delta": 1e-5, "sampling_probability": 0.01, "steps": 1000}
+    right = accounting.calibrate_noise_multiplier(**given)
+    monkeypatch.setattr(
+        dp_accounting, "calibrate_dp_mechanism", lambda *args, **kwargs: right * (1 - 1e-4)
+    )
+    mended = accounting.calibrate_noise_multiplier(**given)
+    assert right * (1 - 1e-6) <= mended < right * (1 + 1e-3)
+    assert accounting.Ledger([record(0.01, (mended,), 1000)]).epsilon(1e-5) <= 3.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_epsilon": 0.0},
+        {"target_epsilon": math.inf},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"sampling_probability": 0.0},
+        {"steps": 0},
+        {"accountant": "gdp"},
+    ],
+)
+def test_calibration_refuses(change):
+    given = {"target_epsilon": 3.0, "delta": 1e-5, "sampling_probability": 0.01, "steps": 1000}
+    with pytest.raises(ValueError, match=f"{next(iter(change))}="):
+        accounting.calibrate_noise_multiplier(**{**given, **change})
+
+
+@pytest.mark.parametrize("accountant, sigma", [("rdp", 1.2), ("pld", 10.0)])
+def test_max_steps_is_the_last_step_within_the_target(accountant, sigma):
+    ledger = accounting.Ledger([record(0.02, (2 * sigma,), 50)])
+    cut = record(0.01, (sigma,), 999, num_examples=10_000, max_batch_size=176, sampling="poisson")
+    n = accounting.max_steps(
+        ledger, next_record_config=cut, target_epsilon=1.0, delta=1e-5, accountant=accountant
+    )
+
+    def epsilon(steps):
+        future = ledger.copy()
+        future.record(dataclasses.replace(cut, steps=steps))
+        return future.epsilon(1e-5, accountant)
+
+    assert n > 10
+    assert epsilon(n) <= 1.0 < epsilon(n + 1)
+    assert ledger.steps == 50
+
+
+def test_max_steps_edges():
+    spent = accounting.Ledger([record(steps=1000)])
+    given = {"next_record_config": record(), "delta": 1e-5}
+    budget = spent.epsilon(1e-5)
+    assert accounting.max_steps(spent, target_epsilon=budget, **given) == 0
+    assert accounting.max_steps(spent, target_epsilon=budget / 2, **given) == 0
+    fresh = accounting.Ledger()
+    assert accounting.max_steps(fresh, target_epsilon=budget, **given) == 1000
+    for limit in (1, 2, 3, 999, 1000, 1001):
+        found = accounting.max_steps(fresh, target_epsilon=budget, limit=limit, **given)
+        assert found == min(limit, 1000)
+    silent = dict(given, next_record_config=record(sigmas=(0.0,)))
+    assert accounting.max_steps(fresh, target_epsilon=budget, **silent) == 0
+    unknown = dict(given, next_record_config=record(None))
+    with pytest.raises(ValueError, match="with_sampling_probability"):
+        accounting.max_steps(fresh, target_epsilon=budget, **unknown)
+    with pytest.raises(ValueError, match="target_epsilon=0"):
+        accounting.max_steps(fresh, target_epsilon=0, **given)
+
+
+# The plan.
+
+
+@pytest.mark.parametrize("rows, accountant", [(None, "rdp"), (744, "rdp"), (744, "pld")])
+def test_plan_calibrates_to_the_target_with_the_overflow_included(accountant, rows):
+    target = {"rdp": 3.0, "pld": 0.5}[accountant]  # PLD takes seconds at little noise
+    made = plan(target_epsilon=target, accountant=accountant, max_batch_size=rows)
+    assert target - 1e-3 < made.epsilon <= target
+    ledger = accounting.Ledger([made.record()])
+    assert ledger.epsilon(1e-5, accountant) == made.epsilon
+    assert 0 < ledger.overflow_delta() < 1e-5
+    assert made.steps == 1000
+    assert made.steps_per_epoch == 100
+    assert made.sampling_probability == 0.01
+    assert made.max_batch_size == (rows or 768)
+
+
+def test_a_tight_padded_batch_costs_noise():
+    loose, tight = plan(target_epsilon=3.0), plan(target_epsilon=3.0, max_batch_size=744)
+    share = accounting.Ledger([tight.record()]).overflow_delta() / 1e-5
+    assert 0.01 < share < 1
+    assert tight.noise_multiplier > loose.noise_multiplier
+
+
+def test_plan_of_the_whole_run_leaves_no_further_step():
+    made = plan(target_epsilon=3.0)
+    n = accounting.max_steps(
+        accounting.Ledger(), next_record_config=made.record(1), target_epsilon=3.0, delta=1e-5
+    )
+    assert n == made.steps
+
+
+@pytest.mark.parametrize(
+    "epochs, batch, steps",
+    [(10, 600, 1000), (1, 256, 235), (0.5, 256, 118), (0.001, 600, 1), (1.1, 6000, 11)],
+)
+def test_plan_rounds_steps_up(epochs, batch, steps):
+    assert plan(epochs=epochs, expected_batch_size=batch).steps == steps
+
+
+def test_plan_with_given_noise_and_steps():
+    made = plan(noise_multiplier=2, steps=30)
+    assert (made.noise_multiplier, made.steps, made.target_epsilon) == (2.0, 30, None)
+    assert made.record() == record(
+        0.01,
+        (2.0,),
+        30,
+        num_examples=60_000,
+        max_batch_size=made.max_batch_size,
+        sampling="poisson",
+    )
+    assert made.record(4).steps == 4
+    assert plan(noise_multiplier=0).epsilon == math.inf
+    with pytest.raises(ValueError, match="steps=-1"):
+        made.record(-1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"target_epsilon": 3.0, "noise_multiplier": 1.0}, "exactly one of `target_epsilon`"),
+        ({"noise_multiplier": None}, "exactly one of `target_epsilon`"),
+        ({"steps": 3, "epochs": 1}, "exactly one of `epochs`"),
+        ({"epochs": None}, "exactly one of `epochs`"),
+        ({"target_epsilon": 0.0}, "target_epsilon=0.0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+        ({"noise_multiplier": math.inf}, "noise_multiplier=inf"),
+        ({"delta": 0.0}, "delta=0.0"),
+        ({"delta": 1.0}, "delta=1.0"),
+        ({"delta": None}, "delta=None"),
+        ({"num_examples": 0}, "num_examples=0"),
+        ({"num_examples": 1.5}, "num_examples=1.5"),
+        ({"expected_batch_size": 60_001}, "expected_batch_size=60001"),
+        ({"expected_batch_size": 0}, "expected_batch_size=0"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"steps": 0}, "steps=0"),
+        ({"accountant": "gdp"}, "accountant='gdp'"),
+        ({"max_batch_size": 599}, "max_batch_size=599"),
+        ({"max_batch_size": 600}, "all of delta.*max_batch_size=600"),
+        ({"max_batch_size": 600, "target_epsilon": 3.0}, "all of delta.*max_batch_size=600"),
+    ],
+)
+def test_plan_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**change)
+
+
+def test_plan_warns_of_a_delta_of_one_over_n_or_more():
+    with pytest.warns(accounting.PrivacyWarning, match="delta=0.01 is not below") as caught:
+        accounting.PrivacyPlan(
+            delta=0.01, num_examples=100, expected_batch_size=10, steps=1, noise_multiplier=1.0
+        )
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan(delta=1.6e-5)
+
+
+def test_plan_is_frozen_and_shows_its_calibrated_noise():
+    made = plan(target_epsilon=3.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.noise_multiplier = 0.1
+    assert f"noise_multiplier={made.noise_multiplier!r}" in repr(made)
+    assert made == plan(target_epsilon=3.0)
+
+
+def test_replace_finds_anew_what_was_filled_in():
+    made = plan(target_epsilon=3.0)
+    assert dataclasses.replace(made) == made
+    assert dataclasses.replace(made, target_epsilon=1.0) == plan(target_epsilon=1.0)
+    assert dataclasses.replace(made, epochs=3) == plan(target_epsilon=3.0, epochs=3)
+    again = dataclasses.replace(dataclasses.replace(made, epochs=3), epochs=10)
+    assert again == made
+    rows = dataclasses.replace(made, expected_batch_size=300)
+    assert rows == plan(target_epsilon=3.0, expected_batch_size=300)
+    assert rows.max_batch_size < made.max_batch_size
+
+
+def test_replace_keeps_what_was_given():
+    made = plan(noise_multiplier=2.0, steps=30, max_batch_size=1000)
+    changed = dataclasses.replace(made, delta=1e-6)
+    assert changed == plan(noise_multiplier=2.0, steps=30, max_batch_size=1000, delta=1e-6)
+    calibrated = plan(target_epsilon=3.0)
+    fixed = dataclasses.replace(calibrated, target_epsilon=None, epochs=None)
+    assert fixed.noise_multiplier == calibrated.noise_multiplier
+    assert fixed.steps == calibrated.steps
+    with pytest.raises(ValueError, match="exactly one of `target_epsilon`"):
+        dataclasses.replace(calibrated, noise_multiplier=2.0)
+
+
+# Words.
+
+
+def test_statement_says_what_ran():
+    ledger = accounting.Ledger(
+        [
+            record(0.01, (1.0, 2.0), 900, num_examples=60_000, max_batch_size=744),
+            record(0.02, (1.5,), 100, sampling="poisson"),
+        ]
+    )
+    text = " ".join(
+        accounting.privacy_statement(
+            ledger, delta=1e-5, covered=["the fudge"], not_covered=["the trudge"]
+        ).split()
+    )
+    shown = float(text.split("epsilon = ")[1].split()[0])
+    assert 0 <= shown - ledger.epsilon(1e-5) <= 1.001e-4
+    for part in (
+        "at delta = 1e-05, after 1000 steps, by RDP accounting",
+        "adding or removing one example",
+        (
+            "900 steps: sampling probability 0.01, noise multipliers (1, 2), together 0.894427; 60000 "
+            "examples, 600 expected in a batch, at most 744."
+        ),
+        "ASSUMED",
+        "PROVIDED",
+        "Shuffled or fixed-order batches do not satisfy the assumption",
+        (
+            "100 steps: sampling probability 0.02, noise multipliers (1.5), together 1.5. Poisson "
+            "sampling by this library"
+        ),
+        "treated as public",
+        "checkpoint",
+        "normalization statistics",
+        "loss and metrics logged in training",
+        "debugging",
+        "hyper-parameter search",
+        "validation on private data",
+        "early stopping on private metrics",
+        "side channels",
+        "floating-point effects",
+        f"Of delta, {ledger.overflow_delta():.3g} pays",
+    ):
+        assert part in text, part
+    covered, not_covered = text.split("NOT covered:")
+    assert "the fudge" in covered and "the trudge" in not_covered
+    assert "loss and metrics" not in covered
+
+
+def test_statement_of_poisson_sampling_assumes_nothing():
+    ledger = accounting.Ledger([plan().record()])
+    text = accounting.privacy_statement(ledger, delta=1e-5, accountant="pld")
+    assert "ASSUMED" not in text and "PROVIDED" not in text
+    assert "PLD" in text
+
+
+def test_statement_of_the_edges():
+    assert "No training step" in accounting.privacy_statement(accounting.Ledger(), delta=1e-5)
+    silent = accounting.privacy_statement(accounting.Ledger([record(sigmas=(0.0,))]), delta=1e-5)
+    assert "NO PRIVACY GUARANTEE" in silent and "no noise" in silent
+    cut = accounting.Ledger([record(0.5, num_examples=10, max_batch_size=5)])
+    text = accounting.privacy_statement(cut, delta=1e-5)
+    assert "NO PRIVACY GUARANTEE" in text and "all of delta" in text
+    with pytest.raises(ValueError, match="with_sampling_probability"):
+        accounting.privacy_statement(accounting.Ledger([record(None)]), delta=1e-5)
+
+
+# Parity with tensorflow-privacy 0.9.0.
+
+TUTORIAL = {
+    "number_of_examples": 60_000,
+    "batch_size": 256,
+    "num_epochs": 15,
+    "noise_multiplier": 1.3,
+    "delta": 1e-5,
+}
+
+
+@pytest.mark.parametrize(
+    "microbatching, once, poisson", [(True, 44.798, 5.160), (False, 17.648, 0.955)]
+)
+def test_tensorflow_privacy_numbers(microbatching, once, poisson):
+    found = accounting.tensorflow_privacy_epsilons(**TUTORIAL, used_microbatching=microbatching)
+    assert found.each_example_once_per_epoch == pytest.approx(once, abs=6e-4)
+    # dp_accounting 0.6.0 bounds fractional orders more loosely, by 1e-3 here.
+    assert found.poisson == pytest.approx(poisson, abs=2e-3)
+
+
+@pytest.mark.parametrize("microbatching", [True, False])
+@pytest.mark.parametrize(
+    "change", [{}, {"num_epochs": 2.5, "noise_multiplier": 0.9, "batch_size": 999}]
+)
+def test_tensorflow_privacy_itself_prints_the_same(monkeypatch, microbatching, change):
+    monkeypatch.setattr(sys, "skip_tf_privacy_import", True, raising=False)
+    library = pytest.importorskip(
+        "tensorflow_privacy.privacy.analysis.compute_dp_sgd_privacy_lib", exc_type=ImportError
+    )
+    given = {**TUTORIAL, **change, "used_microbatching": microbatching}
+    text = library.compute_dp_sgd_privacy_statement(**given)
+    lines = [line for line in text.splitlines() if line.strip().startswith("Epsilon ")]
+    printed = [float(line.split()[-1]) for line in lines[:2]]
+    assert printed == [round(e, 3) for e in accounting.tensorflow_privacy_epsilons(**given)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"batch_size": 60_001}, "batch_size"),
+        ({"num_epochs": 0}, "num_epochs=0"),
+        ({"noise_multiplier": -1}, "noise_multiplier=-1"),
+        ({"delta": 0.0}, "delta=0.0"),
+        ({"number_of_examples": 0}, "number_of_examples=0"),
+    ],
+)
+def test_tensorflow_privacy_numbers_refuse(change, message):
+    with pytest.raises(ValueError, match=message):
+        accounting.tensorflow_privacy_epsilons(**{**TUTORIAL, **change})
+
+
+def test_tensorflow_privacy_numbers_without_noise_are_infinite():
+    found = accounting.tensorflow_privacy_epsilons(**{**TUTORIAL, "noise_multiplier": 0.0})
+    assert found == (math.inf, math.inf)
+
+
+# Layering.
+
+
+@pytest.mark.parametrize(
+    "module, own",
+    [
+        ("_validate", set()),
+        ("_ledger", {"_validate"}),
+        ("_reports", {"_validate", "_ledger"}),
+        ("accounting", {"_validate", "_ledger", "_reports"}),
+    ],
+)
+def test_accounting_needs_neither_tensorflow_nor_the_rest_of_the_package(module, own):
+    path = pathlib.Path(accounting.__file__).with_name(f"{module}.py")
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "tf_dpbn":
+            imported |= {f"tf_dpbn.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = node.module.split(".")
+            imported.add(".".join(parts[:2]) if parts[0] == "tf_dpbn" else parts[0])
+    outside = {name for name in imported if name not in sys.stdlib_module_names}
+    assert outside <= {"dp_accounting", "scipy", "numpy"} | {f"tf_dpbn.{name}" for name in own}

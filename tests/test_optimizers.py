@@ -1,0 +1,392 @@
+"""DP optimizers: a Keras optimizer that accepts nothing but clipped and noised gradients."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn import optimizers
+from tf_dpbn._keras import deserialize, keras, raw, serialize
+from tf_dpbn.mechanisms import ClippedSum, NoisedGradients
+
+SGD = keras.optimizers.SGD
+
+
+def decay():
+    return keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.7)
+
+
+INNER = {
+    "sgd": lambda: SGD(0.3),
+    "momentum": lambda: SGD(0.3, momentum=0.9, nesterov=True),
+    "schedule": lambda: SGD(decay()),
+    "adam": lambda: keras.optimizers.Adam(0.1),
+    "adam_schedule": lambda: keras.optimizers.Adam(decay(), beta_1=0.8, amsgrad=True),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.2),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.1, centered=True),
+    "name": lambda: "adam",
+}
+
+PRIVACY = dict(
+    l2_norm_clip=1.5, noise_multiplier=0.7, expected_batch_size=8, num_examples=50, delta=1e-3
+)
+
+OPTIMIZERS = {
+    "generic": lambda **kw: optimizers.DPOptimizer(INNER["momentum"](), **kw),
+    "generic_schedule": lambda **kw: optimizers.DPOptimizer(INNER["schedule"](), **kw),
+    "generic_name": lambda **kw: optimizers.DPOptimizer("rmsprop", **kw),
+    "sgd": lambda **kw: optimizers.VectorizedDPKerasSGDOptimizer(
+        **{"learning_rate": 0.3, "momentum": 0.9, **kw}
+    ),
+    "adam": lambda **kw: optimizers.VectorizedDPKerasAdamOptimizer(
+        **{"learning_rate": decay(), "beta_1": 0.8, **kw}
+    ),
+    "adagrad": lambda **kw: optimizers.VectorizedDPKerasAdagradOptimizer(
+        **{"learning_rate": 0.2, "initial_accumulator_value": 0.3, **kw}
+    ),
+}
+
+
+def make_layer(seed=0):
+    keras.utils.set_random_seed(seed)
+    layer = keras.layers.Dense(2, bias_initializer="random_normal")
+    layer.build((None, 3))
+    return layer
+
+
+def clipped_sums(count, seed=0):
+    """`count` sums for the variables of `make_layer`, as if clipped to 1.5."""
+    rng = np.random.default_rng(seed)
+    shapes = [(3, 2), (2,)]
+    return [
+        ClippedSum(tuple(tf.constant(rng.normal(size=s), tf.float32) for s in shapes), 1.5)
+        for _ in range(count)
+    ]
+
+
+def step(optimizer, layer, clipped):
+    """One update of `layer`; returns the gradients that were released."""
+    noised = optimizer.privatize(clipped)
+    optimizer.apply_gradients(noised, layer.trainable_variables)
+    return noised
+
+
+# ---------------------------------------------------------------- updates
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.1])
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_the_inner_optimizer_gets_the_released_mean(inner, noise_multiplier):
+    ours, theirs = make_layer(), make_layer()
+    optimizer = helpers.dp_optimizer(inner=inner(), noise_multiplier=noise_multiplier)
+    reference = keras.optimizers.get(inner())
+    for k, clipped in enumerate(clipped_sums(4)):
+        released = step(optimizer, ours, clipped).tensors
+        means = [tensor / 8.0 for tensor in clipped.tensors]
+        if noise_multiplier == 0:
+            np.testing.assert_array_equal(helpers.flat(released), helpers.flat(means))
+        else:
+            assert np.abs(helpers.flat(released) - helpers.flat(means)).min() > 0
+        reference.apply_gradients(zip(released, theirs.trainable_variables, strict=True))
+        np.testing.assert_array_equal(
+            helpers.flat(ours.get_weights()), helpers.flat(theirs.get_weights())
+        )
+        assert int(optimizer.iterations) == k + 1
+    assert not np.allclose(ours.get_weights()[0], make_layer().get_weights()[0])
+
+
+def test_works_in_a_function():
+    layer, optimizer = make_layer(), helpers.dp_optimizer(inner="adam")
+    (clipped,) = clipped_sums(1)
+    optimizer.build(layer.trainable_variables)
+    before = layer.get_weights()
+    traced = tf.function(lambda *sums: step(optimizer, layer, ClippedSum(sums, 1.5)).tensors)
+    traced(*clipped.tensors)
+    traced(*clipped.tensors)
+    assert int(optimizer.iterations) == 2
+    moved = helpers.flat(before) - helpers.flat(layer.get_weights())
+    np.testing.assert_allclose(moved, 0.002 * np.sign(helpers.flat(clipped.tensors)), rtol=1e-2)
+
+
+def test_noise_has_the_scale_of_the_clipping_bound():
+    optimizer = helpers.dp_optimizer(noise_multiplier=2.0, l2_norm_clip=3.0, noise_seed=0)
+    released = optimizer.privatize(ClippedSum((tf.zeros([20_000]),), 3.0)).tensors[0]
+    np.testing.assert_allclose(np.std(released), 2.0 * 3.0 / 8, rtol=0.02)
+
+
+# ---------------------------------------------------------------- refusing ordinary gradients
+
+REFUSED = {
+    "apply_gradients": lambda o, g, v: o.apply_gradients(zip(g, v, strict=True)),
+    "apply_gradients_list": lambda o, g, v: o.apply_gradients(list(zip(g, v, strict=True))),
+    "apply_gradients_clipped": lambda o, g, v: o.apply_gradients(ClippedSum(tuple(g), 1.0), v),
+    "apply": lambda o, g, v: o.apply(g, v),
+    "minimize": lambda o, g, v: o.minimize(lambda: tf.reduce_sum(raw(v[0])), v),
+    "compute_gradients": lambda o, g, v: o.compute_gradients(lambda: tf.reduce_sum(raw(v[0])), v),
+    "stateless_apply": lambda o, g, v: o.stateless_apply([], g, v),
+    "update_step": lambda o, g, v: o.update_step(g[0], v[0], 0.1),
+}
+TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel"
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("optimizer", ["generic", "adam"])
+def test_refuses_ordinary_gradients(call, optimizer):
+    layer, optimizer = make_layer(), OPTIMIZERS[optimizer](**PRIVACY)
+    before = layer.get_weights()
+    gradients = [tf.ones(v.shape) for v in layer.trainable_variables]
+    with pytest.raises(TypeError, match=f"{type(optimizer).__name__} {TRAIN_WITH}"):
+        call(optimizer, gradients, layer.trainable_variables)
+    np.testing.assert_array_equal(layer.get_weights()[0], before[0])
+
+
+@pytest.mark.parametrize("train", ["fit", "fit_eagerly", "train_on_batch"])
+@pytest.mark.parametrize("optimizer", ["generic", "adam"])
+def test_refuses_to_train_a_stock_model(train, optimizer):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(OPTIMIZERS[optimizer](**PRIVACY), "mse", run_eagerly=train == "fit_eagerly")
+    x, y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
+    before = model.get_weights()
+    with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
+        model.train_on_batch(x, y) if train == "train_on_batch" else model.fit(x, y, verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+def test_refuses_to_train_a_stock_model_in_mixed_precision():
+    """Keras wraps the compiled optimizer in one that scales losses."""
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(2, dtype="mixed_float16")(inputs))
+    scaled = keras.mixed_precision.LossScaleOptimizer(OPTIMIZERS["generic"](**PRIVACY))
+    model.compile(scaled, "mse")
+    before = model.get_weights()
+    with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
+        model.fit(np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), verbose=0)
+    np.testing.assert_array_equal(model.get_weights()[0], before[0])
+
+
+@pytest.mark.parametrize("gradients", [None, [tf.zeros([1])], NoisedGradients(())])
+def test_privatize_refuses_anything_but_a_clipped_sum(gradients):
+    with pytest.raises(TypeError, match=f"be a ClippedSum.*{re.escape(repr(gradients))}"):
+        helpers.dp_optimizer().privatize(gradients)
+
+
+def test_refuses_another_number_of_variables():
+    optimizer, layer = helpers.dp_optimizer(), make_layer()
+    noised = optimizer.privatize(clipped_sums(1)[0])
+    with pytest.raises(ValueError, match="zip"):
+        optimizer.apply_gradients(noised, layer.trainable_variables[:1])
+
+
+# ---------------------------------------------------------------- constructor errors
+
+BAD = [
+    (dict(noise_multiplier=-0.1), r"noise_multiplier.*PrivacyPlan.*noise_multiplier=-0\.1"),
+    (dict(noise_multiplier=math.nan), r"noise_multiplier.*noise_multiplier=nan"),
+    (dict(noise_multiplier=math.inf), r"noise_multiplier.*noise_multiplier=inf"),
+    (dict(noise_multiplier=None), r"noise_multiplier.*noise_multiplier=None"),
+    (dict(l2_norm_clip=0.0), r"l2_norm_clip.*l2_norm_clip=0\.0"),
+    (dict(l2_norm_clip=-2), r"l2_norm_clip.*l2_norm_clip=-2"),
+    (dict(l2_norm_clip=math.nan), r"l2_norm_clip.*l2_norm_clip=nan"),
+    (dict(l2_norm_clip=math.inf), r"l2_norm_clip.*l2_norm_clip=inf"),
+    (dict(l2_norm_clip="1"), r"l2_norm_clip.*l2_norm_clip='1'"),
+    (dict(expected_batch_size=None), r"expected_batch_size.*from_plan.*expected_batch_size=None"),
+    (dict(expected_batch_size=0), r"expected_batch_size.*expected_batch_size=0"),
+    (dict(expected_batch_size=51), r"num_examples=50.*expected_batch_size=51"),
+    (dict(num_examples=0), r"num_examples.*num_examples=0"),
+    (dict(num_examples=7.5), r"num_examples.*num_examples=7\.5"),
+    (dict(delta=0.0), r"delta.*delta=0\.0"),
+    (dict(delta=1), r"delta.*delta=1"),
+]
+
+
+@pytest.mark.parametrize("optimizer", ["generic", "sgd"])
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_refuses_bad_arguments(optimizer, arguments, message):
+    with pytest.raises(ValueError, match=f"^`.*Received: {arguments_of(message)}$"):
+        OPTIMIZERS[optimizer](**{**PRIVACY, **arguments})
+    with pytest.raises(ValueError, match=message):
+        OPTIMIZERS[optimizer](**{**PRIVACY, **arguments})
+
+
+def arguments_of(message):
+    """The last part of a pattern: what was received."""
+    return message.rsplit(".*", 1)[1]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [lambda: helpers.dp_optimizer(), lambda: keras.mixed_precision.LossScaleOptimizer(SGD())],
+    ids=["private", "loss_scale"],
+)
+def test_refuses_to_wrap_a_wrapper(inner):
+    inner = inner()
+    message = f"`inner` must be an ordinary.*Received: inner=.*{type(inner).__name__}"
+    with pytest.raises(ValueError, match=message):
+        optimizers.DPOptimizer(inner, **PRIVACY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_microbatches=4), r"expected_batch_size=8\..*on its own.*num_microbatches=4"),
+        (dict(num_microbatches=0), r"num_microbatches=0"),
+        (dict(num_microbatches=2.5), r"num_microbatches=2\.5"),
+        (dict(num_microbatches=8, expected_batch_size=0), r"=0\..*num_microbatches=8"),
+        (dict(expected_batch_size=None), r"expected_batch_size=None"),
+    ],
+)
+def test_refuses_other_numbers_of_microbatches(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OPTIMIZERS["sgd"](**{**PRIVACY, **arguments})
+
+
+def test_privacy_arguments_become_plain_numbers():
+    given = dict(
+        l2_norm_clip=np.float32(1), noise_multiplier=0, num_examples=np.int64(50), delta=1e-3
+    )
+    config = OPTIMIZERS["sgd"](expected_batch_size=np.int32(8), **given).get_config()
+    kept = {argument: config[argument] for argument in PRIVACY}
+    assert {argument: type(value) for argument, value in kept.items()} == {
+        argument: int if argument == "num_examples" else float for argument in PRIVACY
+    }
+    assert json.loads(json.dumps(kept)) == kept
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize("how", ["config", "serialization", "json"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("extra", [{}, {"name": "mine"}, {"num_examples": None, "delta": None}])
+def test_configuration_round_trip(optimizer, how, extra):
+    optimizer = optimizer(**{**PRIVACY, **extra, "noise_seed": 4242})
+    if how == "config":
+        clone = type(optimizer).from_config(optimizer.get_config())
+    elif how == "serialization":
+        clone = deserialize(serialize(optimizer))
+    else:
+        clone = deserialize(json.loads(json.dumps(serialize(optimizer))))
+    assert type(clone) is type(optimizer)
+    assert type(clone.inner) is type(optimizer.inner)
+    assert clone.get_config() == optimizer.get_config()
+    assert clone.name == optimizer.name
+    assert clone.sampling_probability == optimizer.sampling_probability
+    for argument, value in {**PRIVACY, **extra}.items():
+        assert getattr(clone, argument) == value
+    assert "4242" not in json.dumps(serialize(optimizer))
+    draws = [o._noise_source.standard_normal([tf.TensorShape([4])])[0] for o in (optimizer, clone)]
+    assert not np.array_equal(*draws)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_restored_optimizer_trains_alike(optimizer):
+    layers = [make_layer(), make_layer()]
+    original = optimizer(**{**PRIVACY, "noise_multiplier": 0.0})
+    pair = [original, deserialize(serialize(original))]
+    for clipped in clipped_sums(3):
+        for each, layer in zip(pair, layers, strict=True):
+            step(each, layer, clipped)
+    np.testing.assert_array_equal(*[helpers.flat(layer.get_weights()) for layer in layers])
+
+
+# ---------------------------------------------------------------- use as a Keras optimizer
+
+
+@pytest.mark.parametrize("optimizer", ["generic", "sgd"])
+def test_learning_rate_is_that_of_the_inner_optimizer(optimizer):
+    optimizer = OPTIMIZERS[optimizer](**PRIVACY)
+    assert float(optimizer.learning_rate) == pytest.approx(0.3)
+    optimizer.learning_rate = 0.05
+    assert float(optimizer.learning_rate) == pytest.approx(0.05)
+    assert float(optimizer.inner.learning_rate) == pytest.approx(0.05)
+    assert serialize(optimizer.inner)["config"]["learning_rate"] == pytest.approx(0.05)
+
+
+def test_learning_rate_scheduler_callback():
+    model = helpers.compiled(tf_dpbn.DPSequential([keras.Input((3,)), keras.layers.Dense(2)]))
+    callback = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    callback.set_model(model)
+    callback.on_epoch_begin(0)
+    assert float(model.optimizer.inner.learning_rate) == 0.5
+
+
+def test_iterations_and_variables_are_those_of_the_inner_optimizer():
+    optimizer, layer = OPTIMIZERS["generic"](**PRIVACY), make_layer()
+    optimizer.build(layer.trainable_variables)
+    step(optimizer, layer, clipped_sums(1)[0])
+    assert int(optimizer.iterations) == int(optimizer.inner.iterations) == 1
+    assert [id(v) for v in optimizer.variables] == [id(v) for v in optimizer.inner.variables]
+    assert any(v.shape == (3, 2) for v in optimizer.variables)  # the momentum
+
+
+def test_averaged_weights_are_written_back():
+    inner = SGD(1.0, use_ema=True, ema_momentum=0.5)
+    optimizer, layer = helpers.dp_optimizer(inner=inner), make_layer()
+    optimizer.build(layer.trainable_variables)
+    for clipped in clipped_sums(3):
+        step(optimizer, layer, clipped)
+    last = layer.get_weights()[0]
+    optimizer.finalize_variable_values(layer.trainable_variables)
+    assert not np.allclose(layer.get_weights()[0], last)
+
+
+# ------------------------------------------------------------ plans, tensorflow-privacy's arguments
+
+
+def make_plan():
+    return tf_dpbn.PrivacyPlan(
+        noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1
+    )
+
+
+@pytest.mark.parametrize("name", ["generic", "sgd", "adam", "adagrad"])
+def test_from_plan(name):
+    cls = type(OPTIMIZERS[name](**PRIVACY))
+    inner = dict(inner=SGD(0.3)) if name == "generic" else dict(learning_rate=0.3)
+    optimizer = cls.from_plan(make_plan(), l2_norm_clip=2.0, **inner)
+    assert type(optimizer) is cls
+    assert optimizer.noise_multiplier == 1.2
+    assert (optimizer.expected_batch_size, optimizer.num_examples) == (20, 400)
+    assert (optimizer.delta, optimizer.sampling_probability) == (1e-4, 0.05)
+    assert optimizer.l2_norm_clip == 2.0
+    assert float(optimizer.learning_rate) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("noise_multiplier", 1.1),
+        ("expected_batch_size", 20),
+        ("num_examples", 400),
+        ("delta", 1e-5),
+        ("num_microbatches", 20),
+    ],
+)
+def test_from_plan_refuses_what_the_plan_decides(argument, value):
+    message = f"`{argument}` must be left out. The plan decides it. Received: {argument}={value}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
+            make_plan(), l2_norm_clip=1.0, **{argument: value}
+        )
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
+def test_positional_arguments_of_tensorflow_privacy(name):
+    cls = type(OPTIMIZERS[name](**PRIVACY))
+    optimizer = cls(1.5, 0.7, 8, 0.25)
+    assert (optimizer.l2_norm_clip, optimizer.noise_multiplier) == (1.5, 0.7)
+    assert optimizer.expected_batch_size == 8.0
+    assert optimizer.sampling_probability is None
+    assert float(optimizer.learning_rate) == pytest.approx(0.25)
+    assert cls.__name__ == f"VectorizedDPKeras{cls.inner_class.__name__}Optimizer"
+
+
+def test_microbatches_may_equal_the_batch_size():
+    optimizer = OPTIMIZERS["sgd"](**{**PRIVACY, "num_microbatches": 8})
+    assert optimizer.expected_batch_size == 8.0
+    assert "num_microbatches" not in optimizer.get_config()

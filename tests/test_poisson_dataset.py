@@ -1,0 +1,309 @@
+"""Padded datasets of Poisson batches, what they carry, masks, and the plan that makes them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dpbn import accounting
+from tf_dpbn.sampling import (
+    PoissonSampling,
+    PoissonSource,
+    PrivacyPlan,
+    poisson_dataset,
+    real_example_mask,
+    source_of,
+)
+
+
+def make_sampling(num_examples=20, rate=0.25, rows=20, steps=10) -> PoissonSampling:
+    return PoissonSampling(
+        num_examples=num_examples,
+        sampling_probability=rate,
+        max_batch_size=rows,
+        steps_per_epoch=steps,
+    )
+
+
+def small_dataset(num_examples=100, batch=50, rows=100, steps=3, seed=None):
+    numbers = np.arange(num_examples) + 1
+    return poisson_dataset(
+        numbers,
+        numbers,
+        expected_batch_size=batch,
+        max_batch_size=rows,
+        steps_per_epoch=steps,
+        seed=seed,
+    )
+
+
+def drawn_by(dataset) -> list[tuple[int, ...]]:
+    """One iteration: the examples' numbers, row by row."""
+    return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
+
+
+# Datasets.
+
+
+def test_dataset_gathers_rows_and_zeroes_padding():
+    rng = np.random.default_rng(14)
+    x, y = rng.normal(size=(30, 4, 5)).astype("float32") + 9, np.arange(30) + 1
+    weight = rng.uniform(0.5, 2.0, size=30)
+    dataset = poisson_dataset(
+        x, y, weight, expected_batch_size=6, max_batch_size=16, steps_per_epoch=50, seed=0
+    )
+    padded = 0
+    for batch_x, batch_y, batch_weight in dataset.as_numpy_iterator():
+        assert batch_x.shape == (16, 4, 5) and batch_y.shape == batch_weight.shape == (16,)
+        real = batch_y > 0
+        examples = batch_y[real] - 1
+        np.testing.assert_array_equal(batch_x[real], x[examples])
+        np.testing.assert_array_equal(batch_weight[real], weight[examples].astype("float32"))
+        assert not batch_x[~real].any() and not batch_weight[~real].any()
+        np.testing.assert_array_equal(real_example_mask(batch_weight), real)
+        padded += int((~real).sum())
+    assert 0 < padded < 50 * 16
+
+
+def test_dataset_has_static_shapes_types_and_length():
+    dataset = poisson_dataset(
+        np.zeros((30, 4), "float16"), np.zeros(30, "int32"), expected_batch_size=7, max_batch_size=9
+    )
+    assert dataset.element_spec == (
+        tf.TensorSpec((9, 4), tf.float16),
+        tf.TensorSpec((9,), tf.int32),
+        tf.TensorSpec((9,), tf.float32),
+    )
+    assert int(dataset.cardinality()) == len(dataset) == 5  # ceil(30 / 7)
+    assert len(list(dataset)) == len(list(dataset)) == 5
+
+
+def test_padding_keeps_not_a_number_and_infinity_out():
+    x = np.full((10, 2), np.nan, "float32")
+    x[5:] = np.inf
+    dataset = poisson_dataset(x, x, expected_batch_size=2, max_batch_size=10, seed=0)
+    for batch_x, batch_y, weight in dataset.as_numpy_iterator():
+        assert not batch_x[weight == 0].any() and not batch_y[weight == 0].any()
+        assert not np.isfinite(batch_x[weight == 1]).any()
+
+
+def test_empty_draws_are_batches_of_padding():
+    dataset = poisson_dataset(
+        np.ones((50, 2)),
+        np.ones(50),
+        expected_batch_size=1,
+        max_batch_size=4,
+        steps_per_epoch=200,
+        seed=15,
+    )
+    empty = [x for x, _, weight in dataset.as_numpy_iterator() if not weight.any()]
+    assert 40 < len(empty) < 110  # 200 * (1 - 1/50)^50 = 73
+    assert all(x.shape == (4, 2) and not x.any() for x in empty)
+
+
+def test_dataset_overflow_fills_all_rows():
+    dataset = poisson_dataset(
+        np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16
+    )
+    full = [int(weight.sum()) for _, _, weight in dataset.repeat(30).as_numpy_iterator()]
+    assert max(full) == 50 and min(full) < 50
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+def test_nests_keep_their_structure_and_lists_become_tuples():
+    numbers = np.arange(1, 13)
+    x = {
+        "image": numbers[:, None].astype("float64"),
+        "parts": [numbers, Pair(numbers.astype("int8"), tf.constant(numbers))],
+        "text": np.array([f"text {n}" for n in numbers]),
+        "words": np.array([[f"word {n}", "end"] for n in numbers], dtype=object),
+    }
+    y = (numbers.astype(bool), numbers)
+    dataset = poisson_dataset(x, y, expected_batch_size=4, max_batch_size=12, seed=0)
+    for batch_x, batch_y, weight in dataset.as_numpy_iterator():
+        real = weight > 0
+        drawn = batch_y[1][real]
+        assert isinstance(batch_x["parts"], tuple) and isinstance(batch_x["parts"][1], Pair)
+        np.testing.assert_array_equal(batch_x["image"][real, 0], drawn)
+        np.testing.assert_array_equal(batch_x["parts"][0][real], drawn)
+        np.testing.assert_array_equal(batch_x["parts"][1].left[real], drawn)
+        np.testing.assert_array_equal(batch_x["parts"][1].right[real], drawn)
+        assert batch_x["text"][real].tolist() == [f"text {n}".encode() for n in drawn]
+        assert batch_x["words"][real].tolist() == [[f"word {n}".encode(), b"end"] for n in drawn]
+        np.testing.assert_array_equal(batch_y[0], real)
+        for leaf in tf.nest.flatten((batch_x, batch_y)):
+            assert not np.any(leaf[~real] != np.zeros((), leaf.dtype)) or leaf.dtype == object
+        assert set(batch_x["text"][~real]) <= {b""} and not any(batch_x["words"][~real].ravel())
+
+
+def test_weights_may_have_more_dimensions():
+    weight = np.arange(1, 25).reshape(12, 2)
+    dataset = poisson_dataset(
+        np.arange(12), np.arange(12), weight, expected_batch_size=4, max_batch_size=12, seed=0
+    )
+    for x, _, batch_weight in dataset.as_numpy_iterator():
+        real = batch_weight.any(axis=1)
+        assert batch_weight.shape == (12, 2) and batch_weight.dtype == np.float32
+        np.testing.assert_array_equal(batch_weight[real], weight[x[real]])
+
+
+def test_rows_of_a_batch_split_over_replicas_are_one_draw():
+    # What tf.distribute does to a batch: it cuts it by rows.
+    dataset = small_dataset(seed=17)
+    halves = drawn_by(dataset.rebatch(50))
+    whole = drawn_by(small_dataset(seed=17))
+    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole
+
+
+# The note that a dataset carries.
+
+
+def test_source_tells_the_sampling_and_labels():
+    labels = np.arange(100)
+    dataset = poisson_dataset(
+        labels, labels, expected_batch_size=8, max_batch_size=24, steps_per_epoch=4
+    )
+    source = source_of(dataset)
+    assert source is dataset.tf_dpbn_source and isinstance(source, PoissonSource)
+    assert source.labels is labels
+    assert source.sampling == make_sampling(100, 0.08, rows=24, steps=4)
+    assert source.sampling.expected_batch_size == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize("derive", [lambda d: d.cache(), lambda d: d.repeat(), lambda d: d.take(1)])
+def test_derived_datasets_lose_the_source(derive):
+    assert source_of(derive(small_dataset())) is None
+
+
+@pytest.mark.parametrize("other", [None, np.zeros(3), tf.data.Dataset.range(3)])
+def test_other_data_has_no_source(other):
+    assert source_of(other) is None
+
+
+def test_source_of_ignores_a_foreign_attribute():
+    dataset = tf.data.Dataset.range(3)
+    dataset.tf_dpbn_source = "something else"
+    assert source_of(dataset) is None
+
+
+# Masks.
+
+
+@pytest.mark.parametrize(
+    "weight,expected",
+    [
+        ([1.0, 0.0, -0.0, 0.5, -2.0], [True, False, False, True, True]),
+        ([math.nan, 0.0, math.inf], [True, False, True]),
+        ([[0.0, 0.0], [0.0, 1.0], [2.0, 3.0]], [False, True, True]),
+        ([[1.0, -1.0], [0.0, 0.0]], [True, False]),
+        (np.array([[[0], [0]], [[0], [7]]]), [False, True]),
+        ([True, False], [True, False]),
+        (np.zeros(0, "float32"), []),
+    ],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_real_example_mask(weight, expected, compiled):
+    weight = tf.constant(weight)
+    function = real_example_mask
+    if compiled:
+        unknown = tf.TensorSpec(None, weight.dtype)  # not even the rank is known
+        function = tf.function(real_example_mask, input_signature=[unknown])
+    mask = function(weight)
+    assert mask.dtype == tf.bool
+    assert mask.numpy().tolist() == expected
+
+
+def test_real_example_mask_refuses_scalars():
+    with pytest.raises(ValueError, match="`sample_weight` must have a batch dimension"):
+        real_example_mask(1.0)
+
+
+# Errors.
+
+
+ARRAY = np.zeros(10)
+
+
+@pytest.mark.parametrize(
+    "arguments,change,error,message",
+    [
+        ((ARRAY, ARRAY[:9]), {}, ValueError, r"same number of examples.*\[10, 9\]"),
+        (({"a": ARRAY, "b": ARRAY[:3]}, ARRAY), {}, ValueError, r"\[10, 3, 10\]"),
+        ((ARRAY[:0], ARRAY[:0]), {}, ValueError, r"at least 1.*\[0, 0\]"),
+        ((ARRAY, None), {}, TypeError, "`y` must hold dense arrays.*NoneType"),
+        ((ARRAY, [1, 2]), {}, ValueError, r"`y\[0\]` must hold arrays, not scalars.*=1"),
+        (({"a": tf.ragged.constant([[1], []])}, ARRAY), {}, TypeError, r"x\['a'\]=.*Ragged"),
+        ((tf.data.Dataset.range(3), ARRAY), {}, TypeError, "`x` must hold dense arrays"),
+        ((np.array([{}] * 10, object), ARRAY), {}, TypeError, "`x` must hold dense arrays"),
+        ((ARRAY, ARRAY, ARRAY[:4]), {}, ValueError, r"each of the 10 examples.*\(4,\)"),
+        ((ARRAY, ARRAY, 1.0), {}, ValueError, r"each of the 10 examples.*\(\)"),
+        ((ARRAY, ARRAY, {"a": ARRAY}), {}, TypeError, "one array of real numbers"),
+        ((ARRAY, ARRAY, ARRAY + np.nan), {}, ValueError, "finite float32"),
+        ((ARRAY, ARRAY, ARRAY + 1e300), {}, ValueError, "finite float32"),
+        ((ARRAY, ARRAY), {"expected_batch_size": 11}, ValueError, "10.*expected_batch_size=11"),
+        ((ARRAY, ARRAY), {"expected_batch_size": 0}, ValueError, "expected_batch_size=0"),
+        ((ARRAY, ARRAY), {"expected_batch_size": 2.5}, ValueError, "expected_batch_size=2.5"),
+        ((ARRAY, ARRAY), {"max_batch_size": 3}, ValueError, "at least.*4.*max_batch_size=3"),
+        ((ARRAY, ARRAY), {"max_batch_size": 4.5}, ValueError, "max_batch_size=4.5"),
+        ((ARRAY, ARRAY), {"steps_per_epoch": 0}, ValueError, "steps_per_epoch=0"),
+        ((ARRAY, ARRAY), {"seed": -1}, ValueError, "seed=-1"),
+        ((ARRAY, ARRAY), {"seed": 0.5}, ValueError, "seed=0.5"),
+        ((ARRAY, ARRAY), {"seed": True}, ValueError, "seed=True"),
+    ],
+)
+def test_dataset_refuses_bad_arguments(arguments, change, error, message):
+    sizes = {"expected_batch_size": 4, "max_batch_size": 8, **change}
+    with pytest.raises(error, match=message):
+        poisson_dataset(*arguments, **sizes)
+
+
+# The plan.
+
+
+def make_plan(**change) -> PrivacyPlan:
+    fields = {"noise_multiplier": 1.0, "delta": 1e-5, "num_examples": 30, "steps": 20}
+    return PrivacyPlan(**{**fields, "expected_batch_size": 7, **change})
+
+
+def test_plan_makes_the_dataset_it_accounts_for():
+    plan = make_plan()
+    labels = np.arange(30)
+    dataset = plan.poisson_dataset(np.ones((30, 2)), labels)
+    source = source_of(dataset)
+    assert source.labels is labels
+    assert source.sampling == make_sampling(30, 7 / 30, rows=plan.max_batch_size, steps=5)
+    assert source.sampling.sampling_probability == plan.record().sampling_probability
+    assert len(dataset) == plan.steps_per_epoch == 5
+    assert dataset.element_spec[0].shape == (plan.max_batch_size, 2)
+
+
+def test_plan_hands_on_weights_and_seed():
+    plan, numbers = make_plan(), np.arange(30) + 1
+    weighted = plan.poisson_dataset(numbers, numbers, numbers / 2, seed=18)
+    direct = poisson_dataset(
+        numbers, numbers, expected_batch_size=7, max_batch_size=plan.max_batch_size, seed=18
+    )
+    assert drawn_by(weighted) == drawn_by(direct)
+    for x, _, weight in weighted.as_numpy_iterator():
+        np.testing.assert_array_equal(weight, x / 2)
+
+
+@pytest.mark.parametrize("length", [1, 29, 31])
+def test_plan_refuses_data_of_another_length(length):
+    data = {"a": np.zeros((length, 2))}
+    with pytest.raises(ValueError, match=rf"num_examples=30 examples.* Received: x, y={length}$"):
+        make_plan().poisson_dataset(data, np.zeros(length))
+
+
+def test_plan_is_an_accounting_plan_and_can_be_replaced():
+    plan = dataclasses.replace(make_plan(), num_examples=40)
+    assert isinstance(plan, PrivacyPlan) and isinstance(plan, accounting.PrivacyPlan)
+    assert source_of(plan.poisson_dataset(np.zeros(40), np.zeros(40))).sampling.num_examples == 40
+    assert plan.epsilon < make_plan().epsilon

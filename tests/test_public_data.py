@@ -1,0 +1,357 @@
+"""The synthetic public batches, and the check of public batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tf_dpbn.public_data import dead_leaves, random_fields, uniform_noise, validate_batch
+
+GENERATORS = [uniform_noise, random_fields, dead_leaves]
+
+
+# All generators.
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 5, 3), (1, 1, 1), (1, 6, 2)])
+@pytest.mark.parametrize(
+    "value_range,dtype",
+    [
+        ((0.0, 1.0), "float32"),
+        ((-1.0, 1.0), "float64"),
+        ((0.1, 0.3), "float32"),  # float32(0.1) > 0.1 and float32(0.3) > 0.3
+        ((-0.3, -0.1), "float16"),
+        ((0, 255), "uint8"),
+        ((-128, 127), np.int8),
+        ((-2.5, 3.5), "int64"),
+        ((0, 255), "float32"),
+    ],
+)
+def test_values_have_shape_and_type_and_stay_inside_the_range(generator, shape, value_range, dtype):
+    batch = generator(shape, 6, value_range=value_range, dtype=dtype, seed=0)
+    assert batch.shape == (6, *shape) and batch.dtype == np.dtype(dtype)
+    # As Python numbers: numpy would round the range to the type of the batch.
+    assert value_range[0] <= batch.min().item() < batch.max().item() <= value_range[1]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_values_fill_the_range(generator):
+    batch = generator((16, 16, 3), 64, value_range=(-3.0, 5.0), seed=1)
+    assert batch.min() < -2.9 and batch.max() > 4.9
+    assert 0.0 < batch.mean() < 2.0 and batch.std() > 0.8
+    for channel in np.moveaxis(batch, -1, 0):
+        assert channel.min() < -2.8 and channel.max() > 4.8
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_every_whole_number_of_an_integer_range_occurs(generator):
+    batch = generator((16, 16, 1), 32, value_range=(0, 5), dtype="uint8", seed=2)
+    assert np.unique(batch).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_default_batch_is_128_unit_range_float32(generator):
+    batch = generator((4, 4, 1))
+    assert batch.shape == (128, 4, 4, 1) and batch.dtype == np.float32
+    assert 0.0 <= batch.min() < 0.1 and 0.9 < batch.max() <= 1.0
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_rows_differ(generator):
+    batch = generator((8, 8, 3), 20, seed=3)
+    assert len({row.tobytes() for row in batch}) == 20
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_seed_repeats_the_batch(generator):
+    draw = functools.partial(generator, (6, 6, 2), 3)
+    np.testing.assert_array_equal(draw(seed=4), draw(seed=4))
+    assert not np.array_equal(draw(seed=4), draw(seed=5))
+    assert not np.array_equal(draw(), draw())
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_global_random_state_is_neither_read_nor_moved(generator):
+    np.random.seed(6)
+    expected = np.random.random()
+    np.random.seed(6)
+    first = generator((6, 6, 2), 3)
+    assert np.random.random() == expected
+    np.random.seed(6)
+    assert not np.array_equal(generator((6, 6, 2), 3), first)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        ({"shape": (4, 0, 1)}, ValueError, r"shape=\(4, 0, 1\)"),
+        ({"shape": (None, 4, 4, 1)}, ValueError, "Leave out the batch dimension"),
+        ({"shape": (4, 4.0, 1)}, ValueError, r"shape=\(4, 4.0, 1\)"),
+        ({"shape": (4, True, 1)}, ValueError, r"shape=\(4, True, 1\)"),
+        ({"shape": "441"}, ValueError, "shape='441'"),
+        ({"shape": 4}, ValueError, "shape=4"),
+        ({"batch_size": 0}, ValueError, "batch_size=0"),
+        ({"batch_size": 2.5}, ValueError, "batch_size=2.5"),
+        ({"value_range": (1.0, 1.0)}, ValueError, r"below its high end.*\(1.0, 1.0\)"),
+        ({"value_range": (1.0, 0.0)}, ValueError, r"below its high end.*\(1.0, 0.0\)"),
+        ({"value_range": (0.0, math.inf)}, ValueError, "finite.*inf"),
+        ({"value_range": (math.nan, 1.0)}, ValueError, "finite.*nan"),
+        ({"value_range": (0.0, 0.5, 1.0)}, ValueError, "pair of finite numbers"),
+        ({"value_range": ("0", "1")}, ValueError, "pair of finite numbers"),
+        ({"value_range": 1.0}, ValueError, "value_range=1.0"),
+        ({"value_range": (0, 256), "dtype": "uint8"}, ValueError, r"uint8: \[0, 255\].*256"),
+        ({"value_range": (-1, 255), "dtype": "uint8"}, ValueError, r"uint8: \[0, 255\].*-1"),
+        ({"value_range": (0, 1e5), "dtype": "float16"}, ValueError, r"inside float16.*100000"),
+        ({"value_range": (0, 2**60), "dtype": "int64"}, ValueError, "inside int64"),
+        ({"value_range": (0.2, 0.8), "dtype": "int8"}, ValueError, "at least two numbers of int8"),
+        ({"value_range": (0.2, 1.8), "dtype": "int8"}, ValueError, "at least two numbers of int8"),
+        ({"value_range": (1, 1 + 1e-9)}, ValueError, "at least two numbers of float32"),
+        ({"dtype": "complex64"}, TypeError, "dtype='complex64'"),
+        ({"dtype": bool}, TypeError, "dtype=<class 'bool'>"),
+        ({"dtype": "str"}, TypeError, "dtype='str'"),
+        ({"dtype": "no such type"}, TypeError, "dtype='no such type'"),
+        ({"dtype": None}, TypeError, "dtype=None"),
+        ({"seed": -1}, ValueError, "seed=-1"),
+        ({"seed": 1.5}, ValueError, "seed=1.5"),
+    ],
+)
+def test_generators_refuse_bad_arguments(generator, change, error, message):
+    with pytest.raises(error, match=message):
+        generator(**{"shape": (4, 4, 1), "batch_size": 4, **change})
+
+
+# Uniform noise.
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 3), (2, 3, 4, 5, 2)])
+def test_uniform_noise_has_any_shape(shape):
+    assert uniform_noise(shape, 4, seed=0).shape == (4, *shape)
+
+
+def test_uniform_noise_is_uniform_and_independent():
+    batch = uniform_noise((100,), 200, value_range=(-2.0, 6.0), dtype="float64", seed=7)
+    unit = (batch + 2.0) / 8.0
+    assert stats.kstest(unit.ravel(), "uniform").pvalue > 1e-3
+    assert stats.kstest(unit.ravel() ** 1.05, "uniform").pvalue < 1e-3  # the test can fail
+    products = ((unit[:, :-1] - 0.5) * (unit[:, 1:] - 0.5)).ravel() * 12
+    assert abs(products.sum()) / math.sqrt(products.size) < 3.5
+
+
+def test_uniform_noise_takes_whole_numbers_equally_often():
+    batch = uniform_noise((1000,), 60, value_range=(-3, 3), dtype="int32", seed=8)
+    counts = [np.count_nonzero(batch == value) for value in range(-3, 4)]
+    assert sum(counts) == batch.size
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_uniform_noise_covers_the_widest_ranges():
+    widest = np.finfo("float64").max
+    batch = uniform_noise((50,), 50, value_range=(-widest, widest), dtype="float64", seed=9)
+    assert np.all(np.isfinite(batch)) and batch.min() < -0.9 * widest and batch.max() > 0.9 * widest
+    whole = uniform_noise((50,), 50, value_range=(-(2**53), 2**53), dtype="int64", seed=9)
+    assert whole.min() < -0.9 * 2**53 and whole.max() > 0.9 * 2**53
+
+
+# Random fields.
+
+
+def spectral_slope(batch: np.ndarray) -> float:
+    """Fits log power against log frequency over all frequencies but 0; spatial axes 1 to -2."""
+    spatial = batch.shape[1:-1]
+    axes = tuple(range(1, 1 + len(spatial)))
+    power = (np.abs(np.fft.fftn(batch, axes=axes)) ** 2).mean(axis=(0, -1)).ravel()
+    grid = np.meshgrid(*[np.fft.fftfreq(length) for length in spatial], indexing="ij")
+    frequency = np.sqrt(sum(component**2 for component in grid)).ravel()
+    kept = frequency > 0
+    return float(np.polyfit(np.log(frequency[kept]), np.log(power[kept]), 1)[0])
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("shape", [(64, 2), (32, 32, 2), (31, 16, 1), (12, 12, 12, 1)])
+def test_random_fields_have_the_spectrum(shape, exponent):
+    batch = random_fields(shape, 300, exponent=exponent, dtype="float64", seed=10)
+    # Stretching to the range weighs examples differently and so cannot change the slope.
+    assert spectral_slope(batch) == pytest.approx(-exponent, abs=0.06)
+
+
+def test_random_fields_default_is_smooth():
+    batch = random_fields((32, 32, 1), 50, seed=11)
+    neighbours = np.abs(np.diff(batch, axis=1)).mean()
+    noise = np.abs(np.diff(uniform_noise((32, 32, 1), 50, seed=11), axis=1)).mean()
+    assert neighbours < 0.25 * noise
+
+
+@pytest.mark.parametrize("dtype,value_range", [("float32", (-1.0, 1.0)), ("uint8", (0, 255))])
+def test_random_fields_fill_the_range_in_every_example(dtype, value_range):
+    batch = random_fields((8, 8, 3), 20, dtype=dtype, value_range=value_range, seed=12)
+    assert np.all(batch.min(axis=(1, 2, 3)) == value_range[0])
+    assert np.all(batch.max(axis=(1, 2, 3)) == value_range[1])
+
+
+def test_random_fields_have_independent_channels():
+    batch = random_fields((16, 16, 2), 400, exponent=1.0, dtype="float64", seed=13)
+    centered = batch - batch.mean(axis=(1, 2), keepdims=True)
+    flat = centered.reshape(400, 256, 2) / centered.std(axis=(1, 2)).reshape(400, 1, 2)
+    assert abs((flat[..., 0] * flat[..., 1]).mean()) < 0.02
+
+
+def test_random_fields_of_one_position_are_uniform_values():
+    batch = random_fields((1, 1), 2000, dtype="float64", seed=14)
+    assert stats.kstest(batch.ravel(), "uniform").pvalue > 1e-3
+
+
+def test_random_fields_stand_a_huge_exponent():
+    batch = random_fields((16, 16, 1), 4, exponent=1e4, seed=15)
+    assert np.all(np.isfinite(batch)) and batch.max() == 1.0 and batch.min() == 0.0
+
+
+@pytest.mark.parametrize("shape", [(5,), (), (2, 2, 2, 2, 1)])
+def test_random_fields_refuse_other_ranks(shape):
+    with pytest.raises(ValueError, match="1 to 3 spatial dimensions, then channels"):
+        random_fields(shape, 4)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, math.inf, math.nan, "2"])
+def test_random_fields_refuse_a_bad_exponent(exponent):
+    with pytest.raises(ValueError, match=f"Received: exponent={exponent!r}"):
+        random_fields((4, 4, 1), 4, exponent=exponent)
+
+
+# Dead leaves.
+
+
+def equal_neighbours(batch: np.ndarray) -> np.ndarray:
+    """Returns the share of horizontal neighbours of one colour, for each column border."""
+    return np.all(batch[:, :, 1:] == batch[:, :, :-1], axis=-1).mean(axis=(0, 1))
+
+
+def test_dead_leaves_have_flat_areas_and_edges():
+    flat = equal_neighbours(dead_leaves((32, 32, 3), 100, seed=16)).mean()
+    assert 0.6 < flat < 0.95
+    assert equal_neighbours(uniform_noise((32, 32, 3), 100, seed=16)).mean() < 0.01
+
+
+def test_dead_leaves_look_alike_at_borders_and_in_the_middle():
+    flat = equal_neighbours(dead_leaves((24, 24, 1), 400, seed=17))
+    outer, middle = flat[[0, 1, -2, -1]].mean(), flat[9:14].mean()
+    assert outer == pytest.approx(middle, abs=0.02)
+
+
+def test_dead_leaves_have_larger_areas_for_larger_radii():
+    small = equal_neighbours(dead_leaves((32, 32, 1), 50, radius_range=(0.05, 0.1), seed=18))
+    large = equal_neighbours(dead_leaves((32, 32, 1), 50, radius_range=(0.3, 1.0), seed=18))
+    assert small.mean() < large.mean() - 0.2
+
+
+def test_dead_leaves_hide_the_background():
+    # The background has the first colours drawn of a batch.
+    backgrounds = np.random.default_rng(19).random((200, 1, 1, 2)).astype("float32")
+    batch = dead_leaves((16, 16, 2), 200, seed=19)
+    shown = np.all(batch == backgrounds, axis=-1).mean()
+    assert shown == pytest.approx(math.exp(-5.0), abs=0.003)
+
+
+def test_dead_leaves_have_uniform_colours():
+    corners = dead_leaves((6, 6, 2), 400, dtype="float64", seed=20)[:, 0, 0]
+    assert stats.kstest(corners[:, 0], "uniform").pvalue > 1e-3
+    assert stats.kstest(corners[:, 1], "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(corners.T)[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("shape", [(5,), (8, 8), (4, 8, 8, 3)])
+def test_dead_leaves_refuse_other_ranks(shape):
+    with pytest.raises(ValueError, match="`shape` must be height, width, channels"):
+        dead_leaves(shape, 4)
+
+
+@pytest.mark.parametrize("radii", [(0.0, 0.5), (0.001, 0.5), (0.5, 0.1), (0.1, 3.0), (0.1, 0.1)])
+def test_dead_leaves_refuse_bad_radii(radii):
+    with pytest.raises(ValueError, match="Received: radius_range="):
+        dead_leaves((8, 8, 1), 4, radius_range=radii)
+
+
+# The check of public batches.
+
+
+@pytest.mark.parametrize(
+    "batch,arguments,expected_type",
+    [
+        (np.zeros((2, 3), "float32"), {}, "float32"),
+        ([[1, 2], [3, 4]], {}, np.array([1]).dtype),
+        (np.zeros((2, 3), "float64"), {"dtype": "float32"}, "float32"),
+        (np.zeros((2, 3), "uint8"), {"dtype": "float32"}, "float32"),
+        (np.full((2, 3), 255, "int64"), {"dtype": "uint8"}, "uint8"),
+        (np.zeros((9, 28, 28, 1)), {"expected_shape": (None, 28, 28, 1)}, "float64"),
+        (np.zeros((9, 5, 7, 1)), {"expected_shape": (None, None, None, 1)}, "float64"),
+        (np.zeros((9, 4)), {"expected_shape": [9, 4]}, "float64"),
+        (np.array([[0.0], [1.0]]), {"value_range": (0.0, 1.0)}, "float64"),
+        (np.array([[0.1], [0.3]], "float32"), {"value_range": (0.1, 0.3)}, "float32"),
+        (np.array([[0.1], [0.3]]), {"value_range": (0.1, 0.3), "dtype": "float16"}, "float16"),
+        (np.array([[0], [255]], "uint8"), {"value_range": (0.0, 255.0)}, "uint8"),
+        (np.array([[0], [9]], "uint64"), {"value_range": (-1, 2**70)}, "uint64"),
+        (np.ones((2, 1), "float16"), {"value_range": (0.0, 1e9)}, "float16"),
+    ],
+)
+def test_validate_batch_returns_the_values(batch, arguments, expected_type):
+    checked = validate_batch(batch, **arguments)
+    assert isinstance(checked, np.ndarray) and checked.dtype == np.dtype(expected_type)
+    np.testing.assert_array_equal(checked, np.asarray(batch).astype(expected_type))
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("value_range,dtype", [((0.1, 0.3), "float32"), ((0, 255), "uint8")])
+def test_validate_batch_takes_every_generated_batch(generator, value_range, dtype):
+    batch = generator((6, 6, 1), 4, value_range=value_range, dtype=dtype, seed=0)
+    checked = validate_batch(
+        batch, expected_shape=(None, 6, 6, 1), dtype=dtype, value_range=value_range
+    )
+    np.testing.assert_array_equal(checked, batch)
+
+
+ZEROS = np.zeros((4, 3))
+
+
+@pytest.mark.parametrize(
+    "batch,arguments,error,message",
+    [
+        (ZEROS, {"expected_shape": (None, 4)}, ValueError, r"\(None, 4\).*shape=\(4, 3\)"),
+        (ZEROS, {"expected_shape": (None,)}, ValueError, r"shape=\(4, 3\)"),
+        (ZEROS, {"expected_shape": (None, 3, 1)}, ValueError, r"shape=\(4, 3\)"),
+        (ZEROS, {"expected_shape": (5, 3)}, ValueError, r"shape=\(4, 3\)"),
+        (ZEROS[:1], {}, ValueError, r"at least 2 rows.*shape=\(1, 3\)"),
+        (ZEROS[:0], {}, ValueError, r"at least 2 rows.*shape=\(0, 3\)"),
+        (1.0, {}, ValueError, r"at least 2 rows.*shape=\(\)"),
+        (ZEROS[:, :0], {}, ValueError, r"at least one value.*shape=\(4, 0\)"),
+        (np.where(np.eye(4, 3) > 0, np.nan, 0.0), {}, ValueError, "3 values NaN or infinite"),
+        (np.array([[-np.inf], [1.0]]), {}, ValueError, "1 values NaN or infinite"),
+        (ZEROS > 0, {}, TypeError, "real float or integer.*bool"),
+        (ZEROS.astype(complex), {}, TypeError, "real float or integer.*complex128"),
+        (ZEROS.astype(str), {}, TypeError, "real float or integer.*<U"),
+        (ZEROS.astype(object), {}, TypeError, "real float or integer.*dtype\\('O'\\)"),
+        (None, {}, TypeError, "real float or integer.*dtype\\('O'\\)"),
+        (ZEROS, {"dtype": "int32"}, TypeError, "be an integer type.*int32.*float64"),
+        (ZEROS, {"dtype": "bool"}, TypeError, "dtype='bool'"),
+        (ZEROS.astype(int) + 256, {"dtype": "uint8"}, ValueError, r"uint8.*\[256, 256\]"),
+        (ZEROS.astype(int) - 1, {"dtype": "uint8"}, ValueError, r"uint8.*\[-1, -1\]"),
+        (ZEROS + 1e5, {"dtype": "float16"}, ValueError, r"float16.*\[100000.0, 100000.0\]"),
+        (ZEROS + 1.01, {"value_range": (0, 1)}, ValueError, r"lie in \[0, 1\].*\[1.01, 1.01\]"),
+        (ZEROS - 0.01, {"value_range": (0, 1)}, ValueError, r"lie in \[0, 1\].*-0.01"),
+        (ZEROS.astype("uint8") + 255, {"value_range": (0, 1)}, ValueError, r"\[255, 255\]"),
+        (ZEROS.astype("uint8"), {"value_range": (0.5, 1)}, ValueError, r"\[0, 0\]"),
+        (ZEROS, {"value_range": (1, 0)}, ValueError, "below its high end"),
+    ],
+)
+def test_validate_batch_refuses(batch, arguments, error, message):
+    with pytest.raises(error, match=message):
+        validate_batch(batch, **arguments)
+
+
+def test_validate_batch_uses_the_name_in_errors():
+    with pytest.raises(ValueError, match="`calibration.shape` must"):
+        validate_batch(ZEROS[:1], name="calibration")

@@ -1,0 +1,361 @@
+"""The law of the Poisson draws, and the datasets made from them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from scipy import stats
+
+from tf_dpbn.sampling import (
+    PoissonSampling,
+    poisson_dataset,
+    poisson_indices,
+    source_of,
+)
+
+# Draws are seeded, so nothing here is flaky. A right sampler fails a test at this level with
+# probability 1e-3 at writing; the planted wrong ones fall far below `REJECTED`.
+ACCEPTED, REJECTED = 1e-3, 1e-6
+
+
+def make_sampling(num_examples=20, rate=0.25, rows=20, steps=10) -> PoissonSampling:
+    return PoissonSampling(
+        num_examples=num_examples,
+        sampling_probability=rate,
+        max_batch_size=rows,
+        steps_per_epoch=steps,
+    )
+
+
+def memberships(batches, num_examples: int) -> np.ndarray:
+    """Returns bool [steps, num_examples]: which example is in which batch."""
+    inside = np.zeros((len(batches), num_examples), dtype=bool)
+    for step, indices in enumerate(batches):
+        inside[step, indices[indices >= 0]] = True
+    return inside
+
+
+def draw(sampling: PoissonSampling, steps: int, seed: int) -> list[np.ndarray]:
+    return [indices for indices, _ in itertools.islice(poisson_indices(sampling, seed=seed), steps)]
+
+
+# Wrong samplers, all with the right mean batch size unless the name says otherwise.
+
+
+def fixed_size_sampler(rng, num_examples, rate, steps):
+    size = round(rate * num_examples)
+    return [rng.choice(num_examples, size, replace=False) for _ in range(steps)]
+
+
+def shuffling_sampler(rng, num_examples, rate, steps):
+    size = round(rate * num_examples)
+    epochs = math.ceil(steps * size / num_examples)
+    order = np.concatenate([rng.permutation(num_examples) for _ in range(epochs)])
+    return [order[step * size : (step + 1) * size] for step in range(steps)]
+
+
+def too_high_rate_sampler(rng, num_examples, rate, steps):
+    return [np.flatnonzero(rng.random(num_examples) < 1.1 * rate) for _ in range(steps)]
+
+
+def one_example_less_sampler(rng, num_examples, rate, steps):
+    batches = [np.flatnonzero(rng.random(num_examples) < rate) for _ in range(steps)]
+    return [batch[(batch != 0) | (rng.random() < 0.8)] for batch in batches]
+
+
+def sticky_sampler(rng, num_examples, rate, steps):
+    batches = [np.flatnonzero(rng.random(num_examples) < rate)]
+    while len(batches) < steps:
+        fresh = np.flatnonzero(rng.random(num_examples) < rate)
+        batches.append(batches[-1] if rng.random() < 0.2 else fresh)
+    return batches
+
+
+def paired_sampler(rng, num_examples, rate, steps):
+    coins = rng.random((steps, num_examples // 2)).repeat(2, axis=1)
+    return [np.flatnonzero(row < rate) for row in coins]
+
+
+# Tests of the law: each returns a p-value, uniform for a Poisson sampler.
+
+
+def p_inclusion(inside: np.ndarray, rate: float) -> float:
+    """Every example is drawn equally often, at the rate."""
+    steps, num_examples = inside.shape
+    scores = (inside.sum(axis=0) - steps * rate) / math.sqrt(steps * rate * (1 - rate))
+    return float(stats.chi2.sf(np.sum(scores**2), num_examples))
+
+
+def p_batch_size(inside: np.ndarray, rate: float) -> float:
+    """Batch sizes are binomial."""
+    steps, num_examples = inside.shape
+    expected = steps * stats.binom.pmf(np.arange(num_examples + 1), num_examples, rate)
+    observed = np.bincount(inside.sum(axis=1), minlength=num_examples + 1)
+    rare = expected < 10
+    expected = np.append(expected[~rare], expected[rare].sum())
+    observed = np.append(observed[~rare], observed[rare].sum())
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+def p_steps_independent(inside: np.ndarray, rate: float) -> float:
+    """Being in one batch says nothing about being in the next one."""
+    centered = inside - rate
+    products = centered[:-1] * centered[1:]
+    score = products.sum() / (math.sqrt(products.size) * rate * (1 - rate))
+    return float(2 * stats.norm.sf(abs(score)))
+
+
+def p_examples_independent(inside: np.ndarray, rate: float) -> float:
+    """Being in a batch says nothing about the neighbour (in order) being in it."""
+    centered = inside - rate
+    products = centered[:, 0::2] * centered[:, 1::2]
+    score = products.sum() / (math.sqrt(products.size) * rate * (1 - rate))
+    return float(2 * stats.norm.sf(abs(score)))
+
+
+LAW = [p_inclusion, p_batch_size, p_steps_independent, p_examples_independent]
+
+
+@pytest.mark.parametrize("p_value", LAW)
+@pytest.mark.parametrize("num_examples,rate", [(20, 0.25), (50, 0.04), (8, 0.75)])
+def test_draws_follow_the_poisson_law(p_value, num_examples, rate):
+    sampling = make_sampling(num_examples, rate, rows=num_examples)
+    inside = memberships(draw(sampling, 5000, seed=1), num_examples)
+    assert p_value(inside, rate) > ACCEPTED
+
+
+@pytest.mark.parametrize(
+    "wrong,p_value",
+    [
+        (fixed_size_sampler, p_batch_size),
+        (shuffling_sampler, p_batch_size),
+        (shuffling_sampler, p_steps_independent),
+        (too_high_rate_sampler, p_inclusion),
+        (too_high_rate_sampler, p_batch_size),
+        (one_example_less_sampler, p_inclusion),
+        (sticky_sampler, p_steps_independent),
+        (paired_sampler, p_examples_independent),
+        (paired_sampler, p_batch_size),
+    ],
+)
+def test_law_tests_reject_wrong_samplers(wrong, p_value):
+    batches = wrong(np.random.default_rng(2), 20, 0.25, 5000)
+    assert p_value(memberships(batches, 20), 0.25) < REJECTED
+
+
+def test_dataset_follows_the_poisson_law():
+    steps = 2000
+    dataset = poisson_dataset(
+        np.arange(20),
+        np.zeros(20),
+        expected_batch_size=5,
+        max_batch_size=20,
+        steps_per_epoch=steps,
+        seed=3,
+    )
+    batches = [np.where(w > 0, x, -1) for x, _, w in dataset.as_numpy_iterator()]
+    inside = memberships(batches, 20)
+    assert [p_value(inside, 0.25) > ACCEPTED for p_value in LAW] == [True] * len(LAW)
+
+
+def test_rate_one_draws_everybody():
+    for indices in draw(make_sampling(7, 1.0, rows=7), 20, seed=0):
+        assert sorted(indices) == list(range(7))
+
+
+# Exact laws of whole batches, small enough to enumerate.
+
+
+def law_of_kept_sets(num_examples: int, rate: float, rows: int) -> dict[frozenset, float]:
+    """The law of the kept set where a larger draw is cut to a uniform subset of `rows`."""
+    law: dict[frozenset, float] = collections.defaultdict(float)
+    for size in range(num_examples + 1):
+        for drawn in itertools.combinations(range(num_examples), size):
+            probability = rate**size * (1 - rate) ** (num_examples - size)
+            kept_sets = list(itertools.combinations(drawn, min(size, rows)))
+            for kept in kept_sets:
+                law[frozenset(kept)] += probability / len(kept_sets)
+    return law
+
+
+def p_outcomes(outcomes, law) -> float:
+    counts = collections.Counter(outcomes)
+    assert set(counts) <= set(law)
+    total = sum(counts.values())
+    observed = [counts[outcome] for outcome in law]
+    return float(stats.chisquare(observed, [total * p for p in law.values()]).pvalue)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
+def test_overflow_keeps_a_uniform_subset(rows):
+    batches = draw(make_sampling(4, 0.6, rows=rows), 20_000, seed=4)
+    assert all(batch.shape == (rows,) for batch in batches)
+    kept = [frozenset(batch[batch >= 0].tolist()) for batch in batches]
+    assert p_outcomes(kept, law_of_kept_sets(4, 0.6, rows)) > ACCEPTED
+
+
+def test_overflow_test_rejects_keeping_the_first():
+    batches = draw(make_sampling(4, 0.6, rows=4), 20_000, seed=4)
+    kept = [frozenset(np.sort(batch[batch >= 0])[:2].tolist()) for batch in batches]
+    assert p_outcomes(kept, law_of_kept_sets(4, 0.6, 2)) < REJECTED
+
+
+def law_of_rows() -> dict[tuple, float]:
+    """The law of the index vector for 2 examples at rate 1/2 in 3 rows, rows uniformly random."""
+    law: dict[tuple, float] = {}
+    for size, drawn in [(0, ()), (1, (0,)), (1, (1,)), (2, (0, 1))]:
+        places = list(itertools.permutations(range(3), size))
+        for place in places:
+            indices = [-1, -1, -1]
+            for example, row in zip(drawn, place, strict=True):
+                indices[row] = example
+            law[tuple(indices)] = 0.25 / len(places)
+    return law
+
+
+def test_rows_of_examples_are_uniformly_random():
+    law = law_of_rows()
+    assert len(law) == 13 and sum(law.values()) == pytest.approx(1.0)
+    batches = draw(make_sampling(2, 0.5, rows=3), 20_000, seed=5)
+    assert p_outcomes([tuple(batch.tolist()) for batch in batches], law) > ACCEPTED
+
+
+def test_row_test_rejects_sorted_batches():
+    batches = draw(make_sampling(2, 0.5, rows=3), 20_000, seed=5)
+    padding_last = [tuple(np.sort(np.where(b < 0, 9, b)) % 10) for b in batches]
+    padding_last = [tuple(-1 if i == 9 else int(i) for i in b) for b in padding_last]
+    assert p_outcomes(padding_last, law_of_rows()) < REJECTED
+
+
+def test_indices_have_fixed_shape_types_and_distinct_entries():
+    for indices, mask in itertools.islice(poisson_indices(make_sampling(20, 0.25, 9), seed=6), 200):
+        assert indices.shape == mask.shape == (9,)
+        assert indices.dtype == np.int64 and mask.dtype == np.float32
+        np.testing.assert_array_equal(mask, indices >= 0)
+        assert np.all(indices[indices < 0] == -1) and np.all(indices < 20)
+        drawn = indices[indices >= 0]
+        assert len(set(drawn)) == len(drawn)
+
+
+# Seeds.
+
+
+def set_every_global_seed() -> None:
+    tf.keras.utils.set_random_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    tf.random.set_seed(7)
+
+
+def test_global_seeds_do_not_fix_unseeded_draws():
+    sampling = make_sampling(200, 0.5, rows=200)
+    first, second = [], []
+    for found in (first, second):
+        set_every_global_seed()
+        found.extend(next(poisson_indices(sampling))[0])
+    assert set(first) != set(second)
+
+
+def test_global_seeds_do_not_fix_unseeded_datasets():
+    batches = []
+    for _ in range(2):
+        set_every_global_seed()
+        dataset = small_dataset(num_examples=200, batch=100, rows=200)
+        batches.append(drawn_by(dataset))
+    assert batches[0] != batches[1]
+
+
+def test_draws_leave_global_random_state_alone():
+    set_every_global_seed()
+    expected = np.random.random(), random.random()
+    set_every_global_seed()
+    next(poisson_indices(make_sampling()))
+    drawn_by(small_dataset())
+    assert (np.random.random(), random.random()) == expected
+
+
+def test_seed_repeats_draws_and_other_seeds_differ():
+    sampling = make_sampling(100, 0.5, rows=100)
+    same = [np.stack(draw(sampling, 5, seed=8)) for _ in range(2)]
+    np.testing.assert_array_equal(*same)
+    assert not np.array_equal(same[0], np.stack(draw(sampling, 5, seed=9)))
+
+
+def small_dataset(num_examples=100, batch=50, rows=100, steps=3, seed=None):
+    numbers = np.arange(num_examples) + 1
+    return poisson_dataset(
+        numbers,
+        numbers,
+        expected_batch_size=batch,
+        max_batch_size=rows,
+        steps_per_epoch=steps,
+        seed=seed,
+    )
+
+
+def drawn_by(dataset) -> list[tuple[int, ...]]:
+    """One iteration: the examples' numbers, row by row."""
+    return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
+
+
+@pytest.mark.parametrize("seed", [None, 10])
+def test_iterations_and_steps_make_fresh_draws(seed):
+    dataset = small_dataset(seed=seed)
+    batches = [batch for _ in range(4) for batch in drawn_by(dataset)]
+    assert len(set(batches)) == 12
+
+
+def test_seed_fixes_all_iterations_of_a_dataset():
+    first, second = small_dataset(seed=11), small_dataset(seed=11)
+    assert [drawn_by(first) for _ in range(3)] == [drawn_by(second) for _ in range(3)]
+
+
+def test_seeded_iterations_do_not_depend_on_how_far_earlier_ones_were_read():
+    first, second = small_dataset(seed=12), small_dataset(seed=12)
+    drawn_by(first)
+    next(iter(second))
+    assert drawn_by(first) == drawn_by(second)
+
+
+def test_seeded_dataset_makes_the_draws_of_poisson_indices():
+    dataset = small_dataset(seed=13)
+    batches = draw(source_of(dataset).sampling, 3, seed=13)
+    assert drawn_by(dataset) == [tuple((batch + 1).tolist()) for batch in batches]
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"num_examples": 0}, "`num_examples` .* Received: num_examples=0"),
+        ({"num_examples": 2.5}, "`num_examples` .* Received: num_examples=2.5"),
+        ({"sampling_probability": 0.0}, "Received: sampling_probability=0.0"),
+        ({"sampling_probability": 1.01}, "at most 1.* Received: sampling_probability=1.01"),
+        ({"sampling_probability": math.nan}, "Received: sampling_probability=nan"),
+        ({"max_batch_size": -3}, "Received: max_batch_size=-3"),
+        ({"steps_per_epoch": 0}, "Received: steps_per_epoch=0"),
+    ],
+)
+def test_sampling_refuses_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make_sampling(), **change)
+
+
+def test_sampling_converts_numpy_numbers():
+    sampling = make_sampling(np.int64(5), np.float32(0.5), np.int32(5), np.int64(1))
+    kinds = [type(value) for value in dataclasses.astuple(sampling)]
+    assert kinds == [int, float, int, int]
+
+
+def test_indices_refuse_a_bad_seed_at_once():
+    with pytest.raises(ValueError, match="seed=-1"):
+        poisson_indices(make_sampling(), seed=-1)

@@ -1,0 +1,206 @@
+"""The mathematics of batch statistics, against numpy and automatic differentiation."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dpbn import statistics
+
+SHAPES = [
+    ((6, 3), (-1,)),
+    ((6, 3), (1,)),
+    ((5, 4, 3), (1,)),
+    ((5, 4, 3), (-1,)),
+    ((4, 2, 5, 3), (3,)),
+]
+SHAPES += [
+    ((4, 2, 5, 3), (1,)),
+    ((4, 2, 5, 3), (1, 3)),
+    ((4, 2, 5, 3), (-1, 1)),
+    ((3, 2, 4, 2, 5), (-2,)),
+]
+HALF = {"float16": 2e-3, "bfloat16": 2e-2}
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape) * 2.0 + 1.0
+
+
+def other_axes(shape, axes):
+    kept = {axis % len(shape) for axis in axes}
+    return tuple(axis for axis in range(len(shape)) if axis not in kept)
+
+
+def broadcast(statistic, shape, axes):
+    return np.reshape(
+        statistic, [n if k not in other_axes(shape, axes) else 1 for k, n in enumerate(shape)]
+    )
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_moments(shape, axes, dtype, tolerance):
+    z = random(*shape).astype(dtype)
+    mean, variance = statistics.moments(tf.constant(z), axes)
+    assert mean.dtype == variance.dtype == dtype
+    reduced = other_axes(shape, axes)
+    np.testing.assert_allclose(mean, z.mean(reduced), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(variance, z.var(reduced), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_moments_of_half_precision_are_computed_in_float32(dtype):
+    z = tf.cast(random(4096, 3) * 30.0 + 200.0, dtype)  # sums and squares overflow float16
+    mean, variance = statistics.moments(z)
+    assert mean.dtype == variance.dtype == tf.float32
+    exact = tf.cast(z, tf.float64).numpy()
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, exact.var(0), rtol=1e-4)
+
+
+def test_moments_are_stable_far_from_zero():
+    z = random(1000, 2).astype("float32") + 1e4
+    _, variance = statistics.moments(tf.constant(z))
+    np.testing.assert_allclose(variance, z.astype("float64").var(0), rtol=1e-3)
+
+
+MASKED = [((6, 7, 3), (-1,), 1), ((6, 7, 3), (-1,), 2), ((6, 4, 3), (1,), 1), ((6, 4, 3), (1,), 2)]
+MASKED += [((6, 5, 7, 3), (-1,), rank) for rank in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("shape", "axes", "mask_rank"), MASKED)
+def test_masked_moments_leave_positions_out(shape, axes, mask_rank):
+    z = random(*shape)
+    mask = np.random.default_rng(1).random(shape[:mask_rank]) < 0.6
+    mask[(0,) * mask_rank] = False
+    if axes == (1,):
+        mask[1] = True  # every channel has a position left
+    weights = mask.reshape(mask.shape + (1,) * (len(shape) - mask_rank)) * np.ones(shape)
+    poisoned = np.where(weights > 0, z, 1e6)
+    mean, variance = statistics.moments(tf.constant(poisoned), axes, tf.constant(mask))
+    reduced = other_axes(shape, axes)
+    expected = np.average(z, reduced, weights)
+    centered = np.square(z - broadcast(expected, shape, axes))
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    np.testing.assert_allclose(variance, np.average(centered, reduced, weights), rtol=1e-4)
+
+
+def test_a_mask_of_all_true_changes_nothing():
+    z = tf.constant(random(4, 5, 3))
+    plain = statistics.moments(z)
+    masked = statistics.moments(z, mask=tf.ones((4, 5), tf.bool))
+    np.testing.assert_allclose(masked, plain, rtol=1e-12)
+
+
+def test_moments_with_unknown_batch_size():
+    traced = tf.function(statistics.moments, input_signature=[tf.TensorSpec((None, None, 3))])
+    z = random(4, 6, 3).astype("float32")
+    np.testing.assert_allclose(traced(z)[0], z.mean((0, 1)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "axes"), SHAPES)
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalize(shape, axes, affine):
+    z = random(*shape)
+    channels = z.mean(other_axes(shape, axes)).shape
+    mean, gamma, beta = (random(*channels, seed=k) for k in range(1, 4))
+    variance = np.square(random(*channels, seed=4))
+    out = statistics.normalize(
+        tf.constant(z),
+        mean,
+        variance,
+        gamma if affine else None,
+        beta if affine else None,
+        1e-3,
+        axes,
+    )
+    mean, variance, gamma, beta = (broadcast(s, shape, axes) for s in (mean, variance, gamma, beta))
+    expected = (z - mean) / np.sqrt(variance + 1e-3)
+    np.testing.assert_allclose(
+        out, gamma * expected + beta if affine else expected, rtol=1e-9, atol=1e-9
+    )
+
+
+def test_normalize_takes_parameters_of_another_type():
+    z = tf.constant(random(4, 3))
+    statistic = tf.ones((3,), tf.float32)
+    out = statistics.normalize(z, statistic, statistic, statistic, statistic, 0.0)
+    assert out.dtype == tf.float64
+    np.testing.assert_allclose(out, z.numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_widen(dtype):
+    wide = statistics.widen(tf.constant([1.0], dtype))
+    assert wide.dtype == (tf.float32 if dtype in HALF else dtype)
+
+
+# ---------------------------------------------------------------- derivatives by the statistics
+
+EPSILON, CHANNELS = 1e-3, 3
+
+
+def affine_and_statistics_gradients(shape=(4, 5, CHANNELS), seed=0):
+    """Per-example d_gamma, d_beta, c_mu, c_v of a nonlinear loss, by automatic differentiation."""
+    z = tf.constant(random(*shape, seed=seed))
+    gamma, beta, mean = (tf.constant(random(CHANNELS, seed=seed + k)) for k in range(1, 4))
+    variance = tf.constant(np.square(random(CHANNELS, seed=seed + 4)) + 0.1)
+    weights = tf.constant(random(*shape, seed=seed + 5))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([gamma, beta, mean, variance])
+        y = statistics.normalize(z, mean, variance, gamma, beta, EPSILON)
+        losses = tf.reduce_sum(tf.sin(y * weights), range(1, len(shape)))
+        rows = [losses[i] for i in range(shape[0])]
+    gradients = [tape.gradient(row, [gamma, beta, mean, variance]) for row in rows]
+    return gamma, variance, gradients
+
+
+@pytest.mark.parametrize("shape", [(4, CHANNELS), (4, 5, CHANNELS), (3, 2, 2, CHANNELS)])
+def test_statistics_cotangents_of_one_example(shape):
+    gamma, variance, gradients = affine_and_statistics_gradients(shape)
+    for d_gamma, d_beta, c_mu, c_v in gradients:
+        found = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
+        np.testing.assert_allclose(found[0], c_mu, rtol=1e-9)
+        np.testing.assert_allclose(found[1], c_v, rtol=1e-9)
+
+
+def test_statistics_cotangents_of_a_clipped_and_noised_sum():
+    """They are linear, so what is released of gamma and beta gives the released cotangents."""
+    gamma, variance, gradients = affine_and_statistics_gradients()
+    weights, noise = random(len(gradients), seed=8), random(2, CHANNELS, seed=9)
+    d_gamma, d_beta, c_mu, c_v = (
+        sum(w * g[k] for w, g in zip(weights, gradients, strict=True)) for k in range(4)
+    )
+    noised = statistics.statistics_cotangents(
+        d_gamma + noise[0], d_beta + noise[1], gamma, variance, EPSILON
+    )
+    of_noise = statistics.statistics_cotangents(*tf.constant(noise), gamma, variance, EPSILON)
+    np.testing.assert_allclose(noised[0], c_mu + of_noise[0], rtol=1e-9)
+    np.testing.assert_allclose(noised[1], c_v + of_noise[1], rtol=1e-9)
+
+
+def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
+    """Frozen statistics' gradient by z, plus c_mu and c_v through the moments, is the full one."""
+    shape = (6, 4, CHANNELS)
+    z, weights = tf.constant(random(*shape)), tf.constant(random(*shape, seed=1))
+    gamma, beta = tf.constant(random(CHANNELS, seed=2)), tf.constant(random(CHANNELS, seed=3))
+
+    def loss(z, mean, variance):
+        y = statistics.normalize(z, mean, variance, gamma, beta, EPSILON)
+        return tf.reduce_sum(tf.sin(y * weights))
+
+    with tf.GradientTape() as tape:
+        tape.watch(z)
+        value = loss(z, *statistics.moments(z))
+    full = tape.gradient(value, z)
+    mean, variance = statistics.moments(z)
+    with tf.GradientTape() as tape:
+        tape.watch([z, gamma, beta])
+        value = loss(z, mean, variance)
+    frozen, d_gamma, d_beta = tape.gradient(value, [z, gamma, beta])
+    c_mu, c_v = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
+    n = shape[0] * shape[1]
+    np.testing.assert_allclose(
+        full, frozen + c_mu / n + 2.0 * c_v * (z - mean) / n, rtol=1e-9, atol=1e-9
+    )
+    assert np.abs(full - frozen).max() > 0.1
