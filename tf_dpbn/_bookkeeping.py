@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _checks, public_data
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
 from tf_dpbn.layers import current_scope
@@ -19,29 +20,39 @@ from tf_dpbn.sampling import PoissonSampling
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
+_LEGACY_ENDINGS = (".h5", ".hdf5")
 
 
-class Books:
-    """The books of one model. A plain object, so that Keras counts none of it among the weights."""
+class Books(tf.train.experimental.PythonState):
+    """The books of one model: no part of its weights, but of its checkpoints (as serialized text).
+
+    Attributes:
+      public_batch: nest of tensors, or None.
+      structure: what the last trace of the training pass showed.
+      configuration: the step that would run next, as a record of one step.
+      steps, not_finite: counters that the train step advances.
+      version: changes whenever the ledger changes otherwise than by steps of the open record.
+    """
 
     def __init__(self) -> None:
         self.public_batch: Any = None
         self.structure: _checks.Structure | None = None
-        self.closed = Ledger()
         self.configuration: StepRecord | None = None
-        self.steps_at_opening = 0
         self.statistics_are_of: int | None = None
         self.functions: dict[str, Any] = {}
+        self.version = 0
+        self._run = uuid.uuid4().hex
+        self._closed = Ledger()
+        self._steps_at_opening = 0
         with tf.init_scope():
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="privacy_steps")
             self.not_finite = tf.Variable(0, dtype=tf.int64, trainable=False, name="not_finite")
 
     def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
         """Books the steps so far and starts a record with the configuration that is about to run."""
-        self.closed = self.ledger()
-        self.steps_at_opening = int(self.steps)
+        self._close(self.ledger())
         if sampling is None:
-            rate = {
+            rate: dict[str, Any] = {
                 "sampling_probability": optimizer.sampling_probability,
                 "num_examples": optimizer.num_examples,
                 "sampling": "assumed",
@@ -57,15 +68,35 @@ class Books:
 
     def ledger(self) -> Ledger:
         """Everything that ran, the open record included."""
-        ledger = self.closed.copy()
-        steps = int(self.steps) - self.steps_at_opening
+        ledger = self._closed.copy()
+        steps = int(self.steps) - self._steps_at_opening
         if self.configuration is not None and steps:
             ledger.record(dataclasses.replace(self.configuration, steps=steps))
         return ledger
 
-    def restore_ledger(self, ledger: Ledger) -> None:
-        """Replaces what ran by a saved ledger."""
-        self.closed, self.steps_at_opening = ledger, int(self.steps)
+    def _close(self, ledger: Ledger) -> None:
+        self._closed, self._steps_at_opening = ledger, int(self.steps)
+        self.version += 1
+
+    def serialize(self) -> str:
+        """The ledger as text; tf.train.Checkpoint calls this too."""
+        return json.dumps({"run": self._run, "ledger": self.ledger().to_json()})
+
+    def deserialize(self, text: str | bytes) -> None:
+        """Takes over a saved ledger. Nothing that ran is ever forgotten.
+
+        A saved state of the same run replaces this one only if it is longer; steps of another run are added.
+        """
+        saved = json.loads(text)
+        theirs, ours = Ledger.from_json(saved["ledger"]), self.ledger()
+        if ours.steps and saved["run"] != self._run:
+            for record in ours.entries:
+                theirs.record(record)
+        elif ours.steps > theirs.steps:
+            theirs = ours
+        else:
+            self._run = saved["run"]
+        self._close(theirs)
 
 
 class BookkeepingModel(keras.Model):
@@ -79,8 +110,8 @@ class BookkeepingModel(keras.Model):
         """Sets the public examples from which batch statistics are computed; saved with the model.
 
         Args:
-          batch: nest of arrays like the model's input, [examples, ...], 2 examples or more; 30 to 256 are typical. It must
-            not contain private data: it is stored in the clear. See `public_data` for synthetic ones.
+          batch: nest of arrays like the model's input, [examples, ...], 2 examples or more; 30 to 256 are typical. It
+            must not contain private data: it is stored in the clear. See `public_data` for synthetic ones.
           value_range: if given, (low, high) that all values must lie in: the range of the training data.
 
         Raises:
@@ -109,10 +140,19 @@ class BookkeepingModel(keras.Model):
         sizes = {len(array) for array in checked}
         if len(sizes) > 1:
             raise ValueError(f"`public_batch` must have equally many rows everywhere. Received: {sorted(sizes)}")
+        if self._same_public_batch(checked):
+            return  # nothing to trace anew, and a checkpoint may be loaded in the middle of fit
         tensors = [tf.convert_to_tensor(array) for array in checked]
         self._books.public_batch = tf.nest.pack_sequence_as(batch, tensors)
         self._books.functions.clear()
-        self.train_function = None  # the batch is part of the traced step
+        if self.train_function is not None:  # the batch is part of the traced step
+            self.make_train_function(force=True)  # not None: fit may be running, and a callback loading a checkpoint
+
+    def _same_public_batch(self, arrays: list[np.ndarray]) -> bool:
+        old = tf.nest.flatten(self._books.public_batch)
+        return len(old) == len(arrays) and all(
+            a is not None and np.array_equal(a, b) for a, b in zip(old, arrays, strict=True)
+        )
 
     @property
     def public_batch(self) -> Any:
@@ -125,9 +165,9 @@ class BookkeepingModel(keras.Model):
             shape = getattr(self, "input_shape", None)
             shape = shape[1:] if isinstance(shape, tuple) and shape[:1] == (None,) else "(height, width, channels)"
             raise ValueError(
-                "The model contains DPBatchNormalization and has no public batch to take statistics from. Set one before "
-                f"training, for example model.set_public_batch(tf_dpbn.public_data.uniform_noise({shape}, "
-                "value_range=(0.0, 1.0))) with the range of your data. Received: public_batch=None"
+                "The model contains DPBatchNormalization and has no public batch to take statistics from. Set one "
+                "before training, for example model.set_public_batch(tf_dpbn.public_data.uniform_noise("
+                f"{shape}, value_range=(0.0, 1.0))) with the range of your data. Received: public_batch=None"
             )
         return self._books.public_batch
 
@@ -136,8 +176,8 @@ class BookkeepingModel(keras.Model):
     def refresh_statistics(self) -> None:
         """Sets the moving statistics to those of the public batch at the current weights.
 
-        Evaluation, prediction, saving and export after training do it by themselves; a custom loop that changes weights in
-        other ways can call it.
+        Evaluation, prediction, saving and export after training do it by themselves; a custom loop that changes
+        weights in other ways can call it.
         """
         structure = self._books.structure
         if structure is not None and structure.active:
@@ -182,15 +222,30 @@ class BookkeepingModel(keras.Model):
         self._refresh_if_stale()
         return super().export(*args, **kwargs)
 
-    def save(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.save; the .keras format keeps public batch and ledger too."""
-        self._refresh_if_stale()
-        return super().save(*args, **kwargs)
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """keras.Model.save in the .keras format, which keeps public batch and ledger too.
 
-    def save_weights(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.save_weights; the .weights.h5 format keeps public batch and ledger too."""
+        Raises:
+          ValueError: for the formats .h5 and (tf_keras) SavedModel, which would lose them.
+        """
+        if not IS_KERAS_3 and not str(filepath).endswith(".keras") or kwargs.get("save_format", "keras") != "keras":
+            raise _lossy_file(filepath, ".keras, or `export` for serving")
+        if str(filepath).endswith(_LEGACY_ENDINGS):
+            raise _lossy_file(filepath, ".keras")
         self._refresh_if_stale()
-        return super().save_weights(*args, **kwargs)
+        return super().save(filepath, *args, **kwargs)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """keras.Model.save_weights; .weights.h5 keeps public batch and ledger too.
+
+        Raises:
+          ValueError: for another .h5 file, which would lose the ledger.
+        """
+        legacy = str(filepath).endswith((*_LEGACY_ENDINGS, ".keras")) or kwargs.get("save_format") == "h5"
+        if legacy and not str(filepath).endswith(".weights.h5"):
+            raise _lossy_file(filepath, ".weights.h5")
+        self._refresh_if_stale()
+        return super().save_weights(filepath, *args, **kwargs)
 
     # ------------------------------------------------------------------ ledger
 
@@ -205,6 +260,11 @@ class BookkeepingModel(keras.Model):
         if self._books.configuration is None:
             raise RuntimeError("Call compile(optimizer=..., loss=...) first.")
         return self._books.configuration
+
+    @property
+    def ledger_version(self) -> int:
+        """Changes whenever the ledger changes otherwise than by steps of the running record."""
+        return self._books.version
 
     @property
     def private_steps(self) -> int:
@@ -226,20 +286,20 @@ class BookkeepingModel(keras.Model):
 
     @property
     def debug_not_finite_examples(self) -> int:
-        """How many examples were dropped because their gradient was not finite. Private: not noised, not to be released."""
+        """How many examples were dropped because their gradient was not finite: private, not to be released."""
         return int(self._books.not_finite)
 
     # ------------------------------------------------------------------ saving
 
     def save_own_variables(self, store: Any) -> None:
         """Keras' hook: adds public batch and ledger to what is saved."""
+        if not IS_KERAS_3:
+            self.reset_metrics()  # tf_keras saves them: sums over private examples, without noise
         super().save_own_variables(store)
         batch = self._books.public_batch
         arrays = tf.nest.flatten(batch) if batch is not None else []
-        structure = None
-        if batch is not None:
-            structure = tf.nest.pack_sequence_as(batch, list(range(len(arrays))))
-        books = {"ledger": self.ledger.to_json(), "public_batch": structure}
+        structure = None if batch is None else tf.nest.pack_sequence_as(batch, list(range(len(arrays))))
+        books = {"books": self._books.serialize(), "public_batch": structure}
         store[_STORE_KEY] = np.frombuffer(json.dumps(books).encode(), np.uint8)
         for i, array in enumerate(arrays):
             store[f"{_BATCH_KEY}{i}"] = array.numpy()
@@ -251,10 +311,15 @@ class BookkeepingModel(keras.Model):
         if _STORE_KEY not in store.keys():
             return
         books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
-        self._books.restore_ledger(Ledger.from_json(books["ledger"]))
-        if books["public_batch"] is not None:
-            self.set_public_batch(
-                tf.nest.map_structure(
-                    lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), books["public_batch"]
-                )
-            )
+        self._books.deserialize(books["books"])
+        structure = books["public_batch"]
+        if structure is not None:
+            batch = tf.nest.map_structure(lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), structure)
+            self.set_public_batch(batch)
+
+
+def _lossy_file(filepath: Any, better: str) -> ValueError:
+    return ValueError(
+        "`filepath` names a format that loses the ledger, and epsilon would start from zero. Save to a name that ends in "
+        f"{better}. Received: filepath={str(filepath)!r}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -10,16 +11,19 @@ import tensorflow as tf
 from tf_dpbn import _graph, _validate
 from tf_dpbn._keras import (
     BatchNormalizationBase,
-    IS_KERAS_3,
     build_compiled_loss,
     call_model,
     call_time_losses,
     clear_call_time_losses,
+    compiled_data_loss,
     flatten_layers,
+    isolated_call,
     own_variables,
     raw,
     seed_states,
+    tracker_variables,
 )
+from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.layers import DPBatchNormalization, PublicPass
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
@@ -84,6 +88,57 @@ def check_labels(model: Any, labels: Any) -> None:
             )
 
 
+def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer) -> None:
+    """Refuses batches whose size contradicts the sampling rate that the accounting assumes.
+
+    Args:
+      x: what `fit` got: arrays, or a data set that is not from the Poisson sampler.
+      batch_size: the batch size given to `fit`, or None for Keras' default of 32.
+      held_out: validation_split.
+      optimizer: the optimizer.
+
+    Raises:
+      ValueError: naming both numbers.
+    """
+    if isinstance(x, tf.data.Dataset):
+        size = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list()
+        size = size[0] if size else None
+    else:
+        arrays = [each for each in tf.nest.flatten(x) if hasattr(each, "shape")]
+        size = (batch_size or 32) if arrays else None
+        examples = round(len(arrays[0]) * (1.0 - held_out)) if arrays else None
+        if optimizer.num_examples is not None and examples is not None:
+            if abs(examples - optimizer.num_examples) > 1:
+                raise _validate.argument_error(
+                    "num_examples",
+                    optimizer.num_examples,
+                    f"equal the number of training examples, {examples}",
+                    "Epsilon depends on it.",
+                )
+    if size is not None and size != optimizer.expected_batch_size:
+        raise _validate.argument_error(
+            "expected_batch_size",
+            optimizer.expected_batch_size,
+            f"equal the size of the batches, {size}",
+            "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
+            "data set from PrivacyPlan.poisson_dataset.",
+        )
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Warns of callbacks that steer training by un-noised logs."""
+    for callback in tf.nest.flatten(callbacks or []):
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor != "epsilon" and getattr(callback, "save_best_only", True):
+            warnings.warn(
+                f"{type(callback).__name__} decides by {monitor!r}, which is computed without noise. What it decides "
+                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless the data behind it are "
+                "public.",
+                PrivacyWarning,
+                stacklevel=4,
+            )
+
+
 def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer) -> None:
     """Refuses a data set of draws that the optimizer's denominator or accounting does not fit.
 
@@ -120,7 +175,9 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
         with scope:
             y_pred = call_model(model, x, training=True)
         build_compiled_loss(model, y, y_pred)
-        return y_pred
+        with isolated_call([], tf.constant(0), tracker_variables(model)) as isolated:
+            loss, _ = compiled_data_loss(model, y, y_pred, None, isolated)
+        return y_pred, loss
 
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
     clear_call_time_losses(model)
@@ -143,22 +200,23 @@ def _check_state(model: Any, graph: Any) -> bool:
     data = _graph.data_tensors(graph, [t for t in graph.inputs if id(t) not in captured])
     random_states = {id(state) for state in seed_states(model)}
     has_state = False
-    for handle, operation in _graph.written_handles(graph):
-        variable = variables.get(id(handle))
+    for operation in _graph.state_changes(graph):
+        changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
         if any(id(tensor) in data for tensor in operation.inputs):
-            name = owners.get(id(variable), "unknown")
+            names = [f"{v.name!r} of layer {owners.get(id(v), model.name)!r}" for v in changed]
+            what = ", ".join(names) or f"outside the model's weights (operation {operation.type} {operation.name!r})"
             raise ValueError(
-                f"Layer {name!r} updates its state {getattr(variable, 'name', handle.name)!r} during training from the "
-                "examples, un-noised: that couples private examples. Use a layer without such state (for a recurrent "
-                "layer: stateful=False), or freeze it."
+                f"The model or its loss updates state {what} during training from the examples, un-noised: that "
+                "couples private examples. Use a layer or loss without such state (for a recurrent layer: "
+                f"stateful=False), or freeze it. Received: {operation.type}"
             )
-        has_state = has_state or id(variable) not in random_states
+        has_state = has_state or any(id(variable) not in random_states for variable in changed)
     return has_state
 
 
 def _refuse_call_time_loss(layer: Any) -> None:
     raise ValueError(
-        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can depend "
-        "on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, which is "
-        "clipped for each example, or use a weight regularizer (kernel_regularizer)."
+        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can "
+        "depend on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, "
+        "which is clipped for each example, or use a weight regularizer (kernel_regularizer)."
     )

@@ -8,6 +8,13 @@ from typing import Any
 import tensorflow as tf
 
 _READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarHandleOp"])
+# Stateful only in that two calls differ or that they print: random draws, checks.
+_HARMLESS = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "Assert", "Print", "TensorArray")
+# What writes, by the beginning of its name; the bodies of functions are known by operation names alone.
+_WRITERS = tuple(
+    "Assign Barrier ConditionalAccumulator EagerPyFunc LookupTableImport LookupTableInsert LookupTableRemove "
+    "MutableHash PyFunc QueueEnqueue QueueDequeue Resource ScatterAdd ScatterUpdate StackPush".split()
+)
 
 
 def data_tensors(graph: tf.Graph, sources: Sequence[tf.Tensor]) -> set[int]:
@@ -26,27 +33,30 @@ def captured_variables(graph: Any, variables: Iterable[tf.Variable]) -> dict[int
     return {id(inside): by_handle[id(outside)] for outside, inside in pairs}
 
 
-def written_handles(graph: tf.Graph) -> list[tuple[tf.Tensor, tf.Operation]]:
-    """Every (resource handle, operation) of `graph` where the operation may write to the handle.
+def state_changes(graph: tf.Graph) -> list[tf.Operation]:
+    """The operations of `graph` that may change state: a variable, a table, or Python's.
 
-    An operation that calls a function (a loop, say) counts if the function writes to any resource.
+    An operation that calls a function (a loop, say) counts if the function, or one that it calls, does so.
     """
-    writers = _writing_functions(graph)
-    found = []
-    for operation in graph.get_operations():
-        called = set(_called_functions(operation.node_def))
-        if _writes(operation.type) or called & writers:
-            handles = [tensor for tensor in operation.inputs if tensor.dtype == tf.resource]
-            found += [(handle, operation) for handle in handles]
-    return found
+    changing = _changing_functions(graph)
+    return [
+        operation
+        for operation in graph.get_operations()
+        if set(_called_functions(operation.node_def)) & changing or _changes_state(operation)
+    ]
+
+
+def _changes_state(operation: tf.Operation) -> bool:
+    """Fails closed: any stateful operation counts that is not known to be harmless."""
+    if _called_functions(operation.node_def):
+        return False
+    return _writes(operation.type) or (
+        operation.op_def.is_stateful and operation.type not in _READS and not operation.type.startswith(_HARMLESS)
+    )
 
 
 def _writes(operation_type: str) -> bool:
-    if operation_type in _READS:
-        return False
-    return operation_type.startswith("Resource") or (
-        operation_type.startswith("Assign") and operation_type.endswith("VariableOp")
-    )
+    return operation_type not in _READS and operation_type.startswith(_WRITERS)
 
 
 def _called_functions(node: Any) -> list[str]:
@@ -58,7 +68,7 @@ def _called_functions(node: Any) -> list[str]:
     return names
 
 
-def _writing_functions(graph: tf.Graph) -> set[str]:
+def _changing_functions(graph: tf.Graph) -> set[str]:
     functions = {f.signature.name: f for f in graph.as_graph_def().library.function}
     writing = {name for name, f in functions.items() if any(_writes(n.op) for n in f.node_def)}
     calls = {name: {c for n in f.node_def for c in _called_functions(n)} for name, f in functions.items()}

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 IS_KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
 # tf.keras of Keras 3 is a view of the package that lacks some modules (saving).
-keras = importlib.import_module("keras") if IS_KERAS_3 else tf.keras
+keras: Any = importlib.import_module("keras") if IS_KERAS_3 else tf.keras
 
 if IS_KERAS_3 and keras.config.backend() != "tensorflow":
     raise ImportError(
@@ -63,9 +63,7 @@ def own_variables(layer: Any) -> list[Any]:
 
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
-    takes_training = (
-        model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    )
+    takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
     return model(x, training=training) if takes_training else model(x)
 
 
@@ -104,6 +102,19 @@ def _seed_generators(model: Any) -> list[Any]:
     return list(generators.values())
 
 
+def steps_per_execution(model: Any) -> int:
+    """How many steps one call of the model's train function takes.
+
+    Raises:
+      ValueError: if Keras tunes the number while training.
+    """
+    if IS_KERAS_3:
+        return int(model.steps_per_execution)
+    if model.autotune_steps_per_execution:
+        raise ValueError('`steps_per_execution` must be a number here. Received: steps_per_execution="auto"')
+    return int(model._steps_per_execution)
+
+
 def seed_states(model: Any) -> list[tf.Variable]:
     """The states of a Keras 3 model's random generators."""
     return [raw(generator.state) for generator in _seed_generators(model)]
@@ -138,7 +149,7 @@ def isolated_call(
         return
     mapping = []
     for state, seed in seeds:
-        words = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), example)
+        words = tf.random.experimental.stateless_fold_in(tf.cast(seed, tf.int64), tf.cast(example, tf.int64))
         mapping.append((state, tf.cast(words, state.dtype)))
     mapping += [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in zeroed]
     with keras.StatelessScope(state_mapping=mapping) as scope:
@@ -219,9 +230,7 @@ def tracker_variables(model: Any) -> list[Any]:
     return [v for metric in model._compile_loss.metrics for v in (metric.total, metric.count)]
 
 
-def update_compiled_metrics(
-    model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None
-) -> None:
+def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None) -> None:
     """Updates the compiled metrics as Keras does, leaving out rows whose mask is False.
 
     Args:

@@ -53,14 +53,10 @@ def effective_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
       ValueError: the sequence is empty, or an entry is negative or not finite.
     """
     if isinstance(noise_multipliers, str) or not isinstance(noise_multipliers, Sequence):
-        raise _validate.argument_error(
-            "noise_multipliers", noise_multipliers, "be a tuple of numbers"
-        )
+        raise _validate.argument_error("noise_multipliers", noise_multipliers, "be a tuple of numbers")
     sigmas = [_validate.non_negative("noise_multipliers", sigma) for sigma in noise_multipliers]
     if not sigmas:
-        raise _validate.argument_error(
-            "noise_multipliers", noise_multipliers, "name at least one release"
-        )
+        raise _validate.argument_error("noise_multipliers", noise_multipliers, "name at least one release")
     smallest = min(sigmas)
     if smallest == 0.0:
         return 0.0
@@ -107,17 +103,13 @@ class StepRecord:
             )
         elif self.sampling == "poisson":
             remedy = "The sampler knows it: expected_batch_size / num_examples."
-            raise _validate.argument_error(
-                "sampling_probability", None, "be given for Poisson sampling", remedy
-            )
+            raise _validate.argument_error("sampling_probability", None, "be given for Poisson sampling", remedy)
         for name in ("num_examples", "max_batch_size"):
             if getattr(self, name) is not None:
                 put(name, _validate.positive_int(name, getattr(self, name)))
         if self.max_batch_size is not None and self.num_examples is None:
             remedy = "The probability that a batch overflows `max_batch_size` depends on it."
-            raise _validate.argument_error(
-                "num_examples", None, "be given with `max_batch_size`", remedy
-            )
+            raise _validate.argument_error("num_examples", None, "be given with `max_batch_size`", remedy)
 
     @property
     def effective_noise_multiplier(self) -> float:
@@ -142,9 +134,7 @@ def _known_probability(record: StepRecord) -> float:
             "Without it no epsilon can be given. Pass `num_examples` to the optimizer, or build it "
             "from a PrivacyPlan, or fill it in with `ledger.with_sampling_probability(q)`."
         )
-        raise _validate.argument_error(
-            "sampling_probability", None, "be known for every step", remedy
-        )
+        raise _validate.argument_error("sampling_probability", None, "be known for every step", remedy)
     return record.sampling_probability
 
 
@@ -159,23 +149,17 @@ def dp_sgd_event(record: StepRecord) -> dp_accounting.DpEvent:
     Raises:
       ValueError: the record's sampling probability is unknown.
     """
-    return gaussian_event(
-        _known_probability(record), record.effective_noise_multiplier, record.steps
-    )
+    return gaussian_event(_known_probability(record), record.effective_noise_multiplier, record.steps)
 
 
-def gaussian_event(
-    sampling_probability: float, noise_multiplier: float, steps: int
-) -> dp_accounting.DpEvent:
+def gaussian_event(sampling_probability: float, noise_multiplier: float, steps: int) -> dp_accounting.DpEvent:
     """The event of `steps` Poisson-sampled Gaussians, in the Python numbers that it needs."""
     gaussian = dp_accounting.GaussianDpEvent(float(noise_multiplier))
     sampled = dp_accounting.PoissonSampledDpEvent(float(sampling_probability), gaussian)
     return dp_accounting.SelfComposedDpEvent(sampled, int(steps))
 
 
-def overflow_probability(
-    *, num_examples: int, sampling_probability: float, max_batch_size: int
-) -> float:
+def overflow_probability(*, num_examples: int, sampling_probability: float, max_batch_size: int) -> float:
     """Returns P[Bin(N, q) >= M], by which each step with batches cut to M rows adds to delta.
 
     A Poisson draw of more than M examples is cut to M of them at random, and the cut couples
@@ -215,9 +199,7 @@ def default_max_batch_size(
       ValueError: an argument is out of range.
     """
     multiple = _validate.positive_int("multiple", multiple)
-    allowed = _validate.open_probability("delta", delta) * _validate.open_probability(
-        "share", share
-    )
+    allowed = _validate.open_probability("delta", delta) * _validate.open_probability("share", share)
     steps = _validate.positive_int("steps", steps)
     low, high = 0, -(-(_validate.positive_int("num_examples", num_examples) + 1) // multiple)
     while high - low > 1:  # `high` blocks suffice, `low` do not
@@ -245,9 +227,7 @@ def _above_rounding(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
 
 
 @functools.lru_cache(maxsize=256)
-def epsilon_of_events(
-    events: tuple[dp_accounting.DpEvent, ...], delta: float, accountant: str
-) -> float:
+def epsilon_of_events(events: tuple[dp_accounting.DpEvent, ...], delta: float, accountant: str) -> float:
     """Returns epsilon of composed `gaussian_event`s at delta; math.inf where there is no bound.
 
     "pld" is the smaller of the PLD and the RDP bound, both of which hold; RDP alone above 50.
@@ -336,9 +316,7 @@ class Ledger:
     def to_json(self) -> str:
         """Returns the ledger as text that `from_json` restores exactly."""
         entries = [dataclasses.asdict(entry) for entry in self.entries]
-        return json.dumps(
-            {"format": _FORMAT, "version": _VERSION, "entries": entries}, allow_nan=False
-        )
+        return json.dumps({"format": _FORMAT, "version": _VERSION, "entries": entries}, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
@@ -353,9 +331,7 @@ class Ledger:
             if content["format"] != _FORMAT or set(content) != {"format", "version", "entries"}:
                 raise ValueError("it is not a ledger")
             if type(content["version"]) is not int or content["version"] != _VERSION:
-                raise ValueError(
-                    f"its version is {content['version']!r}, and this code reads {_VERSION}"
-                )
+                raise ValueError(f"its version is {content['version']!r}, and this code reads {_VERSION}")
             return cls([_record_from(fields) for fields in content["entries"]])
         except (
             ValueError,
@@ -366,9 +342,7 @@ class Ledger:
             RecursionError,
         ) as error:
             remedy = f"Reading it failed: {error}."
-            raise _validate.argument_error(
-                "text", text, "be the JSON of a Ledger", remedy
-            ) from error
+            raise _validate.argument_error("text", text, "be the JSON of a Ledger", remedy) from error
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ledger) and self._steps == other._steps

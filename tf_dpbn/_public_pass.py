@@ -45,15 +45,11 @@ class PublicForward:
             self._tape.watch(self._variables)
             call_model(model, inputs, training=True)
         self.calls: list[NormalizationCall] = scope.calls
-        self.statistics = tuple(
-            (tf.stop_gradient(call.mean), tf.stop_gradient(call.variance)) for call in self.calls
-        )
+        self.statistics = tuple((tf.stop_gradient(call.mean), tf.stop_gradient(call.variance)) for call in self.calls)
         nothing: tuple[LocalTerm, ...] = ()
         self.local_terms: tuple[tuple[LocalTerm, ...], ...] = tuple(nothing for _ in self.calls)
         if correction != "none":
-            self.local_terms = find_local_terms(
-                self.calls, tf.nest.flatten(inputs), self._variables
-            )
+            self.local_terms = find_local_terms(self.calls, tf.nest.flatten(inputs), self._variables)
         self._nonlocal_calls = self._choose_nonlocal_calls(correction)
 
     def _choose_nonlocal_calls(self, correction: str) -> list[int]:
@@ -69,9 +65,9 @@ class PublicForward:
                 chosen.append(k)
             elif not self.local_terms[k]:
                 warnings.warn(
-                    f"DPBatchNormalization {layer.name!r} gets no gradient through its statistics: no single kernel layer "
-                    "feeds it, and the non-local correction needs center=True, scale=True and one call of the layer a "
-                    "pass. It may train poorly.",
+                    f"DPBatchNormalization {layer.name!r} gets no gradient through its statistics: no single kernel "
+                    "layer feeds it, and the non-local correction needs center=True, scale=True and one call of the "
+                    "layer a pass. It may train poorly.",
                     stacklevel=2,
                 )
         return chosen
@@ -90,7 +86,8 @@ class PublicForward:
         if not self._nonlocal_calls:
             return [None] * len(self._variables)
         index = {id(variable): i for i, variable in enumerate(self._variables)}
-        targets, cotangents = [], []
+        targets: list[tf.Tensor] = []
+        cotangents: list[tf.Tensor] = []
         for k in self._nonlocal_calls:
             layer = self.calls[k].layer
             d_gamma = noised.tensors[index[id(raw(layer.gamma))]]
@@ -117,10 +114,8 @@ class PublicForward:
         assign_moving_statistics(self.calls)
 
 
-def refresh_moving_statistics(
-    model: Any, public_batch: Any, active: Iterable[tuple[int, int]]
-) -> None:
-    """Sets moving statistics to the public batch's at the current weights, the model otherwise in inference.
+def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tuple[int, int]]) -> None:
+    """Sets moving statistics to the public batch's at the current weights; the model runs in inference.
 
     Args:
       model: the model.

@@ -42,19 +42,13 @@ def tensorflow_privacy_epsilons(
       ValueError: an argument is out of range.
     """
     count = _validate.positive_int("number_of_examples", number_of_examples)
-    q = _validate.probability(
-        "batch_size / number_of_examples", _validate.positive("batch_size", batch_size) / count
-    )
+    q = _validate.probability("batch_size / number_of_examples", _validate.positive("batch_size", batch_size) / count)
     epochs = _validate.positive("num_epochs", num_epochs)
-    sigma = _validate.non_negative("noise_multiplier", noise_multiplier) / (
-        2.0 if used_microbatching else 1.0
-    )
+    sigma = _validate.non_negative("noise_multiplier", noise_multiplier) / (2.0 if used_microbatching else 1.0)
     delta = _validate.open_probability("delta", delta)
     once = gaussian_event(1.0, sigma, math.ceil(epochs))
     poisson = gaussian_event(q, sigma, math.ceil(epochs / q))
-    return TensorFlowPrivacyEpsilons(
-        *(epsilon_of_events((event,), delta, "rdp") for event in (once, poisson))
-    )
+    return TensorFlowPrivacyEpsilons(*(epsilon_of_events((event,), delta, "rdp") for event in (once, poisson)))
 
 
 _COVERED = (
@@ -104,8 +98,7 @@ def privacy_statement(
     paragraphs += [_entry_text(entry) for entry in ledger.entries]
     if ledger.entries:
         paragraphs.append(
-            f"Of delta, {ledger.overflow_delta():.3g} pays for batches that overflow their padded "
-            "size and are cut."
+            f"Of delta, {ledger.overflow_delta():.3g} pays for batches that overflow their padded size and are cut."
         )
     paragraphs.append(
         "Neighbouring data sets differ by adding or removing one example. The number of examples "

@@ -65,11 +65,7 @@ class _FoldedAccountant:
 
     @property
     def ledger(self) -> dp_accounting.DpEvent:
-        return (
-            dp_accounting.ComposedDpEvent(list(self._events))
-            if self._events
-            else dp_accounting.NoOpDpEvent()
-        )
+        return dp_accounting.ComposedDpEvent(list(self._events)) if self._events else dp_accounting.NoOpDpEvent()
 
     def compose(self, event: dp_accounting.DpEvent) -> _FoldedAccountant:
         self._events += (event,)
@@ -123,9 +119,7 @@ def calibrate_noise_multiplier(
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
             remedy = "No amount of noise reaches it. Raise it, or try accountant='pld'."
-            raise _validate.argument_error(
-                "target_epsilon", target_epsilon, "be attainable", remedy
-            )
+            raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
     lower = upper / factor
     while epsilon(lower) <= target:
         upper, lower = lower, lower / factor
@@ -223,17 +217,11 @@ class PrivacyPlan:
     max_batch_size: int | None = None
     # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart
     # from what was given.
-    _filled: tuple[tuple[str, float], ...] = dataclasses.field(
-        default=(), repr=False, compare=False
-    )
+    _filled: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._drop_filled()
-        given = {
-            name
-            for name in ("noise_multiplier", "steps", "max_batch_size")
-            if getattr(self, name) is not None
-        }
+        given = {name for name in ("noise_multiplier", "steps", "max_batch_size") if getattr(self, name) is not None}
         self._check()
         if self.delta >= 1.0 / self.num_examples:
             message = (
@@ -252,10 +240,7 @@ class PrivacyPlan:
         partner = {"noise_multiplier": "target_epsilon", "steps": "epochs"}
         for name, value in self._filled:
             # Without its partner a filled-in value is what the user now wants to keep.
-            if (
-                getattr(self, name) == value
-                and getattr(self, partner.get(name, "delta")) is not None
-            ):
+            if getattr(self, name) == value and getattr(self, partner.get(name, "delta")) is not None:
                 self._put(name, None)
 
     def _check(self) -> None:
@@ -283,15 +268,11 @@ class PrivacyPlan:
         _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
         if self.expected_batch_size > self.num_examples:
             requirement = f"be at most num_examples={self.num_examples}"
-            raise _validate.argument_error(
-                "expected_batch_size", self.expected_batch_size, requirement
-            )
+            raise _validate.argument_error("expected_batch_size", self.expected_batch_size, requirement)
         if self.max_batch_size is not None and self.max_batch_size < self.expected_batch_size:
             requirement = f"be at least expected_batch_size={self.expected_batch_size}"
             remedy = "Leave it out to have it chosen."
-            raise _validate.argument_error(
-                "max_batch_size", self.max_batch_size, requirement, remedy
-            )
+            raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
 
     def _fill(self) -> None:
         q = self.sampling_probability
@@ -310,13 +291,9 @@ class PrivacyPlan:
         # Computed as Ledger does, so that calibration and ledger agree to the last bit.
         overflow = Ledger([dataclasses.replace(self._step(), steps=steps)]).overflow_delta()
         if overflow >= self.delta:
-            requirement = (
-                f"be larger: batches cut to it cost {overflow:.3g}, all of delta={self.delta}"
-            )
+            requirement = f"be larger: batches cut to it cost {overflow:.3g}, all of delta={self.delta}"
             remedy = "Leave it out to have it chosen."
-            raise _validate.argument_error(
-                "max_batch_size", self.max_batch_size, requirement, remedy
-            )
+            raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
         if self.target_epsilon is not None:
             noise_multiplier = calibrate_noise_multiplier(
                 target_epsilon=self.target_epsilon,

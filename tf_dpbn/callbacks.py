@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate, accounting
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import keras, steps_per_execution
 from tf_dpbn.model import DPModel
 
 
@@ -76,14 +76,29 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
         self._last_step = 0
+        self._version: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
+        self._require_room()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Computes anew how many steps fit if the ledger has changed, by a checkpoint loaded after the start, say."""
+        if self.model.ledger_version != self._version:
+            self._require_room()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Stops if the next call of the train function would exceed the budget."""
+        if self.model.private_steps + self._stride() > self._last_step:
+            self.model.stop_training = True
+
+    def _require_room(self) -> None:
+        record = self.model.running_record
         delta = _default_delta(self.model, self._delta)
         left = accounting.max_steps(
             self.model.ledger,
-            next_record_config=self.model.running_record,
+            next_record_config=record,
             target_epsilon=self._epsilon,
             delta=delta,
             accountant=self._accountant,
@@ -92,17 +107,13 @@ class PrivacyBudget(keras.callbacks.Callback):
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,
-                f"leave room for at least one more call of the train function at delta={delta:g}, noise multipliers "
-                f"{self.model.running_record.noise_multipliers}",
+                f"leave room for another step after {self.model.ledger.steps} steps, at delta={delta:g} and noise "
+                f"multiplier {record.effective_noise_multiplier:g}",
                 "Train with more noise, or stop here.",
             )
         self._last_step = self.model.private_steps + left
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Stops if the next call of the train function would exceed the budget."""
-        if self.model.private_steps + self._stride() > self._last_step:
-            self.model.stop_training = True
+        self._version = self.model.ledger_version
 
     def _stride(self) -> int:
         """How many steps Keras takes between two callbacks."""
-        return int(getattr(self.model, "steps_per_execution", None) or getattr(self.model, "_steps_per_execution", None) or 1)
+        return steps_per_execution(self.model)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import IS_KERAS_3, keras
 
 _STATISTICS_MODES = ("public",)
 
@@ -44,12 +44,13 @@ class _Scopes(threading.local):
 
 
 _SCOPES = _Scopes()
+_Scope = TypeVar("_Scope", bound="StatisticsScope")
 
 
 class StatisticsScope:
     """Decides, while entered, which statistics the DPBatchNormalization layers called on this thread use."""
 
-    def __enter__(self) -> StatisticsScope:
+    def __enter__(self: _Scope) -> _Scope:
         _SCOPES.stack.append(self)
         return self
 
@@ -90,6 +91,7 @@ class PublicPass(StatisticsScope):
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """Records the moments of `inputs` and returns them, for a call in training."""
         key = (id(layer), self._seen.get(id(layer), 0))
         self._seen[id(layer)] = key[1] + 1
         if not (training if self._given is None else key in self._given):
@@ -118,6 +120,7 @@ class GivenStatistics(StatisticsScope):
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """Returns the next of the given statistics, for a call in training."""
         if not training:
             return None
         if not self._remaining or self._remaining[0][0] is not layer:
@@ -184,6 +187,9 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
                 )
         for option in ("renorm_clipping", "renorm_momentum", "fused"):
             kwargs.pop(option, None)
+        if not IS_KERAS_3:
+            # The fused kernel does not run in inference in front of a tanh (TensorFlow 2.21, oneDNN).
+            kwargs["fused"] = False
         super().__init__(
             axis=axis,
             momentum=momentum,
@@ -215,8 +221,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             raise RuntimeError(
                 f"DPBatchNormalization {self.name!r} was called with training=True outside the train step of a "
                 "DPModel, where it would have to use statistics of private data. Build the network as "
-                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; call it with "
-                f"training=False to predict. Received: training={training}"
+                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; call "
+                f"it with training=False to predict. Received: training={training}"
             )
         found = scope.batch_statistics(self, inputs, mask, training) if scope else None
         if found is None:

@@ -129,9 +129,7 @@ def add_gaussian_noise(
       ValueError: if noise_multiplier < 0, denominator <= 0, or there is noise to add to an unbounded sum.
     """
     if not isinstance(clipped, ClippedSum):
-        raise _validate.argument_error(
-            "clipped", clipped, "be a ClippedSum", "Clip the examples first.", TypeError
-        )
+        raise _validate.argument_error("clipped", clipped, "be a ClippedSum", "Clip the examples first.", TypeError)
     multiplier = _validate.non_negative("noise_multiplier", noise_multiplier)
     denominator = _validate.positive("denominator", denominator)
     sums = list(clipped.tensors)

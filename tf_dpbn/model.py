@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn import _checks, _validate
+from tf_dpbn._bookkeeping import BookkeepingModel, Books
+from tf_dpbn._class_weight import apply_class_weight
 from tf_dpbn._keras import (
     IS_KERAS_3,
     Functional,
@@ -27,8 +30,6 @@ from tf_dpbn._keras import (
     tracker_variables,
     update_compiled_metrics,
 )
-from tf_dpbn._class_weight import apply_class_weight
-from tf_dpbn._bookkeeping import BookkeepingModel, Books
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
@@ -55,6 +56,7 @@ class DPModel(BookkeepingModel):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Returns a DPFunctional for `DPModel(inputs, outputs)`, as keras.Model returns a functional model."""
         if cls is DPModel and is_functional_signature(args, kwargs):
             return super().__new__(DPFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
@@ -85,10 +87,10 @@ class DPModel(BookkeepingModel):
         Args:
           optimizer: a DPOptimizer.
           loss: as in Keras; any reduction. The loss of one example is what Keras computes for a batch of one.
-          *args, **kwargs: loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile as in Keras.
-            jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
-          correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md, 3b where
-            3a does not apply), "full" (3a and 3b) or "none" (statistics as constants; for studies).
+          *args, **kwargs: loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile as
+            in Keras. jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
+          correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md,
+            3b where 3a does not apply), "full" (3a and 3b) or "none" (statistics as constants; for studies).
           engine: "vectorized" or "loop", see `clipping.registry`.
           microbatch_size: how many examples' gradients are in memory at a time; does not change the result.
 
@@ -107,13 +109,18 @@ class DPModel(BookkeepingModel):
             )
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size)
-        self._dp_options = {"correction": correction, "engine": engine, "microbatch_size": microbatch_size}
+        self._dp_options: dict[str, Any] = {
+            "correction": correction,
+            "engine": engine,
+            "microbatch_size": microbatch_size,
+        }
         if IS_KERAS_3:
             kwargs.setdefault("auto_scale_loss", False)
-            on_cpu = not tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
-            if kwargs.get("jit_compile", "auto") == "auto" and on_cpu:
+            accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
+            if kwargs.get("jit_compile", "auto") == "auto" and not accelerators:
                 kwargs["jit_compile"] = False
         super().compile(optimizer, loss, *args, **kwargs)
+        self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
         _checks.check_layers(self)
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
@@ -142,17 +149,18 @@ class DPModel(BookkeepingModel):
 
         task = self._task(public)
         clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
-        noised = self.optimizer.privatize(clipped)  # the privacy boundary
+        with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
+            noised = self.optimizer.privatize(clipped)  # the privacy boundary
 
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
-        noised = noised.plus(self._regularization_gradients())
+        penalty, penalty_gradients = self._regularization()
+        noised = noised.plus(penalty_gradients)
         self.optimizer.apply_gradients(noised, self.trainable_variables)
         if public is not None:
             public.update_moving_statistics()
-        self._books.steps.assign_add(1)
         self._books.not_finite.assign_add(result.not_finite)
-        return self._update_metrics(batch, result)
+        return self._update_metrics(batch, result, penalty)
 
     def _read_batch(self, data: Any) -> Batch:
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -192,6 +200,7 @@ class DPModel(BookkeepingModel):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)
             y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0), y_pred)
+            parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
             return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred)
 
         variables = tuple(raw(variable) for variable in self.trainable_variables)
@@ -199,16 +208,22 @@ class DPModel(BookkeepingModel):
             return Task(run_example, variables, (), ())
         return Task(run_example, variables, public.statistics, public.local_terms)
 
-    def _regularization_gradients(self) -> list[tf.Tensor | None]:
-        """Gradients of the weights' regularizers: no private data, so neither clipped nor noised."""
+    def _regularization(self) -> tuple[tf.Tensor, list[tf.Tensor | None]]:
+        """Sum of the weights' regularizers and its gradients: no private data, so neither clipped nor noised."""
         variables = [raw(variable) for variable in self.trainable_variables]
         with tf.GradientTape() as tape:
-            losses = regularization_losses(self)
-            total = tf.add_n(losses) if losses else None
-        return tape.gradient(total, variables) if losses else [None] * len(variables)
+            losses = [tf.cast(loss, tf.float32) for loss in regularization_losses(self)]
+            total = tf.add_n(losses) if losses else tf.constant(0.0)
+        return total, tape.gradient(total, variables) if losses else [None] * len(variables)
 
-    def _update_metrics(self, batch: Batch, result: BatchResult) -> dict[str, Any]:
-        """Updates Keras' metrics on the real examples; un-noised, outside the guarantee."""
+    def _update_metrics(self, batch: Batch, result: BatchResult, penalty: tf.Tensor) -> dict[str, Any]:
+        """Updates Keras' metrics on the real examples; un-noised, outside the guarantee.
+
+        Args:
+          batch: the batch.
+          result: losses and predictions of its rows.
+          penalty: the regularizers' sum at the weights that made them, from before the update.
+        """
         real = tf.ones_like(result.loss, tf.bool) if batch.mask is None else batch.mask
         count = tf.reduce_sum(tf.cast(real, tf.float32))
 
@@ -217,8 +232,7 @@ class DPModel(BookkeepingModel):
             return tf.math.divide_no_nan(tf.reduce_sum(values), count)
 
         total, parts = loss_trackers(self)
-        regularization = [tf.cast(loss, tf.float32) for loss in regularization_losses(self)]
-        total.update_state(tf.add_n([mean(result.loss), *regularization]), sample_weight=count)
+        total.update_state(mean(result.loss) + penalty, sample_weight=count)
         for tracker, values in zip(parts, result.parts, strict=True):
             tracker.update_state(mean(values), sample_weight=count)
         update_compiled_metrics(self, batch.y, result.y_pred, batch.sample_weight, batch.mask)
@@ -226,33 +240,53 @@ class DPModel(BookkeepingModel):
 
     # ------------------------------------------------------------------ training
 
-    def fit(self, x: Any = None, y: Any = None, *args: Any, class_weight: Any = None, **kwargs: Any) -> Any:
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        *,
+        class_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Trains as keras.Model.fit does.
 
-        Pass a data set from `PrivacyPlan.poisson_dataset` as x: the accounting assumes Poisson-sampled batches. Other input
-        works with a warning, and the privacy statement says that sampling was assumed.
+        Pass a data set from `PrivacyPlan.poisson_dataset` as x: the accounting assumes Poisson-sampled batches. Other
+        input works with a warning, and the privacy statement says that sampling was assumed.
 
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, or if a public batch is needed and missing.
         """
-        self._prepare_training(x, y)
-        if class_weight is not None and isinstance(x, tf.data.Dataset):
-            x, class_weight = apply_class_weight(x, class_weight), None
+        kwargs.update(batch_size=batch_size, epochs=epochs)
+        self._prepare_training(x, y, kwargs)
+        if isinstance(x, tf.data.Dataset):
+            kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
+            if class_weight is not None:
+                x, class_weight = apply_class_weight(x, class_weight), None
         try:
-            return super().fit(x, y, *args, class_weight=class_weight, **kwargs)
+            return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:
+            self._books.open_record(self.optimizer, None)
             self._refresh_if_stale()
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
+        self._compiled_dp_optimizer()
         self._watch_statistics()
         return super().train_on_batch(*args, **kwargs)
 
-    def _prepare_training(self, x: Any, y: Any) -> None:
-        if not isinstance(getattr(self, "optimizer", None), DPOptimizer):
-            raise RuntimeError("Call compile(optimizer=..., loss=...) before fit.")
-        source = source_of(x)
+    def _compiled_dp_optimizer(self) -> DPOptimizer:
+        """The optimizer that `compile` got, whose steps the ledger books; another one is refused."""
+        optimizer: Any = getattr(self, "optimizer", None)
+        if not isinstance(optimizer, DPOptimizer) or optimizer is not getattr(self, "_compiled_optimizer", None):
+            raise RuntimeError("Call compile(optimizer=..., loss=...) before training.")
+        return optimizer
+
+    def _prepare_training(self, x: Any, y: Any, options: dict[str, Any]) -> None:
+        """Checks everything that can be checked before the first step, and opens the ledger's record."""
+        optimizer, source = self._compiled_dp_optimizer(), source_of(x)
         if source is None:
             warnings.warn(
                 "The batches do not come from PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The "
@@ -260,18 +294,26 @@ class DPModel(BookkeepingModel):
                 PrivacyWarning,
                 stacklevel=3,
             )
+            _checks.check_batches(x, options.get("batch_size"), options.get("validation_split", 0.0), optimizer)
         else:
-            _checks.check_sampling(source.sampling, self.optimizer)
-        labels = y if source is None else source.labels
+            _checks.check_sampling(source.sampling, optimizer)
+        labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
-        self._books.open_record(self.optimizer, source and source.sampling)
+        _checks.check_callbacks(options.get("callbacks"))
+        self._books.open_record(optimizer, source.sampling if source else None)
         self._watch_statistics()
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
 class DPFunctional(DPModel, Functional):
     """What `DPModel(inputs, outputs)` returns: a functional model that trains with DP-SGD."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+    # Keras saves the network of a functional model only if its constructor looks like Functional's.
+    __init__.__signature__ = inspect.signature(Functional.__init__)  # type: ignore[attr-defined, misc]
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
@@ -287,8 +329,8 @@ class DPSequential(DPModel, keras.Sequential):
 def _split_weight(weight: Any) -> tuple[Any, Any]:
     """Splits one example's sample weight, [1, ...], into a factor on its loss and what Keras' loss must handle.
 
-    A weight for the whole example multiplies its loss, whatever the loss' reduction; weights by position or by output go to
-    Keras.
+    A weight for the whole example multiplies its loss, whatever the loss' reduction; weights by position or by output
+    go to Keras.
     """
     if isinstance(weight, tuple) and not weight:
         return 1.0, None

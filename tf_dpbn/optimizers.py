@@ -15,6 +15,7 @@ from tf_dpbn.mechanisms import ClippedSum, NoisedGradients, NoiseSource, add_gau
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
 _PRIVACY_ARGUMENTS = ("l2_norm_clip", "noise_multiplier", "expected_batch_size", "num_examples", "delta")
+_SMALLEST_CLIP = 1e-10
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
     "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
@@ -35,16 +36,16 @@ class DPOptimizer(keras.optimizers.Optimizer):
       inner: a keras optimizer, or its name.
       l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
       noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy.
-      expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size of the
-        batch at hand, which depends on who is in it.
+      expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size
+        of the batch at hand, which depends on who is in it.
       num_examples: size of the training set, for accounting; None if not known here.
       delta: the delta at which callbacks report epsilon, in (0, 1); None if not known here.
       noise_seed: for tests only. Noise from a known seed protects nothing; it is not part of the configuration.
       name: optional name.
 
     Raises:
-      ValueError: for a clip norm or batch size <= 0, a negative noise multiplier, a batch larger than the data set, or an
-        inner optimizer that is private itself or scales losses.
+      ValueError: for a clip norm or batch size <= 0, a negative noise multiplier, a batch larger than the data set,
+        or an inner optimizer that is private itself or scales losses.
 
     Source: Abadi et al. 2016, Algorithm 1.
     """
@@ -62,32 +63,34 @@ class DPOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         inner = keras.optimizers.get(inner)
         if isinstance(inner, (DPOptimizer, keras.mixed_precision.LossScaleOptimizer)):
-            raise _validate.argument_error(
-                "inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps."
-            )
+            raise _validate.argument_error("inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps.")
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
-        self.l2_norm_clip = _validate.positive("l2_norm_clip", l2_norm_clip, "1.0 is a common start.")
-        self.noise_multiplier = _validate.non_negative(
+        self._l2_norm_clip = _validate.positive("l2_norm_clip", l2_norm_clip, "1.0 is a common start.")
+        if self._l2_norm_clip < _SMALLEST_CLIP:
+            raise _validate.argument_error(
+                "l2_norm_clip", l2_norm_clip, f"be at least {_SMALLEST_CLIP}", "Squares of smaller norms underflow."
+            )
+        self._noise_multiplier = _validate.non_negative(
             "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."
         )
-        self.expected_batch_size = _validate.positive(
+        self._expected_batch_size = _validate.positive(
             "expected_batch_size",
             expected_batch_size,
             "Pass the expected number of examples in a batch, or build the optimizer with from_plan.",
         )
-        self.num_examples = None
+        self._num_examples = None
         if num_examples is not None:
-            self.num_examples = _validate.positive_int("num_examples", num_examples)
-            if self.expected_batch_size > self.num_examples:
+            self._num_examples = _validate.positive_int("num_examples", num_examples)
+            if self._expected_batch_size > self._num_examples:
                 raise _validate.argument_error(
                     "expected_batch_size",
                     expected_batch_size,
                     f"not exceed num_examples={num_examples}",
                     "A batch is drawn from the data set.",
                 )
-        self.delta = None if delta is None else _validate.open_probability("delta", delta)
+        self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._noise_source = NoiseSource(noise_seed)
 
     @classmethod
@@ -101,7 +104,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Raises:
           ValueError: if an argument that the plan decides is passed as well.
         """
-        from_plan = {
+        from_plan: dict[str, Any] = {
             "noise_multiplier": plan.noise_multiplier,
             "expected_batch_size": plan.expected_batch_size,
             "num_examples": plan.num_examples,
@@ -109,10 +112,36 @@ class DPOptimizer(keras.optimizers.Optimizer):
         }
         for argument in [*from_plan, "num_microbatches"]:
             if argument in kwargs:
-                raise _validate.argument_error(
-                    argument, kwargs[argument], "be left out", "The plan decides it."
-                )
-        return cls(*args, **kwargs, **from_plan)
+                raise _validate.argument_error(argument, kwargs[argument], "be left out", "The plan decides it.")
+        arguments: dict[str, Any] = {**kwargs, **from_plan}
+        return cls(*args, **arguments)
+
+    # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
+
+    @property
+    def l2_norm_clip(self) -> float:
+        """Bound on the L2 norm of one example's gradient."""
+        return self._l2_norm_clip
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the noise over l2_norm_clip."""
+        return self._noise_multiplier
+
+    @property
+    def expected_batch_size(self) -> float:
+        """The denominator."""
+        return self._expected_batch_size
+
+    @property
+    def num_examples(self) -> int | None:
+        """Size of the training set, or None."""
+        return self._num_examples
+
+    @property
+    def delta(self) -> float | None:
+        """The delta at which callbacks report epsilon, or None."""
+        return self._delta
 
     @property
     def sampling_probability(self) -> float | None:
@@ -125,9 +154,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         Raises:
           TypeError: for anything but a ClippedSum.
         """
-        return add_gaussian_noise(
-            clipped, self.noise_multiplier, self.expected_batch_size, self._noise_source
-        )
+        return add_gaussian_noise(clipped, self.noise_multiplier, self.expected_batch_size, self._noise_source)
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
         """Lets the inner optimizer apply noised gradients to `variables`.
@@ -249,33 +276,43 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
         return optimizer
 
 
-_ARGUMENTS = """
+@keras.saving.register_keras_serializable(package="tf_dpbn")
+class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
+    """DPOptimizer around keras.optimizers.SGD, with tensorflow-privacy's argument names.
 
     Args:
       l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
       noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0.
-      num_microbatches: for compatibility: None, or the expected batch size. Every example is clipped on its own.
-      *inner_args, **inner_kwargs: arguments of keras.optimizers.{name}.
+      num_microbatches: None, or the expected batch size, which it then gives. Every example is clipped on its own:
+        other values, which clip means of several examples, are refused.
+      *inner_args, **inner_kwargs: arguments of keras.optimizers.SGD.
       expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
-
-    Raises:
-      ValueError: see DPOptimizer, and for another num_microbatches.
     """
 
-
-@keras.saving.register_keras_serializable(package="tf_dpbn")
-class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
-    __doc__ = "DPOptimizer around keras.optimizers.SGD." + _ARGUMENTS.format(name="SGD")
     inner_class = keras.optimizers.SGD
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
 class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
-    __doc__ = "DPOptimizer around keras.optimizers.Adam." + _ARGUMENTS.format(name="Adam")
+    """DPOptimizer around keras.optimizers.Adam, with tensorflow-privacy's argument names.
+
+    Args:
+      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
+      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adam.
+      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+    """
+
     inner_class = keras.optimizers.Adam
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
 class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
-    __doc__ = "DPOptimizer around keras.optimizers.Adagrad." + _ARGUMENTS.format(name="Adagrad")
+    """DPOptimizer around keras.optimizers.Adagrad, with tensorflow-privacy's argument names.
+
+    Args:
+      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
+      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adagrad.
+      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+    """
+
     inner_class = keras.optimizers.Adagrad

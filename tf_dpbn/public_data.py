@@ -89,9 +89,7 @@ def random_fields(
     Raises:
       ValueError, TypeError: as `uniform_noise`; also a bad `exponent`.
     """
-    lengths = _checked_shape(
-        shape, ranks=(2, 3, 4), layout="1 to 3 spatial dimensions, then channels"
-    )
+    lengths = _checked_shape(shape, ranks=(2, 3, 4), layout="1 to 3 spatial dimensions, then channels")
     count = _validate.positive_int("batch_size", batch_size)
     decay = _validate.non_negative("exponent", exponent)
     scale = _checked_scale(value_range, dtype)
@@ -241,9 +239,7 @@ def _generator(seed: int | None) -> np.random.Generator:
     return np.random.default_rng(int(seed))
 
 
-def _checked_shape(
-    shape: Any, ranks: tuple[int, ...] | None = None, layout: str = ""
-) -> tuple[int, ...]:
+def _checked_shape(shape: Any, ranks: tuple[int, ...] | None = None, layout: str = "") -> tuple[int, ...]:
     """Returns `shape` as a tuple of positive ints of an allowed rank."""
     remedy = "Leave out the batch dimension: (28, 28, 1), not (None, 28, 28, 1)."
     if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence | np.ndarray):
@@ -295,16 +291,12 @@ def _checked_scale(value_range: Any, dtype: Any) -> _Scale:
     if checked.kind in "iu":
         least, most = max(least, -_LARGEST_WHOLE), min(most, _LARGEST_WHOLE)
     if low < least or high > most:
-        raise _validate.argument_error(
-            "value_range", value_range, f"lie inside {checked}: [{least}, {most}]"
-        )
+        raise _validate.argument_error("value_range", value_range, f"lie inside {checked}: [{least}, {most}]")
     bounds = (math.ceil(low), math.floor(high))
     if checked.kind == "f":
         bounds = _rounded_inward(low, high, checked)
     if not bounds[0] < bounds[1]:
-        raise _validate.argument_error(
-            "value_range", value_range, f"hold at least two numbers of {checked}"
-        )
+        raise _validate.argument_error("value_range", value_range, f"hold at least two numbers of {checked}")
     return _Scale(float(bounds[0]), float(bounds[1]), checked)
 
 

@@ -84,9 +84,7 @@ class PoissonSource:
     labels: Any
 
 
-def poisson_indices(
-    sampling: PoissonSampling, *, seed: int | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws batches of example numbers, without end.
 
     Args:
@@ -171,9 +169,7 @@ def poisson_dataset(
 class PrivacyPlan(accounting.PrivacyPlan):
     """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
 
-    def poisson_dataset(
-        self, x: Any, y: Any, sample_weight: Any = None, *, seed: int | None = None
-    ) -> tf.data.Dataset:
+    def poisson_dataset(self, x: Any, y: Any, sample_weight: Any = None, *, seed: int | None = None) -> tf.data.Dataset:
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
@@ -233,9 +229,7 @@ def real_example_mask(sample_weight: Any) -> tf.Tensor:
     return tf.reduce_any(nonzero, axis=tf.range(1, rank))
 
 
-def _draws(
-    sampling: PoissonSampling, rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the (indices, mask) of `poisson_indices` from `rng`."""
     rows = sampling.max_batch_size
     while True:
@@ -304,9 +298,7 @@ def _as_tensors(name: str, nest: Any) -> Any:
             tensor = tf.convert_to_tensor(nest)
     except (TypeError, ValueError) as error:
         kind = type(nest).__name__
-        raise _validate.argument_error(
-            name, kind, "hold dense arrays", remedy, TypeError
-        ) from error
+        raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError) from error
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
     return tensor

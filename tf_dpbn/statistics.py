@@ -23,9 +23,7 @@ def _broadcast_shape(rank: int, axes: Sequence[int], statistic: tf.Tensor) -> li
     return shape
 
 
-def moments(
-    z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = None
-) -> tuple[tf.Tensor, tf.Tensor]:
+def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = None) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and (biased) variance of z by channel, in float32 or wider.
 
     Args:

@@ -38,9 +38,7 @@ def test_clipped_sum_equals_a_loop_over_examples(name, engine):
     _, norms = naive_clipped_sum(model, x, y, weights, 1.0)
     clip = float(np.median(norms))  # some examples are clipped, some are not
     expected, _ = naive_clipped_sum(model, x, y, weights, clip)
-    helpers.compiled(
-        model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=2
-    )
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=2)
     found, _ = helpers.clipped_sum_function(model)(x, y, weights)
     assert helpers.relative_error(found, expected) < 1e-4
 

@@ -87,9 +87,7 @@ def test_one_example_moves_the_clipped_sum_by_at_most_the_clip_norm(net, correct
     helpers.randomize(model, seed, scale=float(rng.choice([0.3, 1.0])))
     clip = float(rng.choice([0.1, 1.0, 5.0]))
     model.set_public_batch(rng.normal(size=(5, *shape)).astype("float32"))
-    helpers.compiled(
-        model, loss, helpers.dp_optimizer(l2_norm_clip=clip), correction=correction, microbatch_size=4
-    )
+    helpers.compiled(model, loss, helpers.dp_optimizer(l2_norm_clip=clip), correction=correction, microbatch_size=4)
     run = helpers.clipped_sum_function(model)
     worst, typical = largest_move(run, rng, shape, targets, PAIRS_PER_NET)
     assert worst <= clip * SLACK
@@ -140,6 +138,4 @@ def test_an_examples_clipped_vector_does_not_depend_on_the_others(engine):
     x, y = rng.normal(size=(4, *shape)).astype("float32"), targets(4)
     alone = [run(x, y, np.eye(4, dtype="float32")[i])[0] for i in range(4)]
     together, _ = run(x, y, np.ones(4, "float32"))
-    np.testing.assert_allclose(
-        helpers.flat(together), sum(helpers.flat(each) for each in alone), atol=1e-5
-    )
+    np.testing.assert_allclose(helpers.flat(together), sum(helpers.flat(each) for each in alone), atol=1e-5)

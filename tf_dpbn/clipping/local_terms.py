@@ -5,8 +5,8 @@ constant, mean and variance of channel o depend only on the kernel's own channel
 kernel's shape. This file finds the feeding layer and computes the two Jacobians.
 
 The feeding layer is found in the graph of the public pass: from the normalization's input, back through operations that
-keep channels apart (bias, activation, pooling), to the first operation that multiplies data by a variable. That works for
-functional, sequential and subclassed models alike, and for a layer that is called several times.
+keep channels apart (bias, activation, pooling), to the first operation that multiplies data by a variable. That works
+for functional, sequential and subclassed models alike, and for a layer that is called several times.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
 }
 # Each output channel depends on the same input channel only; the channel axis stays where it is.
 _CHANNELWISE_OPERATIONS = frozenset(
-    "Add AddV2 AvgPool AvgPool3D BatchToSpaceND BiasAdd Cast Elu Exp Identity LeakyRelu MaxPool MaxPool3D Mul Neg RealDiv "
-    "Relu Relu6 Selu Sigmoid Softplus Softsign Sub Tanh".split()
+    "Add AddV2 AvgPool AvgPool3D BatchToSpaceND BiasAdd Cast Elu Exp Identity LeakyRelu MaxPool MaxPool3D "
+    "Mul Neg RealDiv Relu Relu6 Selu Sigmoid Softplus Softsign Sub Tanh".split()
 )
 # A kernel may pass through these on its way from the variable to the operation; its last two axes survive.
 _KERNEL_PASSAGES = frozenset(["Cast", "ExpandDims", "Identity", "ReadVariableOp"])
@@ -84,8 +84,8 @@ def find_local_terms(
       variables: the trainable variables.
 
     Returns:
-      For each call its local terms, one for each variable of the layer that feeds it; empty where the call is not fed by one
-      kernel layer (after an addition of branches, say).
+      For each call its local terms, one for each variable of the layer that feeds it; empty where the call is not fed
+      by one kernel layer (after an addition of branches, say).
     """
     graph = _PassGraph(public_inputs, variables)
     return tuple(_terms_of_call(graph, call) for call in calls)
@@ -144,7 +144,7 @@ class _PassGraph:
                 return None
             if operation.type in _KERNEL_OPERATIONS:
                 kernel = self._kernel(operation, data[0], axis, channels)
-                return kernel and _Producer((*parameters, kernel), data[0])
+                return None if kernel is None else _Producer((*parameters, kernel), data[0])
             moved = _axis_before(operation, data[0], axis)
             added = self._channel_parameters(operation, data[0], axis, channels)
             if moved is None or added is None:
@@ -152,9 +152,7 @@ class _PassGraph:
             parameters += added
             axis, z = moved, data[0]
 
-    def _kernel(
-        self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int
-    ) -> _Parameter | None:
+    def _kernel(self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int) -> _Parameter | None:
         if axis != _channel_axis_of_kernel_operation(operation):
             return None
         found = [self._variable_read(t, _KERNEL_PASSAGES) for t in operation.inputs if t is not data]
@@ -191,9 +189,7 @@ class _PassGraph:
             found.append(_Parameter(index, (-1,), read))
         return found
 
-    def _variable_read(
-        self, tensor: tf.Tensor, passages: frozenset[str]
-    ) -> tuple[int, tf.Tensor] | None:
+    def _variable_read(self, tensor: tf.Tensor, passages: frozenset[str]) -> tuple[int, tf.Tensor] | None:
         """Follows a tensor back to the read of a trainable variable: (index, result of the read)."""
         while tensor.op.type in passages:
             if tensor.op.type == "ReadVariableOp":

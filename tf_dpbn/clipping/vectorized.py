@@ -26,10 +26,10 @@ class PerExampleEngine:
     """Clipped sums by differentiating each example's loss separately.
 
     Args:
-      microbatch_size: how many examples' gradients are held in memory at a time; it does not change the result. None chooses
-        so that they take at most 256 MiB.
-      vectorize: run the examples of a microbatch at once; False runs them one after the other, which needs the least memory
-        and works for operations that cannot be vectorized at all.
+      microbatch_size: how many examples' gradients are held in memory at a time; it does not change the result. None
+        chooses so that they take at most 256 MiB.
+      vectorize: run the examples of a microbatch at once; False runs them one after the other, which needs the least
+        memory and works for operations that cannot be vectorized at all.
 
     Raises:
       ValueError: if microbatch_size is not a whole number >= 1.
@@ -57,12 +57,13 @@ class PerExampleEngine:
             sums, by_products = clipped_slice(0)
         else:
             sums, by_products = _accumulate(clipped_slice, slices, sums)
-        loss, parts, y_pred, not_finite = by_products
-        cut = lambda t: tf.ensure_shape(t[:count], [_static(count), *t.shape[1:]])  # noqa: E731
-        result = BatchResult(
-            *tf.nest.map_structure(cut, (loss, parts, y_pred)), tf.reduce_sum(tf.cast(not_finite, tf.int64))
-        )
-        return ClippedSum(tuple(sums), float(l2_norm_clip)), result
+
+        def without_filler(values: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(values[:count], [_static(count), *values.shape[1:]])
+
+        loss, parts, y_pred = tf.nest.map_structure(without_filler, by_products[:3])
+        not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
+        return ClippedSum(tuple(sums), float(l2_norm_clip)), BatchResult(loss, parts, y_pred, not_finite)
 
     def _slice_size(self, task: Task, batch: Batch) -> Any:
         parameters = sum(v.shape.num_elements() for v in task.variables)
@@ -112,10 +113,18 @@ def _trace_vectorized(run_row: Any, rows: Any) -> Any:
             # back when the loop is traced.
             tf.get_logger().info("Examples are looped over one by one, they cannot be vectorized: %s", error)
             return None
-    if _has_unsafe_matmul(traced.graph):
-        tf.get_logger().info("Examples are looped over one by one: broadcast matrix products are unsafe on CPUs.")
+    reason = _unsafe_to_vectorize(traced.graph)
+    if reason:
+        tf.get_logger().info("Examples are looped over one by one: %s.", reason)
         return None
     return mapped
+
+
+def _unsafe_to_vectorize(graph: tf.Graph) -> str:
+    """Why examples must not be vectorized, or an empty string."""
+    if any(op.type.startswith(("UnsortedSegment", "SparseSegment", "SegmentSum")) for op in graph.get_operations()):
+        return "vectorized segment sums mix examples where ids lie outside their range"
+    return "broadcast matrix products corrupt memory on CPUs" if _has_unsafe_matmul(graph) else ""
 
 
 def _has_unsafe_matmul(graph: tf.Graph) -> bool:
@@ -154,16 +163,29 @@ def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) ->
         result = task.run_example(x, y, weight, index, statistics)
     sources = [*task.variables, *tf.nest.flatten(statistics)]
     found = tape.gradient(result.loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    dense = [tf.cast(tf.convert_to_tensor(g), tf.float32) for g in found]
+    dense = [tf.cast(_densify(g, v), tf.float32) for g, v in zip(found, sources, strict=True)]
     number = len(task.variables)
     loss = tf.cast(result.loss, tf.float32)
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
     return loss, parts, result.y_pred, dense[:number], dense[number:]
 
 
-def _add_local_terms(
-    task: Task, gradients: list[tf.Tensor], cotangents: list[tf.Tensor]
-) -> list[tf.Tensor]:
+def _densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
+    """Turns the sparse gradient of a table look-up into a tensor; look-ups outside the table count for nothing.
+
+    TensorFlow's own conversion, once vectorized, adds row * table size to the ids, so that under XLA, which does not
+    check ids, an id outside the table would land in the next example's gradient.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    inside = tf.logical_and(gradient.indices >= 0, gradient.indices < like.shape[0])
+    indices = tf.where(inside, gradient.indices, tf.zeros_like(gradient.indices))
+    shape = tf.concat([tf.shape(inside), tf.ones([gradient.values.shape.rank - 1], tf.int32)], 0)
+    values = tf.where(tf.reshape(inside, shape), gradient.values, tf.zeros_like(gradient.values))
+    return tf.scatter_nd(indices[:, None], values, like.shape)
+
+
+def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf.Tensor]) -> list[tf.Tensor]:
     """K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
     gradients = list(gradients)
     for k, terms in enumerate(task.local_terms):
@@ -176,9 +198,7 @@ def _add_local_terms(
 def _output_signature(run_row: Any, rows: Any) -> Any:
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
     traced = tf.function(run_row, autograph=False).get_concrete_function(specs)
-    return tf.nest.map_structure(
-        lambda t: tf.TensorSpec(t.shape, t.dtype), traced.structured_outputs
-    )
+    return tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), traced.structured_outputs)
 
 
 def _squared_norms(gradients: tf.Tensor) -> tf.Tensor:
@@ -190,7 +210,8 @@ def _weighted_sum(weights: tf.Tensor, finite: tf.Tensor, gradients: tf.Tensor) -
     # A weight of 0 does not silence a NaN: rows that are not finite are replaced, not scaled.
     shape = tf.concat([tf.shape(finite), tf.ones([gradients.shape.rank - 1], tf.int32)], 0)
     kept = tf.where(tf.reshape(finite, shape), gradients, tf.zeros_like(gradients))
-    return tf.tensordot(weights, kept, 1)
+    # Not a matrix product: accelerators round those to fewer bits, which could push a row above the clip norm.
+    return tf.reduce_sum(tf.reshape(weights, shape) * kept, 0)
 
 
 def _to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:
@@ -235,9 +256,7 @@ def _accumulate(clipped_slice: Any, slices: Any, zero: tuple[tf.Tensor, ...]) ->
     """Loops over slices: adds up their sums, concatenates their by-products."""
     traced = tf.function(lambda: clipped_slice(0)[1], autograph=False).get_concrete_function()
     like = traced.structured_outputs
-    arrays = [
-        tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in tf.nest.flatten(like)
-    ]
+    arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in tf.nest.flatten(like)]
 
     def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:
         added, by_products = clipped_slice(i)

@@ -1,0 +1,204 @@
+"""Callbacks: epsilon in the logs, and training that stops at the last step that the budget allows."""
+
+import csv
+import pathlib
+
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn import accounting
+from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger
+
+layers = keras.layers
+DELTA = 1e-3
+X, _ = helpers.images(16, (3,))
+Y = X[:, :2]
+PLAN = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=DELTA, num_examples=16, expected_batch_size=4, epochs=4)
+
+
+def budget_for(steps):
+    """An epsilon that allows `steps` steps and not one more."""
+    costs = [accounting.Ledger([PLAN.record(count)]).epsilon(DELTA) for count in (steps, steps + 1)]
+    return sum(costs) / 2
+
+
+def make_model(optimizer=None, **kwargs):
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
+    optimizer = optimizer or tf_dpbn.DPOptimizer.from_plan(PLAN, keras.optimizers.SGD(0.01), 1.0)
+    return helpers.compiled(model, "mse", optimizer, **kwargs)
+
+
+def fit(model, *callbacks, epochs=1, **kwargs):
+    return model.fit(PLAN.poisson_dataset(X, Y), epochs=epochs, callbacks=list(callbacks), **{"verbose": 0, **kwargs})
+
+
+def epsilon_of(steps):
+    return accounting.Ledger([PLAN.record(steps)]).epsilon(DELTA)
+
+
+# ---------------------------------------------------------------------- PrivacyLogger
+
+
+def tensorboard_values(folder, tag):
+    found = []
+    for path in pathlib.Path(folder).rglob("events.out.tfevents.*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            found += [float(tf.make_ndarray(value.tensor)) for value in event.summary.value if value.tag == tag]
+    return found
+
+
+def test_epsilon_reaches_everything_that_reads_the_logs(tmp_path, capsys):
+    seen = []
+    reader = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs["epsilon"]))
+    callbacks = [
+        PrivacyLogger(),
+        reader,
+        keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
+        keras.callbacks.TensorBoard(str(tmp_path / "board"), write_graph=False),
+    ]
+    history = fit(make_model(), *callbacks, epochs=2, verbose=2)
+    expected = [epsilon_of(4), epsilon_of(8)]
+    assert seen == history.history["epsilon"] == expected
+    with open(tmp_path / "log.csv", newline="") as file:
+        assert [float(row["epsilon"]) for row in csv.DictReader(file)] == pytest.approx(expected)
+    assert tensorboard_values(tmp_path / "board", "epoch_epsilon") == pytest.approx(expected)
+    assert f"epsilon: {expected[0]:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", [PrivacyLogger, lambda: PrivacyBudget(budget_for(3))], ids=["logger", "budget"])
+def test_delta_is_the_optimizers_or_asked_for(make):
+    optimizer = helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4, num_examples=16)
+    with pytest.raises(ValueError, match=r"delta.*PrivacyPlan.*Received: delta=None"):
+        fit(make_model(optimizer), make())
+
+
+def test_delta_and_accountant_can_be_given():
+    model = make_model(helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4, num_examples=16))
+    history = fit(model, PrivacyLogger(0.01, "pld"))
+    assert history.history["epsilon"] == [model.epsilon(0.01, "pld")]
+    assert model.epsilon(0.01, "pld") < model.epsilon(0.01)
+
+
+def test_epsilon_counts_what_ran_before():
+    model = make_model()
+    fit(model)
+    assert fit(model, PrivacyLogger()).history["epsilon"] == [epsilon_of(8)]
+
+
+@pytest.mark.parametrize("callback", [PrivacyLogger(DELTA), PrivacyBudget(1.0, DELTA)])
+def test_stock_models_are_refused(callback):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, layers.Dense(2)(inputs))
+    model.compile("sgd", "mse")
+    with pytest.raises(TypeError, match=r"DPModel.*Received: model='?(Functional|Model)"):
+        model.fit(X, Y, verbose=0, callbacks=[callback])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PrivacyLogger(0.0), "delta=0.0"),
+        (lambda: PrivacyLogger(accountant="moments"), "accountant='moments'"),
+        (lambda: PrivacyBudget(-1.0), "epsilon=-1.0"),
+        (lambda: PrivacyBudget(1.0, 1.0), "delta=1.0"),
+        (lambda: PrivacyBudget(1.0, accountant="moments"), "accountant='moments'"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---------------------------------------------------------------------- PrivacyBudget
+
+
+def test_training_stops_at_the_last_step_that_fits_over_several_fits():
+    model = make_model()
+    budget = PrivacyBudget(budget_for(7))
+    allowed = accounting.max_steps(
+        accounting.Ledger(), next_record_config=PLAN.record(1), target_epsilon=budget_for(7), delta=DELTA
+    )
+    assert allowed == 7
+    fit(model, budget)
+    assert model.ledger.steps == 4
+    fit(model, budget, epochs=5)
+    assert model.ledger.steps == 7
+    assert model.epsilon(DELTA) <= budget_for(7) < epsilon_of(8)
+    with pytest.raises(ValueError, match=r"leave room for another step after 7 steps.*Received: epsilon="):
+        fit(model, budget)
+    fit(model, PrivacyBudget(budget_for(8)), epochs=5)
+    assert model.ledger.steps == 8
+
+
+@pytest.mark.parametrize("allowed", [3, 5, 8])
+def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
+    model = make_model(steps_per_execution=3)
+    fit(model, PrivacyBudget(budget_for(allowed)), epochs=6)
+    assert allowed - 3 < model.ledger.steps <= allowed
+    assert model.epsilon(DELTA) <= budget_for(allowed)
+
+
+def test_a_stride_that_does_not_fit_is_refused():
+    model = make_model(steps_per_execution=3)
+    with pytest.raises(ValueError, match="leave room for another step after 0 steps"):
+        fit(model, PrivacyBudget(budget_for(2)))
+    assert model.ledger.steps == 0
+
+
+def test_a_budget_for_no_step_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match="after 0 steps.*noise multiplier 2"):
+        fit(model, PrivacyBudget(epsilon_of(1) * 0.9))
+    assert model.ledger.steps == 0
+
+
+def test_training_without_noise_fits_no_budget():
+    model = make_model(helpers.dp_optimizer(expected_batch_size=4, num_examples=16))
+    with pytest.raises(ValueError, match="noise multiplier 0"):
+        fit(model, PrivacyBudget(1000.0, DELTA))
+    assert model.ledger.steps == 0
+
+
+@pytest.mark.parametrize("when", ["on_train_begin", "on_epoch_begin", "on_train_batch_end"])
+def test_a_checkpoint_loaded_by_a_later_callback_counts(when, tmp_path):
+    path = str(tmp_path / "earlier.weights.h5")
+    earlier = make_model()
+    fit(earlier)
+    earlier.save_weights(path)
+
+    class Loading(keras.callbacks.Callback):
+        loaded = False
+
+        def load(self, *args, **kwargs):
+            if not self.loaded:
+                self.loaded = True
+                self.model.load_weights(path)
+
+    setattr(Loading, when, Loading.load)
+    model = make_model()
+    fit(model, PrivacyBudget(budget_for(7)), Loading(), epochs=4)
+    assert model.ledger == tf_dpbn.Ledger([PLAN.record(7)])
+
+
+def test_a_loaded_checkpoint_that_uses_up_the_budget_stops_training(tmp_path):
+    path = str(tmp_path / "earlier.weights.h5")
+    earlier = make_model()
+    fit(earlier)
+    earlier.save_weights(path)
+    model = make_model()
+    loading = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: model.load_weights(path))
+    with pytest.raises(ValueError, match="after 4 steps"):
+        fit(model, PrivacyBudget(budget_for(4)), loading)
+    assert model.ledger.steps == 4
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 does not tune the number of steps")
+def test_a_stride_that_keras_tunes_is_refused():
+    model = make_model(steps_per_execution="auto")
+    with pytest.raises(ValueError, match='steps_per_execution="auto"'):
+        fit(model, PrivacyBudget(budget_for(7)))

@@ -1,0 +1,395 @@
+"""What a DPModel refuses, with what words, and what it lets pass."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn._keras import keras
+from tf_dpbn.sampling import poisson_dataset
+
+layers = keras.layers
+BATCH, CLASSES = 8, 3
+NOT_POISSON = "do not come from PrivacyPlan.poisson_dataset"
+
+
+def vectors(n=BATCH, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 5)).astype("float32"), rng.integers(0, CLASSES, n)
+
+
+def every_example(x, y, steps=1):
+    """Each batch holds all examples."""
+    return poisson_dataset(x, y, expected_batch_size=BATCH, max_batch_size=BATCH, steps_per_epoch=steps)
+
+
+def network(*middle, model=tf_dpbn.DPModel):
+    inputs = x = keras.Input((5,))
+    for layer in middle:
+        x = layer(x)
+    return model(inputs, layers.Dense(CLASSES)(x))
+
+
+class Subclassed(tf_dpbn.DPModel):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, layers.Dense(CLASSES)
+
+    def call(self, x):
+        return self.head(self.layer(x))
+
+
+def fit(model, steps=1, **options):
+    return model.fit(every_example(*vectors(), steps), verbose=0, **options)
+
+
+def assert_untrained(model, before):
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert model.private_steps == 0
+
+
+# ---------------------------------------------------------------- layers
+
+
+def nested(layer):
+    return network(network(layer, model=keras.Model))
+
+
+@pytest.mark.parametrize("build", [network, nested, Subclassed])
+def test_refuses_stock_batch_normalization_wherever_it_is(build):
+    model = build(layers.BatchNormalization(name="stock"))
+    with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization.*Replace it by tf_dpbn.DPBatchNorm"):
+        helpers.compiled(model)
+
+
+@pytest.mark.parametrize("build", [network, nested, Subclassed])
+def test_frozen_stock_batch_normalization_may_train(build):
+    layer = layers.BatchNormalization(trainable=False)
+    model = helpers.compiled(build(layer))
+    fit(model)
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), np.zeros_like(layer.moving_mean.numpy()))
+    assert model.private_steps == 1
+
+
+def test_refuses_stock_batch_normalization_that_is_unfrozen_after_compile():
+    layer = layers.BatchNormalization(trainable=False, name="stock")
+    model = helpers.compiled(network(layer))
+    layer.trainable = True
+    with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization"):
+        fit(model)
+
+
+class AddsLoss(layers.Layer):
+    def call(self, x):
+        self.add_loss(tf.reduce_mean(x))
+        return x
+
+
+@pytest.mark.parametrize("build", [network, nested, Subclassed])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Dense(4, activity_regularizer="l2", name="culprit"),
+        lambda: layers.ActivityRegularization(0.1, name="culprit"),
+        lambda: AddsLoss(name="culprit"),
+    ],
+    ids=["activity_regularizer", "ActivityRegularization", "add_loss"],
+)
+def test_refuses_losses_added_during_the_call(layer, build):
+    with pytest.raises(ValueError, match="'culprit' adds a loss while it is called.*Put it into the compiled loss"):
+        fit(helpers.compiled(build(layer())))
+
+
+# ---------------------------------------------------------------- public batch
+
+
+def test_refuses_to_train_without_public_batch():
+    model = helpers.compiled(network(tf_dpbn.DPBatchNormalization()))
+    with pytest.raises(ValueError, match=r"no public batch.*uniform_noise\(\(5,\).*Received: public_batch=None"):
+        fit(model)
+    assert model.private_steps == 0
+
+
+GOOD = vectors(4)[0]
+BAD_PUBLIC_BATCHES = {
+    "shape": (GOOD[:, :4], {}, ValueError, r"`public_batch.shape` must .*\(None, 5\).*\(4, 4\)"),
+    "rows": (GOOD[:1], {}, ValueError, r"at least 2 rows.*\(1, 5\)"),
+    "strings": (GOOD.astype(str), {}, TypeError, "`public_batch.*Received: .*<U"),
+    "nan": (np.where(GOOD == GOOD[0, 0], np.nan, GOOD), {}, ValueError, "must be finite. Received: 1 values"),
+    "range": (GOOD, {"value_range": (0.0, 0.5)}, ValueError, r"`public_batch.*\[?0\.0, 0\.5"),
+    "number": ([GOOD, GOOD], {}, ValueError, "each of the model's 1 inputs. Received: 2 arrays"),
+}
+
+
+@pytest.mark.parametrize("batch, options, error, message", BAD_PUBLIC_BATCHES.values(), ids=BAD_PUBLIC_BATCHES)
+def test_refuses_bad_public_batches(batch, options, error, message):
+    model = network(tf_dpbn.DPBatchNormalization())
+    with pytest.raises(error, match=message):
+        model.set_public_batch(batch, **options)
+    assert model.public_batch is None
+
+
+def test_refuses_a_public_batch_of_floats_for_an_integer_input_and_of_unequal_lengths():
+    a, b = keras.Input((3,), dtype="int32"), keras.Input((5,))
+    model = tf_dpbn.DPModel([a, b], layers.Concatenate()([layers.Flatten()(layers.Embedding(4, 2)(a)), b]))
+    with pytest.raises(TypeError, match=r"`public_batch\[0\].*float32"):
+        model.set_public_batch([GOOD[:, :3], GOOD])
+    with pytest.raises(ValueError, match=r"equally many rows everywhere. Received: \[3, 4\]"):
+        model.set_public_batch([np.ones((3, 3), "int32"), GOOD])
+
+
+# ---------------------------------------------------------------- compile and fit
+
+
+@pytest.mark.parametrize("given", ["sgd", None, keras.optimizers.SGD])
+def test_refuses_an_optimizer_that_is_not_private(given):
+    given = given() if callable(given) else given
+    with pytest.raises(
+        TypeError, match="`optimizer` must be a DPOptimizer. Wrap yours: tf_dpbn.optimizers.DPOptimizer"
+    ):
+        network().compile(optimizer=given, loss="mse")
+
+
+@pytest.mark.parametrize("option, value", [("correction", "global"), ("engine", "fast")])
+def test_refuses_unknown_options(option, value):
+    with pytest.raises(ValueError, match=f"`{option}` must .*Received: {option}='{value}'"):
+        helpers.compiled(network(), **{option: value})
+
+
+def test_refuses_to_fit_before_compile():
+    with pytest.raises(RuntimeError, match="Call compile"):
+        fit(network())
+
+
+@pytest.mark.parametrize("poisson", [True, False], ids=["poisson", "arrays"])
+@pytest.mark.parametrize("label", [-1, CLASSES])
+@pytest.mark.parametrize(
+    "loss", ["sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy], ids=["string", "object"]
+)
+def test_refuses_labels_out_of_range_before_training(loss, label, poisson):
+    model = helpers.compiled(network(), loss if isinstance(loss, str) else loss(from_logits=True))
+    before = [variable.numpy() for variable in model.trainable_variables]
+    x, y = vectors()
+    y[3] = label
+    message = rf"`y` must hold labels from 0 to {CLASSES - 1}.*Received: y={label}"
+    if poisson:
+        with pytest.raises(ValueError, match=message):
+            model.fit(every_example(x, y), verbose=0)
+    else:
+        with pytest.warns(tf_dpbn.PrivacyWarning, match=NOT_POISSON), pytest.raises(ValueError, match=message):
+            model.fit(x, y, batch_size=BATCH, verbose=0)
+    assert_untrained(model, before)
+
+
+def batched(x, y):
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(4, drop_remainder=True)
+
+
+CONTRADICTIONS = {
+    "batch_size": ({}, vectors(), {"batch_size": 4}, "`expected_batch_size` must equal the size of the batches, 4.*=8"),
+    "default_batch_size": ({}, vectors(), {}, "must equal the size of the batches, 32.*=8"),
+    "dataset": ({}, (batched(*vectors()),), {}, "must equal the size of the batches, 4.*=8"),
+    "examples": ({"num_examples": 100}, vectors(16), {"batch_size": 8}, "training examples, 16.*=100"),
+    "held_out": ({"num_examples": 16}, vectors(16), {"batch_size": 8, "validation_split": 0.5}, "examples, 8.*=16"),
+}
+
+
+@pytest.mark.parametrize("arguments, data, options, message", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_refuses_batches_that_contradict_the_accounting(arguments, data, options, message):
+    model = helpers.compiled(network(), optimizer=helpers.dp_optimizer(**arguments))
+    with pytest.warns(tf_dpbn.PrivacyWarning, match=NOT_POISSON), pytest.raises(ValueError, match=message):
+        model.fit(*data, verbose=0, **options)
+    assert model.private_steps == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"expected_batch_size": 4}, "`expected_batch_size` must equal that of the Poisson data set, 8.*=4"),
+        ({"num_examples": 9}, "`num_examples` must equal that of the Poisson data set, 8.*=9"),
+    ],
+)
+def test_refuses_draws_that_contradict_the_optimizer(arguments, message):
+    with pytest.raises(ValueError, match=f"{message}"):
+        fit(helpers.compiled(network(), optimizer=helpers.dp_optimizer(**arguments)))
+
+
+def test_warns_of_callbacks_that_decide_by_data_without_noise():
+    reduce = keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=10)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="ReduceLROnPlateau decides by 'loss'.*without noise"):
+        fit(helpers.compiled(network()), callbacks=[reduce])
+    fit(helpers.compiled(network()), callbacks=[keras.callbacks.EarlyStopping(monitor="epsilon", patience=9)] * 0)
+
+
+# ---------------------------------------------------------------- state
+
+
+class RunningMean(layers.Layer):
+    def build(self, shape):
+        self.mean = self.add_weight(name="mean", shape=(shape[-1],), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
+        return x - self.mean
+
+
+class RunningMeanInLoop(RunningMean):
+    """The same update, hidden in the body of a loop."""
+
+    def call(self, x):
+        def body(i):
+            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
+            return i + 1
+
+        i = tf.while_loop(lambda i: i < 2, body, [0])
+        i = i[0] if isinstance(i, (list, tuple)) else i
+        return x + tf.cast(i, x.dtype)
+
+
+class PythonState(layers.Layer):
+    def call(self, x):
+        seen = self.__dict__.setdefault("seen", [])
+
+        def remember(values):
+            seen.append(values)
+            return values
+
+        out = tf.numpy_function(remember, [x], tf.float32)
+        return x + 0.0 * tf.stop_gradient(tf.ensure_shape(out, x.shape))
+
+
+class Table(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.float32, 0.0)
+
+    def call(self, x):
+        keys = tf.cast(x[:, 0] * 100, tf.int64)
+        self.table.insert(keys, x[:, 1])
+        return x + self.table.lookup(keys)[:, None]
+
+
+@pytest.mark.parametrize("build", [network, nested, Subclassed])
+@pytest.mark.parametrize("layer", [RunningMean, RunningMeanInLoop, PythonState, Table])
+def test_refuses_state_that_depends_on_examples(layer, build):
+    if layer in (PythonState, Table) and build is not Subclassed:
+        pytest.skip("operations outside a call cannot build a functional model")
+    model = build(layer(name="culprit"))
+    model(vectors()[0])
+    helpers.compiled(model)
+    before = [variable.numpy() for variable in model.trainable_variables]
+    where = "'culprit'" if layer is RunningMean else "updates state"
+    with pytest.raises(ValueError, match=rf"updates state .*{where if layer is RunningMean else ''}.*couples.*private"):
+        fit(model)
+    assert_untrained(model, before)
+
+
+def test_refuses_a_stateful_recurrent_layer():
+    inputs = keras.Input(batch_shape=(BATCH, 3, 5))
+    model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(layers.SimpleRNN(4, stateful=True)(inputs))))
+    x = np.random.default_rng(0).normal(size=(BATCH, 3, 5)).astype("float32")
+    with pytest.raises(ValueError, match="updates state .*of layer 'simple_rnn.*stateful=False"):
+        model.fit(every_example(x, vectors()[1]), verbose=0)
+
+
+def test_refuses_state_in_the_loss():
+    total = tf.Variable(0.0)
+
+    def loss(y, p):
+        total.assign_add(tf.reduce_sum(p))
+        return keras.losses.sparse_categorical_crossentropy(y, p, from_logits=True) + total
+
+    with pytest.raises(ValueError, match="The model or its loss updates state outside the model's weights"):
+        fit(helpers.compiled(network(), loss))
+    assert float(total) == 0.0
+
+
+class StepCounter(layers.Layer):
+    def build(self, shape):
+        self.count = self.add_weight(name="count", shape=(), initializer="zeros", dtype="float32", trainable=False)
+
+    def call(self, x, training=None):
+        if training:
+            self.count.assign(self.count + 1.0)
+        return x
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_state_that_does_not_depend_on_examples_advances_once_a_step(normalized):
+    counter = StepCounter()
+    model = network(layers.Dense(4), counter, *([tf_dpbn.DPBatchNormalization()] if normalized else []))
+    model.set_public_batch(GOOD)
+    fit(helpers.compiled(model), steps=3)
+    assert float(counter.count.numpy()) == 3.0
+
+
+def test_spectral_normalization_advances_once_a_step():
+    layer, stock = (layers.SpectralNormalization(layers.Dense(4)) for _ in range(2))
+    model = network(layer)
+    stock.build((None, 5))
+    weights = [v.numpy() for v in layer.weights]
+    optimizer = helpers.dp_optimizer(inner=keras.optimizers.SGD(0.0))
+    fit(helpers.compiled(model, optimizer=optimizer), steps=2)
+    stock.set_weights(weights)
+    for _ in range(2):
+        stock(vectors()[0], training=True)
+    assert helpers.relative_error([v.numpy() for v in layer.weights], weights) > 1e-3
+    for found, expected in zip(layer.weights, stock.weights, strict=True):
+        np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- devices
+
+MULTI_REPLICA = """
+    import numpy as np, tensorflow as tf, tf_dpbn
+    from tf_dpbn._keras import keras
+    from tf_dpbn.sampling import poisson_dataset
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        inputs = keras.Input((5,))
+        model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(inputs))
+        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), "sparse_categorical_crossentropy")
+    data = np.ones((8, 5), "float32"), np.zeros(8, "int64")
+    try:
+        model.fit(poisson_dataset(*data, expected_batch_size=8, max_batch_size=8), verbose=0)
+    except NotImplementedError as error:
+        print("refused:", error, model.private_steps)
+"""
+
+
+def test_refuses_several_replicas():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(MULTI_REPLICA)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert "refused: DPModel trains on one replica" in done.stdout, done.stdout + done.stderr[-3000:]
+    assert "num_replicas_in_sync=2" in done.stdout
+
+
+def test_ids_outside_the_vocabulary_do_not_reach_another_example_under_xla():
+    clip, vocabulary = 0.5, 6
+    inputs = keras.Input((4,), dtype="int32")
+    pooled = layers.GlobalAveragePooling1D()(layers.Embedding(vocabulary, 3)(inputs))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(pooled))
+    helpers.randomize(model, scale=1.0)
+    run = helpers.clipped_sum_function(
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip)), jit_compile=True
+    )
+    rng = np.random.default_rng(0)
+    for outside in (-1, -vocabulary, vocabulary, vocabulary + 2, 3 * vocabulary):
+        x = rng.integers(0, vocabulary, (BATCH, 4)).astype("int32")
+        row = int(rng.integers(BATCH))
+        x[row, :3] = outside
+        weight = np.ones(BATCH, "float32")
+        moved, _ = run(x, vectors()[1], weight)
+        weight[row] = 0.0
+        without, _ = run(x, vectors()[1], weight)
+        move = np.linalg.norm(helpers.flat(moved) - helpers.flat(without))
+        assert 1e-3 * clip < move <= clip * (1 + 1e-5)

@@ -1,0 +1,161 @@
+"""What imports what: one direction, no TensorFlow in the accounting, noise in one file, Keras in one file."""
+
+import ast
+import pathlib
+
+import pytest
+
+import tf_dpbn
+
+ROOT = pathlib.Path(tf_dpbn.__file__).parent
+# Modules may import from lower levels, and within their own where that is not a circle.
+LEVELS = (
+    ("_validate", "version"),
+    ("_ledger", "_dead_leaves", "_reports", "accounting"),
+    ("sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
+    ("layers",),
+    ("clipping", "clipping.local_terms", "clipping.vectorized", "clipping.registry"),
+    ("optimizers",),
+    ("_checks", "_public_pass", "_bookkeeping", "model"),
+    ("callbacks",),
+)
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+FRAMEWORKS = {"tensorflow", "keras", "tf_keras"}
+
+
+def sources():
+    """Module name below tf_dpbn -> syntax tree; "" is the package itself."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+SOURCES = sources()
+MODULES = sorted(set(SOURCES) - {""})
+
+
+def imported_names(tree):
+    """Dotted names that a module imports anywhere in it, functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(tree, modules=frozenset(LEVEL)):
+    """Modules of the package that a module imports: the longest known prefix of each name."""
+    found = set()
+    for name in imported_names(tree):
+        if name.split(".")[0] != "tf_dpbn":
+            continue
+        parts = name.split(".")[1:]
+        prefixes = [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
+        found.add(next((prefix for prefix in prefixes if prefix in modules), ""))
+    return found
+
+
+def third_parties(tree):
+    return {name.split(".")[0] for name in imported_names(tree)}
+
+
+def upward(module, tree):
+    """Imports that break the order."""
+    return {other for other in imported_modules(tree) if LEVEL.get(other, len(LEVELS)) > LEVEL[module]}
+
+
+def called_names(tree):
+    """Last names of everything that is called or mentioned as an attribute, with its full dotted text."""
+    return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name))}
+
+
+def draws_normal(tree):
+    """Mentions of TensorFlow's or Keras' normal generators."""
+    return {
+        name
+        for name in called_names(tree)
+        if "normal" in name.split(".")[-1].lower() and ("random" in name or "stateless_" in name or "Generator" in name)
+    }
+
+
+def test_every_module_has_a_level():
+    assert set(MODULES) == set(LEVEL)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_upwards(module):
+    assert not upward(module, SOURCES[module])
+
+
+def test_there_are_no_circles_but_inside_clipping():
+    graph = {
+        module: {other for other in imported_modules(SOURCES[module]) if other.split(".")[0] != "clipping"}
+        if module.split(".")[0] == "clipping"
+        else imported_modules(SOURCES[module])
+        for module in MODULES
+    }
+    done = []
+    while len(done) < len(graph):
+        ready = [module for module in graph if module not in done and graph[module] <= set(done)]
+        assert ready, f"a circle among {sorted(set(graph) - set(done))}"
+        done += ready
+
+
+@pytest.mark.parametrize("module", ["_validate", "_ledger", "_reports", "accounting"])
+def test_accounting_needs_neither_tensorflow_nor_the_rest_of_the_package(module):
+    assert not third_parties(SOURCES[module]) & FRAMEWORKS
+    assert imported_modules(SOURCES[module]) <= {"_validate", "_ledger", "_reports", "accounting"}
+
+
+@pytest.mark.parametrize("module", ["public_data", "_dead_leaves"])
+def test_public_data_needs_no_tensorflow(module):
+    assert not third_parties(SOURCES[module]) & FRAMEWORKS
+
+
+def test_only_mechanisms_draws_noise():
+    drawing = {module for module in MODULES if draws_normal(SOURCES[module])}
+    # Public batches are numpy's random numbers; that module imports no TensorFlow (above).
+    assert drawing - {"public_data"} == {"mechanisms"}
+
+
+def test_only_one_module_imports_keras():
+    importing = {module for module in MODULES if third_parties(SOURCES[module]) & {"keras", "tf_keras"}}
+    reaching = {
+        module
+        for module in MODULES
+        if any(name.startswith(("tf.keras", "tensorflow.keras")) for name in called_names(SOURCES[module]))
+    }
+    assert importing | reaching <= {"_keras"}
+    assert "tf.keras" in called_names(SOURCES["_keras"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from tf_dpbn import model",
+        "from tf_dpbn.model import DPModel",
+        "import tf_dpbn.callbacks",
+        "def f():\n    from tf_dpbn.clipping.vectorized import PerExampleEngine",
+        "import tf_dpbn",
+    ],
+)
+def test_the_check_sees_an_import_that_goes_upwards(source):
+    assert upward("layers", ast.parse(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tf.random.stateless_normal([3], seed)",
+        "tf.random.normal([3])",
+        "keras.random.normal([3])",
+        "from tensorflow.random import stateless_normal\nstateless_normal([3], seed)",
+        "tf.random.Generator.from_seed(1)\ntf.random.truncated_normal([3])",
+    ],
+)
+def test_the_check_sees_noise(source):
+    assert draws_normal(ast.parse(source))

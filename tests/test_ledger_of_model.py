@@ -1,0 +1,192 @@
+"""The ledger of a model: what is booked when, and what epsilon comes of it."""
+
+import math
+
+import numpy as np
+import pytest
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn import accounting
+from tf_dpbn._keras import keras
+
+layers = keras.layers
+DELTA = 1e-3
+X, _ = helpers.images(16, (3,))
+Y = X[:, :2]
+
+
+def make_plan(**kwargs):
+    arguments = {"noise_multiplier": 2.0, "delta": DELTA, "num_examples": 16, "expected_batch_size": 4, "epochs": 4}
+    return tf_dpbn.PrivacyPlan(**{**arguments, **kwargs})
+
+
+def make_model(plan=None, optimizer=None, **kwargs):
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
+    optimizer = optimizer or tf_dpbn.DPOptimizer.from_plan(plan or make_plan(), keras.optimizers.SGD(0.01), 1.0)
+    return helpers.compiled(model, "mse", optimizer, **kwargs)
+
+
+def poisson_record(steps, noise_multiplier=2.0):
+    return make_plan(noise_multiplier=noise_multiplier).record(steps)
+
+
+def assumed_record(steps, noise_multiplier=2.0):
+    return accounting.StepRecord(
+        sampling_probability=0.25, noise_multipliers=(noise_multiplier,), steps=steps, num_examples=16
+    )
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """One fit over Poisson batches, 8 steps, and one over arrays, 4 steps."""
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
+        model.fit(X, Y, batch_size=4, verbose=0)
+    return model
+
+
+def test_a_new_model_has_spent_nothing():
+    model = make_model()
+    assert model.ledger == tf_dpbn.Ledger()
+    assert model.epsilon(DELTA) == 0.0
+
+
+def test_fits_are_booked_by_their_sampling(trained):
+    assert trained.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(4)])
+
+
+def test_the_ledger_is_a_copy(trained):
+    trained.ledger.record(poisson_record(100))
+    assert trained.ledger.steps == 12
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "pld"])
+def test_epsilon_is_that_of_accounting_by_hand(trained, accountant):
+    overflow = 8 * accounting.overflow_probability(
+        num_examples=16, sampling_probability=0.25, max_batch_size=make_plan().max_batch_size
+    )
+    record = accounting.StepRecord(sampling_probability=0.25, noise_multipliers=(2.0,), steps=12)
+    by_hand = accounting.Ledger([record]).epsilon(DELTA - overflow, accountant)
+    assert trained.epsilon(DELTA, accountant) == pytest.approx(by_hand, rel=1e-6)
+    assert 0.1 < by_hand < 10.0
+
+
+def test_the_statement_names_what_was_assumed(trained):
+    statement = " ".join(trained.privacy_statement(DELTA).split())
+    for part in ("12", "0.25", "2", "ASSUMED", "add", f"{trained.epsilon(DELTA):.3g}"[:3]):
+        assert part in statement, part
+
+
+def test_the_statement_of_poisson_batches_assumes_nothing():
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    statement = model.privacy_statement(DELTA)
+    assert "ASSUMED" not in statement
+    assert "Poisson" in statement
+
+
+def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    model.train_on_batch(X[:4], Y[:4])
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(2)])
+
+
+@pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)
+def test_every_step_counts_however_keras_runs_them(options):
+    plan = make_plan()
+    model = make_model(plan, **options)
+    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8)])
+    assert int(model.optimizer.iterations) == 8
+
+
+def test_an_exception_in_a_callback_loses_no_steps():
+    class Interruption(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    plan = make_plan()
+    model = make_model(plan)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(plan.poisson_dataset(X, Y), verbose=0, callbacks=[Interruption()])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(3)])
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(3), assumed_record(1)])
+
+
+def test_a_step_that_changed_the_weights_is_booked_though_its_metric_raises():
+    def failing(y_true, y_pred):
+        import tensorflow as tf
+
+        with tf.control_dependencies([tf.debugging.assert_less(tf.reduce_max(tf.abs(y_true)), -1.0)]):
+            return tf.reduce_mean(y_pred, -1)
+
+    plan = make_plan()
+    model = make_model(plan, metrics=[failing])
+    before = model.get_weights()
+    with pytest.raises(Exception, match="assert"):
+        model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    changed = any(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
+    assert model.ledger.steps == 1 or not changed
+
+
+def test_another_noise_multiplier_is_another_record():
+    model = make_model(plan := make_plan())
+    model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    other = make_plan(noise_multiplier=3.0)
+    helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(other, "sgd", 1.0))
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+    model.fit(other.poisson_dataset(X, Y), verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4), poisson_record(4, 3.0)])
+
+
+@pytest.mark.parametrize(
+    "argument", ["l2_norm_clip", "noise_multiplier", "expected_batch_size", "num_examples", "delta"]
+)
+def test_privacy_arguments_of_an_optimizer_are_read_only(argument):
+    optimizer = helpers.dp_optimizer()
+    with pytest.raises(AttributeError):
+        setattr(optimizer, argument, 0.5)
+
+
+def test_an_optimizer_that_compile_did_not_get_is_refused():
+    model = make_model(plan := make_plan())
+    quiet = make_plan(noise_multiplier=0.01)
+    model.optimizer = tf_dpbn.DPOptimizer.from_plan(quiet, "sgd", 1.0)
+    with pytest.raises(RuntimeError, match=r"Call compile\("):
+        model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    with pytest.raises(RuntimeError, match=r"Call compile\("):
+        model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger.steps == 0
+
+
+def test_no_noise_is_no_privacy():
+    optimizer = helpers.dp_optimizer(expected_batch_size=4, num_examples=16)
+    model = make_model(optimizer=optimizer)
+    assert model.epsilon(DELTA) == 0.0
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.epsilon(DELTA) == math.inf
+    assert "infinite" in model.privacy_statement(DELTA)
+
+
+def test_without_the_number_of_examples_there_is_no_epsilon_and_the_error_says_what_to_do():
+    model = make_model(optimizer=helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4))
+    model.train_on_batch(X[:4], Y[:4])
+    with pytest.raises(ValueError, match=r"Pass `num_examples` to the optimizer.*sampling_probability=None"):
+        model.epsilon(DELTA)
+    filled = model.ledger.with_sampling_probability(0.25)
+    assert filled.epsilon(DELTA) == accounting.Ledger([assumed_record(1)]).epsilon(DELTA)
+
+
+def test_delta_must_leave_room(trained):
+    with pytest.raises(ValueError, match="delta=1.5"):
+        trained.epsilon(1.5)

@@ -1,0 +1,304 @@
+"""DPModel as a Keras model: ways to build and run it, what a step does to the weights, fresh moving statistics."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn.sampling import poisson_dataset
+
+layers = keras.layers
+EXAMPLES, EXPECTED, CLASSES, STEPS = 12, 4, 3, 4
+
+
+def vectors(seed=0, n=EXAMPLES):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, 5)).astype("float32"), rng.integers(0, CLASSES, n)
+
+
+PUBLIC = vectors(seed=1, n=7)[0]
+
+
+def draws(steps=STEPS, seed=5):
+    return poisson_dataset(*vectors(), expected_batch_size=EXPECTED, max_batch_size=8, steps_per_epoch=steps, seed=seed)
+
+
+def compiled(model, compile_options=None, **options):
+    options = {"expected_batch_size": EXPECTED, "l2_norm_clip": 0.7, **options}
+    return helpers.compiled(model, optimizer=helpers.dp_optimizer(**options), **(compile_options or {}))
+
+
+def dense(units, seed):
+    """The same initial weights in every model."""
+    return layers.Dense(units, kernel_initializer=keras.initializers.GlorotUniform(seed=seed))
+
+
+def stack(dropout=0.0):
+    first, second = tf_dpbn.DPBatchNormalization(), tf_dpbn.DPBatchNormalization()
+    tail = [layers.Activation("tanh"), dense(4, 2), second, layers.Activation("tanh"), dense(CLASSES, 3)]
+    return [dense(6, 1), *([layers.Dropout(dropout)] if dropout else []), first, *tail]
+
+
+class Subclass(tf_dpbn.DPModel):
+    def __init__(self):
+        super().__init__()
+        self.stack = stack()
+
+    def call(self, x, training=None):
+        for layer in self.stack:
+            x = layer(x, training=training) if isinstance(layer, tf_dpbn.DPBatchNormalization) else layer(x)
+        return x
+
+
+def functional(dropout=0.0):
+    inputs = x = keras.Input((5,))
+    for layer in stack(dropout):
+        x = layer(x)
+    return tf_dpbn.DPModel(inputs, x)
+
+
+def called(model):
+    model(vectors()[0])
+    return model
+
+
+KINDS = {
+    "functional": functional,
+    "sequential": lambda: tf_dpbn.DPSequential([keras.Input((5,)), *stack()]),
+    "subclass": lambda: called(Subclass()),
+    "unbuilt_sequential": lambda: tf_dpbn.DPSequential(stack()),
+    "unbuilt_subclass": Subclass,
+}
+RUNS = {
+    "default": {},
+    "run_eagerly": {"run_eagerly": True},
+    "steps_per_execution": {"steps_per_execution": 2},
+    "jit_compile": {"jit_compile": True},
+    "loop_engine": {"engine": "loop"},
+}
+
+
+def trained(model, callbacks=(), compile_options=None, **options):
+    model.set_public_batch(PUBLIC)
+    compiled(model, compile_options, **options)
+    model.fit(draws(), callbacks=[*callbacks], verbose=0)
+    return model
+
+
+def by_name(model):
+    return [np.asarray(variable) for variable in model.trainable_variables], moving(model)
+
+
+def moving(model):
+    """Moving mean and variance of each normalization."""
+    found = [layer for layer in model.layers if isinstance(layer, tf_dpbn.DPBatchNormalization)]
+    return [np.asarray(v) for layer in found for v in (layer.moving_mean, layer.moving_variance)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return by_name(trained(functional()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "functional"])
+def test_all_ways_to_build_a_model_train_alike(kind, reference):
+    model = trained(KINDS[kind]())
+    assert model.private_steps == STEPS
+    for found, expected in zip(by_name(model), reference, strict=True):
+        assert helpers.relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "default"])
+def test_all_ways_to_run_a_step_give_the_same_weights(run, reference):
+    model = trained(functional(), compile_options=RUNS[run])
+    assert model.private_steps == STEPS
+    for found, expected in zip(by_name(model), reference, strict=True):
+        assert helpers.relative_error(found, expected) < 1e-4
+
+
+# ---------------------------------------------------------------- what a step does
+
+
+def linear(model=tf_dpbn.DPModel, units=CLASSES):
+    inputs = keras.Input((5,))
+    return model(inputs, layers.Dense(units)(inputs))
+
+
+def test_denominator_is_the_expected_batch_size_whatever_is_drawn():
+    x, y = vectors()
+    for rows in (0, 1, 3):
+        model = compiled(linear(), l2_norm_clip=1e6)
+        before = [v.numpy() for v in model.trainable_variables]
+        kernel = x[:rows].T @ (tf.nn.softmax(model(x[:rows])).numpy() - np.eye(CLASSES)[y[:rows]])
+        weight = np.array([1.0] * rows + [0.0] * (6 - rows), "float32")
+        model.train_on_batch(x[:6], y[:6], sample_weight=weight)
+        np.testing.assert_allclose(before[0] - model.trainable_variables[0].numpy(), kernel / EXPECTED, atol=1e-6)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_an_empty_draw_without_noise_leaves_the_weights_alone(normalized):
+    model = functional() if normalized else linear()
+    model.set_public_batch(PUBLIC)
+    compiled(model)
+    before = [variable.numpy() for variable in model.trainable_variables]
+    x, y = vectors()
+    logs = model.train_on_batch(x, y, sample_weight=np.zeros(EXAMPLES, "float32"), return_dict=True)
+    assert logs["loss"] == 0.0
+    for variable, value in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), value)
+    assert model.private_steps == 1
+
+
+class WithUnusedWeights(tf_dpbn.DPModel):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = layers.Dense(CLASSES), layers.Dense(300)
+
+    def call(self, x):
+        self.unused(x)
+        return tf.tile(self.used(x), [1, 300])
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+def test_every_variable_gets_noise_of_the_stated_scale_also_one_without_gradient(rows):
+    multiplier, clip = 2.0, 0.5
+    models = [
+        compiled(WithUnusedWeights(), l2_norm_clip=clip, noise_multiplier=m, noise_seed=3) for m in (0.0, multiplier)
+    ]
+    x, y = vectors()
+    for model in models:
+        called(model)
+    models[1].set_weights(models[0].get_weights())
+    weight = np.array([1.0] * rows + [0.0] * (EXAMPLES - rows), "float32")
+    for model in models:
+        model.train_on_batch(x, y, sample_weight=weight)
+    pairs = zip(*(model.trainable_variables for model in models), strict=True)
+    noise = [a.numpy() - b.numpy() for a, b in pairs]
+    scale = clip * multiplier / EXPECTED
+    for each in noise:
+        assert (each != 0).all()
+        spread = np.sqrt(np.mean(np.square(each / scale)))
+        assert abs(spread - 1.0) < 5.0 / np.sqrt(2 * each.size)  # five standard errors
+    largest = max(noise, key=np.size)
+    assert largest.size == 1500
+    for wrong in (EXPECTED, 1 / clip, multiplier):  # a factor left out or used twice
+        assert abs(np.sqrt(np.mean(np.square(largest / scale))) / wrong - 1.0) > 5.0 / np.sqrt(2 * largest.size)
+
+
+# ---------------------------------------------------------------- moving statistics
+
+
+def forward(model, x, statistics=None):
+    """The net of `stack` by hand, without dropout: logits, and all moments in order."""
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, layers.Dense):
+            x = x @ np.asarray(layer.kernel) + np.asarray(layer.bias)
+        elif isinstance(layer, tf_dpbn.DPBatchNormalization):
+            k = len(found)
+            mean, variance = (x.mean(0), x.var(0)) if statistics is None else statistics[k : k + 2]
+            found += [mean, variance]
+            x = (x - mean) / np.sqrt(variance + layer.epsilon) * np.asarray(layer.gamma) + np.asarray(layer.beta)
+        elif isinstance(layer, layers.Activation):
+            x = np.tanh(x)
+    return x, found
+
+
+def assert_fresh(model):
+    expected = forward(model, PUBLIC)[1]
+    for found, value in zip(moving(model), expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
+
+
+def test_after_fit_moving_statistics_are_the_public_moments_at_the_final_weights():
+    assert_fresh(trained(functional(dropout=0.9), noise_multiplier=0.5))
+
+
+def call_it(model, x, directory):
+    return model(x).numpy()
+
+
+def predict(model, x, directory):
+    return model.predict(x, verbose=0)
+
+
+def evaluate(model, x, directory):
+    loss = model.evaluate(x, vectors()[1], verbose=0)
+    logits = forward(model, x, forward(model, PUBLIC)[1])[0]
+    expected = tf.nn.sparse_softmax_cross_entropy_with_logits(vectors()[1], logits)
+    assert loss == pytest.approx(float(np.mean(expected)), rel=1e-4)
+    return logits
+
+
+def export(model, x, directory):
+    model.export(directory, **({"verbose": False} if IS_KERAS_3 else {}))
+    loaded = tf.saved_model.load(directory)
+    return loaded.serve(x).numpy()
+
+
+@pytest.mark.parametrize("use", [call_it, predict, evaluate, export])
+def test_use_in_the_middle_of_training_has_fresh_statistics(use, tmp_path):
+    class Use(keras.callbacks.Callback):
+        checked = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch != 1:
+                return
+            x = vectors()[0]
+            stale = moving(self.model)
+            found = use(self.model, x, str(tmp_path / "exported"))
+            assert_fresh(self.model)
+            assert helpers.relative_error(stale, moving(self.model)) > 1e-3
+            expected = forward(self.model, x, forward(self.model, PUBLIC)[1])[0]
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+            self.checked += 1
+
+    callback = Use()
+    model = trained(functional(), [callback])
+    assert callback.checked == 1
+    assert_fresh(model)
+
+
+def test_a_frozen_normalization_keeps_its_statistics():
+    model = functional()
+    helpers.randomize(model)
+    first, second = (layer for layer in model.layers if isinstance(layer, tf_dpbn.DPBatchNormalization))
+    first.trainable = False
+    kept = moving(model)[:2]
+    trained(model)
+    np.testing.assert_array_equal(moving(model)[:2], kept)
+    (mean, variance), outputs = kept, PUBLIC @ np.asarray(model.layers[1].kernel) + np.asarray(model.layers[1].bias)
+    scaled = (outputs - mean) / np.sqrt(variance + first.epsilon) * np.asarray(first.gamma) + np.asarray(first.beta)
+    dense_layer = [layer for layer in model.layers if isinstance(layer, layers.Dense)][1]
+    second_input = np.tanh(scaled) @ np.asarray(dense_layer.kernel) + np.asarray(dense_layer.bias)
+    np.testing.assert_allclose(second.moving_mean.numpy(), second_input.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second.moving_variance.numpy(), second_input.var(0), rtol=1e-4, atol=1e-5)
+
+
+class NormalizedTwice(tf_dpbn.DPModel):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.other = tf_dpbn.DPBatchNormalization(), tf_dpbn.DPBatchNormalization()
+        self.head = layers.Dense(CLASSES)
+
+    def call(self, x, training=None):
+        return self.head(self.other(self.norm(x, training=False), training=training))
+
+
+def test_a_normalization_called_in_inference_keeps_its_statistics():
+    model = called(NormalizedTwice())  # a functional model of Keras 3 overrides training=False
+    helpers.randomize(model)
+    norm, other = model.norm, model.other
+    kept = [norm.moving_mean.numpy(), norm.moving_variance.numpy()]
+    trained(model)
+    np.testing.assert_array_equal([norm.moving_mean.numpy(), norm.moving_variance.numpy()], kept)
+    np.testing.assert_allclose(other.moving_mean.numpy(), norm(PUBLIC).numpy().mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_off_when_statistics_are_refreshed():
+    inputs = keras.Input((5,))
+    x = tf_dpbn.DPBatchNormalization()(layers.Dropout(0.5)(inputs))
+    model = trained(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(x)))
+    np.testing.assert_allclose(moving(model), [PUBLIC.mean(0), PUBLIC.var(0)], rtol=1e-5, atol=1e-6)
