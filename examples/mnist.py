@@ -54,10 +54,10 @@ class Config:
     epsilon: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
-    l2_norm_clip: float = 1.0
-    learning_rate: float = 0.25
-    epochs: int = 15
-    batch_size: int = 256
+    l2_norm_clip: float = 0.5
+    learning_rate: float = 0.5
+    epochs: int = 30
+    batch_size: int = 512
     public_batch: str = "uniform_noise"
     public_batch_size: int = 128
     seed: int = 0

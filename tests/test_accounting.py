@@ -15,9 +15,7 @@ ACCOUNTANTS = ("rdp", "pld")
 
 
 def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
-    return accounting.StepRecord(
-        sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs
-    )
+    return accounting.StepRecord(sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs)
 
 
 def subsampled_gaussian_delta(epsilon, sigma, q):
@@ -69,12 +67,8 @@ def test_budget_split_of_the_design_folds_back_to_the_whole():
 def two_release_delta(epsilon, sigmas, q):
     """Hockey-stick of one step with two releases of one draw, by quadrature on a plane."""
     axes = [np.linspace(-9 * s, 9 * s + 1, 1501) for s in sigmas]
-    absent = np.multiply.outer(
-        *(stats.norm.pdf(x, 0, s) for x, s in zip(axes, sigmas, strict=True))
-    )
-    present = np.multiply.outer(
-        *(stats.norm.pdf(x, 1, s) for x, s in zip(axes, sigmas, strict=True))
-    )
+    absent = np.multiply.outer(*(stats.norm.pdf(x, 0, s) for x, s in zip(axes, sigmas, strict=True)))
+    present = np.multiply.outer(*(stats.norm.pdf(x, 1, s) for x, s in zip(axes, sigmas, strict=True)))
     mixture = (1 - q) * absent + q * present
     excess = np.maximum(mixture - math.exp(epsilon) * absent, 0)
     return excess.sum() * np.prod([x[1] - x[0] for x in axes])
@@ -94,9 +88,7 @@ def test_two_releases_on_one_draw_cost_what_the_folded_gaussian_costs(epsilon):
 
 
 def test_event_is_self_composed_poisson_sampled_gaussian_of_python_numbers():
-    event = accounting.dp_sgd_event(
-        record(np.float32(0.25), (np.float64(1), np.int64(2)), np.int64(7))
-    )
+    event = accounting.dp_sgd_event(record(np.float32(0.25), (np.float64(1), np.int64(2)), np.int64(7)))
     gaussian = dp_accounting.GaussianDpEvent(0.8944271909999159)
     sampled = dp_accounting.PoissonSampledDpEvent(0.25, gaussian)
     assert event == dp_accounting.SelfComposedDpEvent(sampled, 7)
@@ -156,9 +148,7 @@ def exact_tail(n, q, m):
     [(6, 0.5, 4), (6, 0.5, 6), (6, 0.5, 7), (6, 1.0, 6), (400, 0.1, 120), (300, 0.3, 250)],
 )
 def test_overflow_probability_is_the_binomial_tail_from_max_batch_size_on(n, q, m):
-    found = accounting.overflow_probability(
-        num_examples=n, sampling_probability=q, max_batch_size=m
-    )
+    found = accounting.overflow_probability(num_examples=n, sampling_probability=q, max_batch_size=m)
     assert type(found) is float
     assert found == pytest.approx(exact_tail(n, q, m), rel=1e-11, abs=0.0)
 
@@ -181,10 +171,7 @@ def cut_step_delta(epsilon, *, n, m, q, sigma):
         else:  # m of k + 1 rows stay: the extra one with probability m / (k + 1)
             stays = m / (k + 1)
             with_it += weight * q * (stays * bump(-(m - 1) + 1) + (1 - stays) * bump(-m))
-    excess = [
-        np.maximum(p - math.exp(epsilon) * r, 0).sum()
-        for p, r in ((with_it, without), (without, with_it))
-    ]
+    excess = [np.maximum(p - math.exp(epsilon) * r, 0).sum() for p, r in ((with_it, without), (without, with_it))]
     return max(excess) * (x[1] - x[0])
 
 
@@ -218,9 +205,7 @@ def test_the_exact_divergence_rejects_a_smaller_charge(wrong_charge):
 @pytest.mark.parametrize("n, q, steps", [(60_000, 0.01, 1000), (50, 0.3, 10), (9, 1.0, 3)])
 def test_default_max_batch_size_is_the_smallest_multiple_of_eight_within_the_share(n, q, steps):
     delta, share = 1e-5, 0.01
-    m = accounting.default_max_batch_size(
-        num_examples=n, sampling_probability=q, steps=steps, delta=delta
-    )
+    m = accounting.default_max_batch_size(num_examples=n, sampling_probability=q, steps=steps, delta=delta)
 
     def charge(rows):
         return steps * stats.binom.sf(rows - 1, n, q)
@@ -281,9 +266,7 @@ def test_overflow_is_taken_from_delta_and_summed_over_steps_and_entries():
 def test_edges_of_epsilon(accountant):
     assert accounting.Ledger().epsilon(1e-5, accountant) == 0.0
     assert accounting.Ledger([record(steps=0)]).epsilon(1e-5, accountant) == 0.0
-    assert accounting.Ledger([record(sigmas=(1.0, 0.0), steps=1)]).epsilon(0.5, accountant) == (
-        math.inf
-    )
+    assert accounting.Ledger([record(sigmas=(1.0, 0.0), steps=1)]).epsilon(0.5, accountant) == (math.inf)
     no_noise = [record(sigmas=(5.0,)), record(sigmas=(0.0,), steps=1)]
     assert accounting.Ledger(no_noise).epsilon(1e-5, accountant) == math.inf
 
@@ -407,9 +390,7 @@ def test_from_json_names_the_unknown_version():
         accounting.Ledger.from_json(damage(version=2))
 
 
-@pytest.mark.parametrize(
-    "q, accountant", [(1e-6, "rdp"), (1e-3, "rdp"), (0.05, "rdp"), (1e-3, "pld")]
-)
+@pytest.mark.parametrize("q, accountant", [(1e-6, "rdp"), (1e-3, "rdp"), (0.05, "rdp"), (1e-3, "pld")])
 def test_enormous_noise_neither_fails_nor_raises_epsilon(q, accountant):
     # Raw RDP accounting raises here in dp_accounting 0.4.3: rounding makes divergences negative.
     epsilons = [

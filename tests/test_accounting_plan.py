@@ -14,9 +14,7 @@ from tf_dpbn import accounting
 
 
 def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
-    return accounting.StepRecord(
-        sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs
-    )
+    return accounting.StepRecord(sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs)
 
 
 def plan(**kwargs):
@@ -63,9 +61,7 @@ def test_calibration_meets_the_target_with_the_least_noise(accountant, target, q
 def test_calibration_mends_a_search_that_stops_short(monkeypatch):
     given = {"target_epsilon": 3.0, "delta": 1e-5, "sampling_probability": 0.01, "steps": 1000}
     right = accounting.calibrate_noise_multiplier(**given)
-    monkeypatch.setattr(
-        dp_accounting, "calibrate_dp_mechanism", lambda *args, **kwargs: right * (1 - 1e-4)
-    )
+    monkeypatch.setattr(dp_accounting, "calibrate_dp_mechanism", lambda *args, **kwargs: right * (1 - 1e-4))
     mended = accounting.calibrate_noise_multiplier(**given)
     assert right * (1 - 1e-6) <= mended < right * (1 + 1e-3)
     assert accounting.Ledger([record(0.01, (mended,), 1000)]).epsilon(1e-5) <= 3.0
@@ -93,9 +89,7 @@ def test_calibration_refuses(change):
 def test_max_steps_is_the_last_step_within_the_target(accountant, sigma):
     ledger = accounting.Ledger([record(0.02, (2 * sigma,), 50)])
     cut = record(0.01, (sigma,), 999, num_examples=10_000, max_batch_size=176, sampling="poisson")
-    n = accounting.max_steps(
-        ledger, next_record_config=cut, target_epsilon=1.0, delta=1e-5, accountant=accountant
-    )
+    n = accounting.max_steps(ledger, next_record_config=cut, target_epsilon=1.0, delta=1e-5, accountant=accountant)
 
     def epsilon(steps):
         future = ledger.copy()
@@ -153,9 +147,7 @@ def test_a_tight_padded_batch_costs_noise():
 
 def test_plan_of_the_whole_run_leaves_no_further_step():
     made = plan(target_epsilon=3.0)
-    n = accounting.max_steps(
-        accounting.Ledger(), next_record_config=made.record(1), target_epsilon=3.0, delta=1e-5
-    )
+    n = accounting.max_steps(accounting.Ledger(), next_record_config=made.record(1), target_epsilon=3.0, delta=1e-5)
     assert n == made.steps
 
 
@@ -216,9 +208,7 @@ def test_plan_refuses(change, message):
 
 def test_plan_warns_of_a_delta_of_one_over_n_or_more():
     with pytest.warns(accounting.PrivacyWarning, match="delta=0.01 is not below") as caught:
-        accounting.PrivacyPlan(
-            delta=0.01, num_examples=100, expected_batch_size=10, steps=1, noise_multiplier=1.0
-        )
+        accounting.PrivacyPlan(delta=0.01, num_examples=100, expected_batch_size=10, steps=1, noise_multiplier=1.0)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -268,9 +258,7 @@ def test_statement_says_what_ran():
         ]
     )
     text = " ".join(
-        accounting.privacy_statement(
-            ledger, delta=1e-5, covered=["the fudge"], not_covered=["the trudge"]
-        ).split()
+        accounting.privacy_statement(ledger, delta=1e-5, covered=["the fudge"], not_covered=["the trudge"]).split()
     )
     shown = float(text.split("epsilon = ")[1].split()[0])
     assert 0 <= shown - ledger.epsilon(1e-5) <= 1.001e-4
@@ -335,9 +323,7 @@ TUTORIAL = {
 }
 
 
-@pytest.mark.parametrize(
-    "microbatching, once, poisson", [(True, 44.798, 5.160), (False, 17.648, 0.955)]
-)
+@pytest.mark.parametrize("microbatching, once, poisson", [(True, 44.798, 5.160), (False, 17.648, 0.955)])
 def test_tensorflow_privacy_numbers(microbatching, once, poisson):
     found = accounting.tensorflow_privacy_epsilons(**TUTORIAL, used_microbatching=microbatching)
     assert found.each_example_once_per_epoch == pytest.approx(once, abs=6e-4)
@@ -346,9 +332,7 @@ def test_tensorflow_privacy_numbers(microbatching, once, poisson):
 
 
 @pytest.mark.parametrize("microbatching", [True, False])
-@pytest.mark.parametrize(
-    "change", [{}, {"num_epochs": 2.5, "noise_multiplier": 0.9, "batch_size": 999}]
-)
+@pytest.mark.parametrize("change", [{}, {"num_epochs": 2.5, "noise_multiplier": 0.9, "batch_size": 999}])
 def test_tensorflow_privacy_itself_prints_the_same(monkeypatch, microbatching, change):
     monkeypatch.setattr(sys, "skip_tf_privacy_import", True, raising=False)
     library = pytest.importorskip(

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.sampling import poisson_dataset
 
 layers = keras.layers
@@ -69,7 +69,7 @@ def test_refuses_stock_batch_normalization_wherever_it_is(build):
         helpers.compiled(model)
 
 
-@pytest.mark.parametrize("build", [network, nested, Subclassed])
+@pytest.mark.parametrize("build", [nested, Subclassed])
 def test_frozen_stock_batch_normalization_may_train(build):
     layer = layers.BatchNormalization(trainable=False)
     model = helpers.compiled(build(layer))
@@ -78,12 +78,16 @@ def test_frozen_stock_batch_normalization_may_train(build):
     assert model.private_steps == 1
 
 
-def test_refuses_stock_batch_normalization_that_is_unfrozen_after_compile():
+def test_unfreezing_stock_batch_normalization_after_compile_does_not_train_it():
     layer = layers.BatchNormalization(trainable=False, name="stock")
     model = helpers.compiled(network(layer))
     layer.trainable = True
-    with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization"):
-        fit(model)
+    if IS_KERAS_3:
+        with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization"):
+            fit(model)
+    else:
+        fit(model)  # tf_keras trains with what was trainable at compile
+    np.testing.assert_array_equal(layer.moving_mean.numpy(), np.zeros(5))
 
 
 class AddsLoss(layers.Layer):
@@ -217,7 +221,7 @@ def test_refuses_batches_that_contradict_the_accounting(arguments, data, options
     ],
 )
 def test_refuses_draws_that_contradict_the_optimizer(arguments, message):
-    with pytest.raises(ValueError, match=f"{message}"):
+    with pytest.raises(ValueError, match=message):
         fit(helpers.compiled(network(), optimizer=helpers.dp_optimizer(**arguments)))
 
 
@@ -225,7 +229,7 @@ def test_warns_of_callbacks_that_decide_by_data_without_noise():
     reduce = keras.callbacks.ReduceLROnPlateau(monitor="loss", patience=10)
     with pytest.warns(tf_dpbn.PrivacyWarning, match="ReduceLROnPlateau decides by 'loss'.*without noise"):
         fit(helpers.compiled(network()), callbacks=[reduce])
-    fit(helpers.compiled(network()), callbacks=[keras.callbacks.EarlyStopping(monitor="epsilon", patience=9)] * 0)
+    fit(helpers.compiled(network()), callbacks=[keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)])
 
 
 # ---------------------------------------------------------------- state
@@ -246,10 +250,9 @@ class RunningMeanInLoop(RunningMean):
     def call(self, x):
         def body(i):
             self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
-            return i + 1
+            return (i + 1,)
 
-        i = tf.while_loop(lambda i: i < 2, body, [0])
-        i = i[0] if isinstance(i, (list, tuple)) else i
+        (i,) = tf.while_loop(lambda i: i < 2, body, (tf.constant(0),))
         return x + tf.cast(i, x.dtype)
 
 
@@ -273,20 +276,22 @@ class Table(layers.Layer):
     def call(self, x):
         keys = tf.cast(x[:, 0] * 100, tf.int64)
         self.table.insert(keys, x[:, 1])
-        return x + self.table.lookup(keys)[:, None]
+        return x + tf.ensure_shape(self.table.lookup(keys), x.shape[:1])[:, None]
 
 
-@pytest.mark.parametrize("build", [network, nested, Subclassed])
-@pytest.mark.parametrize("layer", [RunningMean, RunningMeanInLoop, PythonState, Table])
+WITH_STATE = [(layer, build) for layer in (RunningMean, RunningMeanInLoop) for build in (network, nested, Subclassed)]
+WITH_STATE += [(PythonState, Subclassed), (Table, Subclassed)]
+
+
+@pytest.mark.parametrize("layer, build", WITH_STATE)
 def test_refuses_state_that_depends_on_examples(layer, build):
-    if layer in (PythonState, Table) and build is not Subclassed:
-        pytest.skip("operations outside a call cannot build a functional model")
     model = build(layer(name="culprit"))
     model(vectors()[0])
     helpers.compiled(model)
     before = [variable.numpy() for variable in model.trainable_variables]
-    where = "'culprit'" if layer is RunningMean else "updates state"
-    with pytest.raises(ValueError, match=rf"updates state .*{where if layer is RunningMean else ''}.*couples.*private"):
+    of_variable = issubclass(layer, RunningMean)
+    where = "of layer 'culprit'" if of_variable else "outside the model's weights"
+    with pytest.raises(ValueError, match=rf"updates state .*{where}.*couples private examples.*Received: "):
         fit(model)
     assert_untrained(model, before)
 
@@ -295,7 +300,7 @@ def test_refuses_a_stateful_recurrent_layer():
     inputs = keras.Input(batch_shape=(BATCH, 3, 5))
     model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(layers.SimpleRNN(4, stateful=True)(inputs))))
     x = np.random.default_rng(0).normal(size=(BATCH, 3, 5)).astype("float32")
-    with pytest.raises(ValueError, match="updates state .*of layer 'simple_rnn.*stateful=False"):
+    with pytest.raises(ValueError, match="updates state .*simple_rnn.*stateful=False"):
         model.fit(every_example(x, vectors()[1]), verbose=0)
 
 
@@ -348,20 +353,22 @@ def test_spectral_normalization_advances_once_a_step():
 # ---------------------------------------------------------------- devices
 
 MULTI_REPLICA = """
-    import numpy as np, tensorflow as tf, tf_dpbn
-    from tf_dpbn._keras import keras
-    from tf_dpbn.sampling import poisson_dataset
+    import numpy as np, tensorflow as tf
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    import tf_dpbn
+    from tf_dpbn._keras import keras
+    from tf_dpbn.sampling import poisson_dataset
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         inputs = keras.Input((5,))
         model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(inputs))
-        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), "sparse_categorical_crossentropy")
+        optimizer = tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8)
     data = np.ones((8, 5), "float32"), np.zeros(8, "int64")
     try:
+        model.compile(optimizer, "sparse_categorical_crossentropy")
         model.fit(poisson_dataset(*data, expected_batch_size=8, max_batch_size=8), verbose=0)
     except NotImplementedError as error:
-        print("refused:", error, model.private_steps)
+        print("refused:", error)
 """
 
 

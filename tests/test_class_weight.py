@@ -69,9 +69,7 @@ def test_inputs_may_be_nested():
     np.testing.assert_array_equal(weight, EXPECTED)
 
 
-@pytest.mark.parametrize(
-    "class_weight", [{1: 1.0, 2: 2.0}, {0: 1.0, 2: 2.0}, {-1: 1.0, 0: 1.0}, {}]
-)
+@pytest.mark.parametrize("class_weight", [{1: 1.0, 2: 2.0}, {0: 1.0, 2: 2.0}, {-1: 1.0, 0: 1.0}, {}])
 def test_refuses_classes_with_gaps(class_weight):
     message = rf"every class from 0 up.*Received: class_weight={re.escape(repr(class_weight))}"
     with pytest.raises(ValueError, match=message):

@@ -198,9 +198,7 @@ def test_an_unknown_normalization_is_refused():
 
 def test_help_explains_every_flag():
     environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
-    done = subprocess.run(
-        [sys.executable, MNIST, "--help"], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, MNIST, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr  # absl's status for --help
     assert "outside the guarantee" in done.stdout
     fields = {field.name for field in dataclasses.fields(mnist.Config)} - {"max_examples"}

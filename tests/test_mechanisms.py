@@ -177,15 +177,11 @@ def scale_p_value(draws, stddev):
     return 2.0 * min(stats.chi2.cdf(statistic, draws.size), stats.chi2.sf(statistic, draws.size))
 
 
-@pytest.mark.parametrize(
-    ("multiplier", "sensitivity", "denominator"), [(1.3, 1.0, 1.0), (0.7, 3.0, 64.0)]
-)
+@pytest.mark.parametrize(("multiplier", "sensitivity", "denominator"), [(1.3, 1.0, 1.0), (0.7, 3.0, 64.0)])
 def test_noise_is_gaussian_of_the_right_scale(multiplier, sensitivity, denominator):
     source, shapes = NoiseSource(7), ([100, 30], [500], [])
     calls = [
-        noise_of(
-            source, *shapes, multiplier=multiplier, sensitivity=sensitivity, denominator=denominator
-        )
+        noise_of(source, *shapes, multiplier=multiplier, sensitivity=sensitivity, denominator=denominator)
         for _ in range(4)
     ]
     draws = np.concatenate([each.ravel() for call in calls for each in call]).astype("float64")
@@ -300,9 +296,7 @@ def key_of(optimizer):
 def trained_model():
     inputs = keras.Input((3,))
     model = tf_dpbn.DPModel(inputs, keras.layers.Dense(2)(inputs))
-    optimizer = helpers.dp_optimizer(
-        inner=keras.optimizers.SGD(0.1, momentum=0.9), noise_multiplier=1.0
-    )
+    optimizer = helpers.dp_optimizer(inner=keras.optimizers.SGD(0.1, momentum=0.9), noise_multiplier=1.0)
     helpers.compiled(model, optimizer=optimizer)
     model.train_on_batch(np.ones((8, 3), "float32"), np.zeros(8, "int64"))
     return model

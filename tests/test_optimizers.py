@@ -32,20 +32,14 @@ INNER = {
     "name": lambda: "adam",
 }
 
-PRIVACY = dict(
-    l2_norm_clip=1.5, noise_multiplier=0.7, expected_batch_size=8, num_examples=50, delta=1e-3
-)
+PRIVACY = dict(l2_norm_clip=1.5, noise_multiplier=0.7, expected_batch_size=8, num_examples=50, delta=1e-3)
 
 OPTIMIZERS = {
     "generic": lambda **kw: optimizers.DPOptimizer(INNER["momentum"](), **kw),
     "generic_schedule": lambda **kw: optimizers.DPOptimizer(INNER["schedule"](), **kw),
     "generic_name": lambda **kw: optimizers.DPOptimizer("rmsprop", **kw),
-    "sgd": lambda **kw: optimizers.VectorizedDPKerasSGDOptimizer(
-        **{"learning_rate": 0.3, "momentum": 0.9, **kw}
-    ),
-    "adam": lambda **kw: optimizers.VectorizedDPKerasAdamOptimizer(
-        **{"learning_rate": decay(), "beta_1": 0.8, **kw}
-    ),
+    "sgd": lambda **kw: optimizers.VectorizedDPKerasSGDOptimizer(**{"learning_rate": 0.3, "momentum": 0.9, **kw}),
+    "adam": lambda **kw: optimizers.VectorizedDPKerasAdamOptimizer(**{"learning_rate": decay(), "beta_1": 0.8, **kw}),
     "adagrad": lambda **kw: optimizers.VectorizedDPKerasAdagradOptimizer(
         **{"learning_rate": 0.2, "initial_accumulator_value": 0.3, **kw}
     ),
@@ -63,10 +57,7 @@ def clipped_sums(count, seed=0):
     """`count` sums for the variables of `make_layer`, as if clipped to 1.5."""
     rng = np.random.default_rng(seed)
     shapes = [(3, 2), (2,)]
-    return [
-        ClippedSum(tuple(tf.constant(rng.normal(size=s), tf.float32) for s in shapes), 1.5)
-        for _ in range(count)
-    ]
+    return [ClippedSum(tuple(tf.constant(rng.normal(size=s), tf.float32) for s in shapes), 1.5) for _ in range(count)]
 
 
 def step(optimizer, layer, clipped):
@@ -93,9 +84,7 @@ def test_the_inner_optimizer_gets_the_released_mean(inner, noise_multiplier):
         else:
             assert np.abs(helpers.flat(released) - helpers.flat(means)).min() > 0
         reference.apply_gradients(zip(released, theirs.trainable_variables, strict=True))
-        np.testing.assert_array_equal(
-            helpers.flat(ours.get_weights()), helpers.flat(theirs.get_weights())
-        )
+        np.testing.assert_array_equal(helpers.flat(ours.get_weights()), helpers.flat(theirs.get_weights()))
         assert int(optimizer.iterations) == k + 1
     assert not np.allclose(ours.get_weights()[0], make_layer().get_weights()[0])
 
@@ -246,9 +235,7 @@ def test_refuses_other_numbers_of_microbatches(arguments, message):
 
 
 def test_privacy_arguments_become_plain_numbers():
-    given = dict(
-        l2_norm_clip=np.float32(1), noise_multiplier=0, num_examples=np.int64(50), delta=1e-3
-    )
+    given = dict(l2_norm_clip=np.float32(1), noise_multiplier=0, num_examples=np.int64(50), delta=1e-3)
     config = OPTIMIZERS["sgd"](expected_batch_size=np.int32(8), **given).get_config()
     kept = {argument: config[argument] for argument in PRIVACY}
     assert {argument: type(value) for argument, value in kept.items()} == {
@@ -339,9 +326,7 @@ def test_averaged_weights_are_written_back():
 
 
 def make_plan():
-    return tf_dpbn.PrivacyPlan(
-        noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1
-    )
+    return tf_dpbn.PrivacyPlan(noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1)
 
 
 @pytest.mark.parametrize("name", ["generic", "sgd", "adam", "adagrad"])
@@ -370,9 +355,7 @@ def test_from_plan(name):
 def test_from_plan_refuses_what_the_plan_decides(argument, value):
     message = f"`{argument}` must be left out. The plan decides it. Received: {argument}={value}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
-            make_plan(), l2_norm_clip=1.0, **{argument: value}
-        )
+        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(make_plan(), l2_norm_clip=1.0, **{argument: value})
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])

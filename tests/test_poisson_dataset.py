@@ -54,9 +54,7 @@ def test_dataset_gathers_rows_and_zeroes_padding():
     rng = np.random.default_rng(14)
     x, y = rng.normal(size=(30, 4, 5)).astype("float32") + 9, np.arange(30) + 1
     weight = rng.uniform(0.5, 2.0, size=30)
-    dataset = poisson_dataset(
-        x, y, weight, expected_batch_size=6, max_batch_size=16, steps_per_epoch=50, seed=0
-    )
+    dataset = poisson_dataset(x, y, weight, expected_batch_size=6, max_batch_size=16, steps_per_epoch=50, seed=0)
     padded = 0
     for batch_x, batch_y, batch_weight in dataset.as_numpy_iterator():
         assert batch_x.shape == (16, 4, 5) and batch_y.shape == batch_weight.shape == (16,)
@@ -107,9 +105,7 @@ def test_empty_draws_are_batches_of_padding():
 
 
 def test_dataset_overflow_fills_all_rows():
-    dataset = poisson_dataset(
-        np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16
-    )
+    dataset = poisson_dataset(np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16)
     full = [int(weight.sum()) for _, _, weight in dataset.repeat(30).as_numpy_iterator()]
     assert max(full) == 50 and min(full) < 50
 
@@ -145,9 +141,7 @@ def test_nests_keep_their_structure_and_lists_become_tuples():
 
 def test_weights_may_have_more_dimensions():
     weight = np.arange(1, 25).reshape(12, 2)
-    dataset = poisson_dataset(
-        np.arange(12), np.arange(12), weight, expected_batch_size=4, max_batch_size=12, seed=0
-    )
+    dataset = poisson_dataset(np.arange(12), np.arange(12), weight, expected_batch_size=4, max_batch_size=12, seed=0)
     for x, _, batch_weight in dataset.as_numpy_iterator():
         real = batch_weight.any(axis=1)
         assert batch_weight.shape == (12, 2) and batch_weight.dtype == np.float32
@@ -167,9 +161,7 @@ def test_rows_of_a_batch_split_over_replicas_are_one_draw():
 
 def test_source_tells_the_sampling_and_labels():
     labels = np.arange(100)
-    dataset = poisson_dataset(
-        labels, labels, expected_batch_size=8, max_batch_size=24, steps_per_epoch=4
-    )
+    dataset = poisson_dataset(labels, labels, expected_batch_size=8, max_batch_size=24, steps_per_epoch=4)
     source = source_of(dataset)
     assert source is dataset.tf_dpbn_source and isinstance(source, PoissonSource)
     assert source.labels is labels
@@ -287,9 +279,7 @@ def test_plan_makes_the_dataset_it_accounts_for():
 def test_plan_hands_on_weights_and_seed():
     plan, numbers = make_plan(), np.arange(30) + 1
     weighted = plan.poisson_dataset(numbers, numbers, numbers / 2, seed=18)
-    direct = poisson_dataset(
-        numbers, numbers, expected_batch_size=7, max_batch_size=plan.max_batch_size, seed=18
-    )
+    direct = poisson_dataset(numbers, numbers, expected_batch_size=7, max_batch_size=plan.max_batch_size, seed=18)
     assert drawn_by(weighted) == drawn_by(direct)
     for x, _, weight in weighted.as_numpy_iterator():
         np.testing.assert_array_equal(weight, x / 2)

@@ -308,9 +308,7 @@ def test_validate_batch_returns_the_values(batch, arguments, expected_type):
 @pytest.mark.parametrize("value_range,dtype", [((0.1, 0.3), "float32"), ((0, 255), "uint8")])
 def test_validate_batch_takes_every_generated_batch(generator, value_range, dtype):
     batch = generator((6, 6, 1), 4, value_range=value_range, dtype=dtype, seed=0)
-    checked = validate_batch(
-        batch, expected_shape=(None, 6, 6, 1), dtype=dtype, value_range=value_range
-    )
+    checked = validate_batch(batch, expected_shape=(None, 6, 6, 1), dtype=dtype, value_range=value_range)
     np.testing.assert_array_equal(checked, batch)
 
 

@@ -9,9 +9,7 @@ README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
 def test_quick_start_runs(tmp_path, monkeypatch, capsys):
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
     exec(compile(blocks[0], "README.md", "exec"), {"__name__": "quick_start"})

@@ -32,9 +32,7 @@ def other_axes(shape, axes):
 
 
 def broadcast(statistic, shape, axes):
-    return np.reshape(
-        statistic, [n if k not in other_axes(shape, axes) else 1 for k, n in enumerate(shape)]
-    )
+    return np.reshape(statistic, [n if k not in other_axes(shape, axes) else 1 for k, n in enumerate(shape)])
 
 
 @pytest.mark.parametrize(("shape", "axes"), SHAPES)
@@ -116,9 +114,7 @@ def test_normalize(shape, axes, affine):
     )
     mean, variance, gamma, beta = (broadcast(s, shape, axes) for s in (mean, variance, gamma, beta))
     expected = (z - mean) / np.sqrt(variance + 1e-3)
-    np.testing.assert_allclose(
-        out, gamma * expected + beta if affine else expected, rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(out, gamma * expected + beta if affine else expected, rtol=1e-9, atol=1e-9)
 
 
 def test_normalize_takes_parameters_of_another_type():
@@ -168,12 +164,8 @@ def test_statistics_cotangents_of_a_clipped_and_noised_sum():
     """They are linear, so what is released of gamma and beta gives the released cotangents."""
     gamma, variance, gradients = affine_and_statistics_gradients()
     weights, noise = random(len(gradients), seed=8), random(2, CHANNELS, seed=9)
-    d_gamma, d_beta, c_mu, c_v = (
-        sum(w * g[k] for w, g in zip(weights, gradients, strict=True)) for k in range(4)
-    )
-    noised = statistics.statistics_cotangents(
-        d_gamma + noise[0], d_beta + noise[1], gamma, variance, EPSILON
-    )
+    d_gamma, d_beta, c_mu, c_v = (sum(w * g[k] for w, g in zip(weights, gradients, strict=True)) for k in range(4))
+    noised = statistics.statistics_cotangents(d_gamma + noise[0], d_beta + noise[1], gamma, variance, EPSILON)
     of_noise = statistics.statistics_cotangents(*tf.constant(noise), gamma, variance, EPSILON)
     np.testing.assert_allclose(noised[0], c_mu + of_noise[0], rtol=1e-9)
     np.testing.assert_allclose(noised[1], c_v + of_noise[1], rtol=1e-9)
@@ -200,7 +192,5 @@ def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
     frozen, d_gamma, d_beta = tape.gradient(value, [z, gamma, beta])
     c_mu, c_v = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
     n = shape[0] * shape[1]
-    np.testing.assert_allclose(
-        full, frozen + c_mu / n + 2.0 * c_v * (z - mean) / n, rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(full, frozen + c_mu / n + 2.0 * c_v * (z - mean) / n, rtol=1e-9, atol=1e-9)
     assert np.abs(full - frozen).max() > 0.1

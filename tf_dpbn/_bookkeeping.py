@@ -320,6 +320,6 @@ class BookkeepingModel(keras.Model):
 
 def _lossy_file(filepath: Any, better: str) -> ValueError:
     return ValueError(
-        "`filepath` names a format that loses the ledger, and epsilon would start from zero. Save to a name that ends in "
-        f"{better}. Received: filepath={str(filepath)!r}"
+        "`filepath` names a format that loses the ledger, and epsilon would start from zero. Save to a name that ends "
+        f"in {better}. Received: filepath={str(filepath)!r}"
     )

@@ -60,6 +60,20 @@ def check_layers(model: Any) -> None:
             _refuse_call_time_loss(layer)
 
 
+def check_replicas(strategy: tf.distribute.Strategy) -> None:
+    """Refuses several replicas.
+
+    Raises:
+      NotImplementedError: with their number.
+    """
+    replicas = strategy.num_replicas_in_sync
+    if replicas != 1:
+        raise NotImplementedError(
+            "DPModel trains on one replica: with several, noise would be added once for each. Leave the strategy "
+            f"out. Received: num_replicas_in_sync={replicas}"
+        )
+
+
 def check_labels(model: Any, labels: Any) -> None:
     """Refuses integer labels outside the classes that a model with a sparse categorical loss predicts.
 

@@ -67,6 +67,14 @@ def call_model(model: Any, x: Any, training: bool) -> Any:
     return model(x, training=training) if takes_training else model(x)
 
 
+def is_shape_inference() -> bool:
+    """Whether tf_keras is calling layers only to infer shapes, in a graph that it throws away.
+
+    A Sequential without Input does so in the middle of a call, whenever the batch size changes.
+    """
+    return not IS_KERAS_3 and getattr(tf.compat.v1.get_default_graph(), "name", "").endswith("_scratch_graph")
+
+
 def call_time_losses(model: Any) -> list[Any]:
     """Layers that added a loss during their last call (add_loss, activity_regularizer)."""
     found = []
@@ -154,6 +162,20 @@ def isolated_call(
     mapping += [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in zeroed]
     with keras.StatelessScope(state_mapping=mapping) as scope:
         yield scope
+
+
+@contextlib.contextmanager
+def kept_state(model: Any) -> Iterator[None]:
+    """Undoes on tf_keras what calls of `model` inside do to its weights; on Keras 3 `isolated_call` prevents it.
+
+    Args:
+      model: the model, or None for one whose calls change no state.
+    """
+    variables = [] if IS_KERAS_3 or model is None else model.weights
+    saved = [variable.read_value() for variable in variables]
+    yield
+    for variable, value in zip(variables, saved, strict=True):
+        variable.assign(value)
 
 
 def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
-from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn._keras import IS_KERAS_3, is_shape_inference, keras
 
 _STATISTICS_MODES = ("public",)
 
@@ -224,6 +224,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
                 "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; call "
                 f"it with training=False to predict. Received: training={training}"
             )
+        if is_shape_inference():
+            scope = None  # no call of the pass: a Sequential or functional network is being built within it
         found = scope.batch_statistics(self, inputs, mask, training) if scope else None
         if found is None:
             return super().call(inputs, training=False)

@@ -23,6 +23,7 @@ from tf_dpbn._keras import (
     draw_example_seeds,
     is_functional_signature,
     isolated_call,
+    kept_state,
     keras,
     loss_trackers,
     raw,
@@ -97,6 +98,7 @@ class DPModel(BookkeepingModel):
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
           ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
+          NotImplementedError: under a distribution strategy with several replicas.
         """
         if not isinstance(optimizer, DPOptimizer):
             raise _validate.argument_error(
@@ -107,6 +109,7 @@ class DPModel(BookkeepingModel):
                 "expected_batch_size=256).",
                 TypeError,
             )
+        _checks.check_replicas(self.distribute_strategy)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size)
         self._dp_options: dict[str, Any] = {
@@ -144,31 +147,28 @@ class DPModel(BookkeepingModel):
             if "step" not in self._books.functions:
                 self._books.functions["step"] = tf.function(self.train_step, autograph=False)
             return self._books.functions["step"](data)
+        optimizer = self._compiled_dp_optimizer()
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
         task = self._task(public)
-        clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
+        with kept_state(self if self._books.structure.has_state else None):
+            clipped, result = self._engine(task, batch, optimizer.l2_norm_clip)
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
-            noised = self.optimizer.privatize(clipped)  # the privacy boundary
+            noised = optimizer.privatize(clipped)  # the privacy boundary
 
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
         penalty, penalty_gradients = self._regularization()
         noised = noised.plus(penalty_gradients)
-        self.optimizer.apply_gradients(noised, self.trainable_variables)
+        optimizer.apply_gradients(noised, self.trainable_variables)
         if public is not None:
             public.update_moving_statistics()
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
 
     def _read_batch(self, data: Any) -> Batch:
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        if replicas != 1:
-            raise NotImplementedError(
-                "DPModel trains on one replica: with several, noise would be added once for each. Leave the strategy "
-                f"out. Received: num_replicas_in_sync={replicas}"
-            )
+        _checks.check_replicas(tf.distribute.get_strategy())
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
         if weight is None:
             return Batch(x, y, None, None)

@@ -11,7 +11,7 @@ from tests import helpers, zoo
 from tf_dpbn._keras import keras
 
 layers = keras.layers
-PAIRS_PER_NET = 50
+PAIRS_PER_NET = 60
 # float32 sums of a few dozen terms; docs/privacy.md states the bound
 SLACK = 1 + 1e-5
 

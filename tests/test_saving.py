@@ -1,0 +1,346 @@
+"""Saving, loading, resuming and exporting: what was spent is never forgotten, and nothing un-noised is written."""
+
+import io
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn import accounting
+from tf_dpbn._keras import IS_KERAS_3, keras
+
+layers = keras.layers
+DELTA = 1e-3
+X, _ = helpers.images(16, (3,))
+Y = X[:, :2]
+PLAN = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=DELTA, num_examples=16, expected_batch_size=4, epochs=4)
+PUBLIC = tf_dpbn.public_data.uniform_noise((3,), 6, seed=0)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Subclassed(tf_dpbn.DPModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.hidden = layers.Dense(2)
+        self.normalization = tf_dpbn.DPBatchNormalization()
+        self.head = layers.Dense(2)
+
+    def call(self, x, training=False):
+        return self.head(self.normalization(self.hidden(x), training=training))
+
+
+def functional():
+    inputs = keras.Input((3,))
+    return tf_dpbn.DPModel(inputs, layers.Dense(2)(tf_dpbn.DPBatchNormalization()(layers.Dense(2)(inputs))))
+
+
+def sequential():
+    stack = [keras.Input((3,)), layers.Dense(2), tf_dpbn.DPBatchNormalization(), layers.Dense(2)]
+    return tf_dpbn.DPSequential(stack)
+
+
+def subclassed():
+    model = Subclassed()
+    model(X[:1])
+    return model
+
+
+def prepare(model, noise_multiplier=2.0, **kwargs):
+    inner = keras.optimizers.Adam(0.01)
+    optimizer = tf_dpbn.DPOptimizer(inner, 0.5, noise_multiplier, 4, num_examples=16, delta=DELTA)
+    helpers.compiled(model, "mse", optimizer, metrics=["mae"], **kwargs)
+    optimizer.build(model.trainable_variables)  # else Keras warns that it loads no optimizer state
+    return model
+
+
+def plain():
+    """Without normalization: quick to trace."""
+    inputs = keras.Input((3,))
+    return prepare(tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs)))
+
+
+def fit(model, epochs=1, callbacks=()):
+    return model.fit(PLAN.poisson_dataset(X, Y), epochs=epochs, verbose=0, callbacks=list(callbacks))
+
+
+def spend(model, steps):
+    """Books steps as train_on_batch does, without the work."""
+    model._books.steps.assign_add(steps)
+
+
+def ledger(steps):
+    return tf_dpbn.Ledger([PLAN.record(steps)])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = prepare(functional(), correction="full", engine="loop", microbatch_size=2)
+    model.set_public_batch(PUBLIC)
+    fit(model)
+    return model
+
+
+def assert_same_weights(model, other):
+    for ours, theirs in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def h5_keys(file):
+    found = []
+    with h5py.File(file, "r") as content:
+        content.visititems(lambda name, item: found.append((name, item)) if isinstance(item, h5py.Dataset) else None)
+        return {name: np.asarray(item) for name, item in found}
+
+
+# ---------------------------------------------------------------------- .keras
+
+
+@pytest.mark.parametrize("make", [sequential, subclassed], ids=lambda make: make.__name__)
+def test_keras_files_keep_weights_public_batch_and_ledger(make, tmp_path):
+    model = prepare(make())
+    model.set_public_batch(PUBLIC)
+    fit(model)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert type(loaded) is type(model)
+    assert_same_weights(model, loaded)
+    np.testing.assert_array_equal(loaded.public_batch, PUBLIC)
+    np.testing.assert_allclose(loaded.predict(X, verbose=0), model.predict(X, verbose=0), atol=1e-6)
+    assert loaded.ledger == ledger(4)
+    assert loaded.epsilon(DELTA) == model.epsilon(DELTA) > 0
+
+
+def test_a_loaded_functional_model_is_compiled_and_continues(trained, tmp_path):
+    trained.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded.get_compile_config()["correction"] == "full"
+    assert loaded.get_compile_config()["engine"] == "loop"
+    assert loaded.get_compile_config()["microbatch_size"] == 2
+    assert loaded.optimizer.get_config() == trained.optimizer.get_config()
+    assert int(loaded.optimizer.iterations) == 4
+    assert_same_weights(trained, loaded)
+    assert loaded.ledger == ledger(4)
+    before = loaded.get_weights()
+    fit(loaded)
+    assert loaded.ledger == ledger(8)
+    assert loaded.epsilon(DELTA) == accounting.Ledger([PLAN.record(8)]).epsilon(DELTA)
+    assert any(np.any(a != b) for a, b in zip(before, loaded.get_weights(), strict=True))
+    assert trained.ledger == ledger(4)
+
+
+@pytest.mark.parametrize("structure", ["dict", "list"])
+def test_public_batches_of_several_inputs_are_kept(structure, tmp_path):
+    a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
+    joined = tf_dpbn.DPBatchNormalization()(layers.Dense(2)(layers.Concatenate()([a, b])))
+    inputs, public = [a, b], [PUBLIC, PUBLIC[:, :2] / 2]
+    if structure == "dict":
+        inputs, public = {"a": a, "b": b}, {"a": public[0], "b": public[1]}
+    model = prepare(tf_dpbn.DPModel(inputs, joined))
+    model.set_public_batch(public)
+    spend(model, 3)
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert type(loaded.public_batch) is type(public)
+    tf.nest.map_structure(np.testing.assert_array_equal, loaded.public_batch, public)
+    assert loaded.ledger == model.ledger
+    assert loaded.ledger.steps == 3
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras models are not pickled through their own hooks")
+def test_pickles_keep_the_ledger(trained):
+    assert pickle.loads(pickle.dumps(trained)).ledger == ledger(4)
+
+
+@pytest.mark.parametrize("name", ["m.h5", "m.hdf5"])
+def test_legacy_files_are_refused_with_the_remedy(name, trained, tmp_path):
+    with pytest.raises(ValueError, match=rf"loses the ledger.*\.keras.*{name}"):
+        trained.save(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"loses the ledger.*\.weights\.h5.*{name}"):
+        trained.save_weights(tmp_path / name)
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 refuses these itself")
+def test_the_old_saved_model_format_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="export"):
+        plain().save(tmp_path / "folder")
+    with pytest.raises(ValueError, match="loses the ledger"):
+        plain().save(tmp_path / "m.keras", save_format="h5")
+    with pytest.raises(ValueError, match="loses the ledger"):
+        plain().save_weights(tmp_path / "m", save_format="h5")
+
+
+# ---------------------------------------------------------------------- weights and checkpoints
+
+
+def test_weights_files_keep_the_books(trained, tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    trained.save_weights(path)
+    other = prepare(functional())
+    other.load_weights(path)
+    assert_same_weights(trained, other)
+    np.testing.assert_array_equal(other.public_batch, PUBLIC)
+    assert other.ledger == ledger(4)
+    np.testing.assert_allclose(other.predict(X, verbose=0), trained.predict(X, verbose=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_tensorflow_checkpoints_keep_the_ledger(compiled, trained, tmp_path):
+    path = tf.train.Checkpoint(model=trained).save(str(tmp_path / "checkpoint"))
+    other = prepare(functional()) if compiled else functional()
+    tf.train.Checkpoint(model=other).restore(path)
+    assert_same_weights(trained, other)
+    assert other.ledger == ledger(4)
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 has no such format")
+def test_legacy_checkpoint_files_keep_the_ledger(trained, tmp_path):
+    trained.save_weights(str(tmp_path / "weights"))
+    other = prepare(functional())
+    other.load_weights(str(tmp_path / "weights")).expect_partial()
+    assert other.ledger == ledger(4)
+
+
+def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
+    class Saving(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            assert any(np.any(np.asarray(v) != 0) for metric in self.model.metrics for v in metric.variables)
+            self.model.save(tmp_path / "m.keras")
+            self.model.save_weights(str(tmp_path / "m.weights.h5"))
+
+    model = plain()
+    fit(model, callbacks=[Saving()])
+    checkpoint = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    inside = io.BytesIO(zipfile.ZipFile(tmp_path / "m.keras").read("model.weights.h5"))
+    key = model.optimizer._noise_source._key.numpy()
+    for content in (h5_keys(inside), h5_keys(tmp_path / "m.weights.h5")):
+        for name, value in content.items():
+            first = name.split("/")[0]
+            assert first in {"layers", "_layer_checkpoint_dependencies", "optimizer", "vars", "metrics"}, name
+            assert first != "metrics" or not np.any(value), name
+            assert not np.isin(key, value).any(), name
+    for name, _ in tf.train.list_variables(checkpoint):
+        assert not {"metric", "noise", "draws", "loss_tracker"} & set(name.replace("_", "/").split("/")), name
+        assert "metric" not in name and "noise" not in name and "loss" not in name, name
+
+
+# ---------------------------------------------------------------------- histories that meet
+
+
+def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    model = plain()
+    spend(model, 3)
+    model.save_weights(path)
+    spend(model, 2)
+    model.load_weights(path)
+    assert model.ledger.steps == 5
+    resumed = plain()
+    resumed.load_weights(path)
+    assert resumed.ledger.steps == 3
+    spend(resumed, 4)
+    resumed.save_weights(path)
+    model.load_weights(path)
+    assert model.ledger.steps == 7
+
+
+def test_another_run_is_added(tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    model, other = plain(), plain()
+    spend(model, 3)
+    spend(other, 4)
+    other.save_weights(path)
+    model.load_weights(path)
+    assert model.ledger.steps == 7
+    restored = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    third = plain()
+    spend(third, 1)
+    tf.train.Checkpoint(model=third).restore(restored)
+    assert third.ledger.steps == 8
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+class Interruption(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("same_process", [True, False])
+def test_backup_and_restore_counts_all_steps(same_process, tmp_path):
+    def backup():
+        return keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    model = plain()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, epochs=3, callbacks=[backup(), Interruption()])
+    assert model.ledger == ledger(8)
+    resumed = model if same_process else plain()
+    history = fit(resumed, epochs=3, callbacks=[backup()])
+    assert len(history.epoch) == 1
+    assert resumed.ledger == ledger(12)
+
+
+def test_model_checkpoint_resumes(tmp_path):
+    path = str(tmp_path / "m.keras")
+    model = plain()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, epochs=3, callbacks=[keras.callbacks.ModelCheckpoint(path), Interruption()])
+    resumed = keras.models.load_model(path)
+    fit(resumed)
+    assert resumed.ledger == ledger(12)
+
+
+def test_loading_in_the_middle_of_fit_works_even_with_another_public_batch(trained, tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    trained.save_weights(path)
+    model = prepare(functional())
+    model.set_public_batch(1.0 - PUBLIC)
+    loading = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: model.load_weights(path))
+    fit(model, callbacks=[loading])
+    assert model.ledger == ledger(8)
+    np.testing.assert_array_equal(model.public_batch, PUBLIC)
+
+
+# ---------------------------------------------------------------------- export
+
+_SERVE = """
+import sys
+for name in ("tf_dpbn", "keras", "tf_keras"):
+    sys.modules[name] = None
+import numpy as np
+import tensorflow as tf
+served = tf.saved_model.load(sys.argv[1])
+data = np.load(sys.argv[2])
+np.testing.assert_allclose(served.serve(data["x"]), data["y"], rtol=1e-5, atol=1e-5)
+print("reproduced")
+"""
+
+
+def test_an_exported_model_needs_tensorflow_alone_and_has_final_statistics(tmp_path):
+    model = prepare(functional())
+    model.set_public_batch(PUBLIC)
+    model.train_on_batch(X[:4], Y[:4])
+    model.export(str(tmp_path / "served"))
+    hidden, normalization, head = model.layers[1:]
+    z = hidden(PUBLIC).numpy()
+    x = hidden(X).numpy()
+    scale = normalization.gamma / np.sqrt(z.var(0) + normalization.epsilon)
+    expected = head((x - z.mean(0)) * scale + normalization.beta).numpy()
+    np.savez(tmp_path / "data.npz", x=X, y=expected)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TF_USE_LEGACY_KERAS")}
+    arguments = [str(tmp_path / "served"), str(tmp_path / "data.npz")]
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVE, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("reproduced"), done.stderr
+    np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-5)
