@@ -48,6 +48,11 @@ class Books(tf.train.experimental.PythonState):
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="privacy_steps")
             self.not_finite = tf.Variable(0, dtype=tf.int64, trainable=False, name="not_finite")
 
+    @property
+    def has_state(self) -> bool:
+        """Whether some layer updates state that does not depend on the examples."""
+        return self.structure is not None and self.structure.has_state
+
     def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
         """Books the steps so far and starts a record with the configuration that is about to run."""
         self._close(self.ledger())

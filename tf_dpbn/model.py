@@ -152,7 +152,7 @@ class DPModel(BookkeepingModel):
         public = self._public_forward(batch)
 
         task = self._task(public)
-        with kept_state(self if self._books.structure.has_state else None):
+        with kept_state(self if self._books.has_state else None):
             clipped, result = self._engine(task, batch, optimizer.l2_norm_clip)
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
             noised = optimizer.privatize(clipped)  # the privacy boundary
@@ -279,10 +279,10 @@ class DPModel(BookkeepingModel):
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
         """The optimizer that `compile` got, whose steps the ledger books; another one is refused."""
-        optimizer: Any = getattr(self, "optimizer", None)
-        if not isinstance(optimizer, DPOptimizer) or optimizer is not getattr(self, "_compiled_optimizer", None):
+        compiled = getattr(self, "_compiled_optimizer", None)
+        if compiled is None or self.optimizer is not compiled:
             raise RuntimeError("Call compile(optimizer=..., loss=...) before training.")
-        return optimizer
+        return compiled
 
     def _prepare_training(self, x: Any, y: Any, options: dict[str, Any]) -> None:
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
