@@ -301,3 +301,17 @@ def test_dropout_is_off_when_statistics_are_refreshed():
     x = tf_dpbn.DPBatchNormalization()(layers.Dropout(0.5)(inputs))
     model = trained(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(x)))
     np.testing.assert_allclose(moving(model), [PUBLIC.mean(0), PUBLIC.var(0)], rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_match_averaged_weights_that_keras_writes_at_the_end_of_fit():
+    model = helpers.bn_stack(1, tf_dpbn.DPBatchNormalization, model=tf_dpbn.DPModel)
+    x, y = helpers.images(24)
+    model.set_public_batch(helpers.images(6, seed=1)[0])
+    inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.5)
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(inner=inner))
+    data = tf_dpbn.sampling.poisson_dataset(x, y, expected_batch_size=8, max_batch_size=24)
+    model.fit(data, epochs=2, validation_data=(x, y), verbose=0)
+    layer = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))
+    fitted = np.asarray(layer.moving_mean)
+    model.refresh_statistics()
+    np.testing.assert_allclose(fitted, np.asarray(layer.moving_mean), rtol=1e-5, atol=1e-6)

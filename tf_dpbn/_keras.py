@@ -24,12 +24,8 @@ if IS_KERAS_3 and keras.config.backend() != "tensorflow":
     )
 
 
-def _functional_class() -> type:
-    inputs = keras.Input((1,))
-    return type(keras.Model(inputs=inputs, outputs=keras.layers.Activation("linear")(inputs)))
-
-
-Functional: type = _functional_class()
+# The class of functional models, which Keras does not export: it lies beside that of keras.Model.
+Functional: type = importlib.import_module(f"{keras.Model.__module__.rpartition('.')[0]}.functional").Functional
 # The class that every kind of stock batch normalization derives from.
 BatchNormalizationBase: type = (
     keras.layers.BatchNormalization if IS_KERAS_3 else keras.layers.BatchNormalization.__mro__[1]

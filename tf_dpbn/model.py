@@ -141,6 +141,7 @@ class DPModel(BookkeepingModel):
 
     # ------------------------------------------------------------------ the train step
 
+    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding."""
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
@@ -261,6 +262,7 @@ class DPModel(BookkeepingModel):
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
         self._prepare_training(x, y, kwargs)
+        steps_before = self.private_steps
         if isinstance(x, tf.data.Dataset):
             kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
             if class_weight is not None:
@@ -269,7 +271,9 @@ class DPModel(BookkeepingModel):
             return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:
             self._books.open_record(self.optimizer, None)
-            self._refresh_if_stale()
+            if self.private_steps > steps_before:
+                # Even if fresh at the last step: Keras may have written averaged or earlier weights since.
+                self.refresh_statistics()
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
