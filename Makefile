@@ -27,7 +27,7 @@ demo: $(DEMO_VENV)/.installed
 
 test: lint
 	$(TEST_BIN)/python -m pytest -n $(WORKERS)
-	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS)
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not keras_free"
 	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
 
 lint: $(TEST_VENV)/.installed

@@ -11,6 +11,8 @@ from scipy import stats
 
 from tf_dpbn import accounting
 
+pytestmark = pytest.mark.keras_free
+
 ACCOUNTANTS = ("rdp", "pld")
 
 

@@ -7,6 +7,8 @@ import pytest
 
 import tf_dpbn
 
+pytestmark = pytest.mark.keras_free
+
 ROOT = pathlib.Path(tf_dpbn.__file__).parent
 # Modules may import from lower levels, and within their own where that is not a circle.
 LEVELS = (
