@@ -69,10 +69,13 @@ def assert_same(found, expected, tolerance=0.0):
 def test_inference_is_that_of_the_stock_layer(shape, axis, dtype):
     stock, ours = pair(shape, axis=axis, dtype=dtype)
     x = random(shape, dtype)
-    assert_same(ours(x, training=False), stock(x, training=False))
-    assert_same(ours(x), stock(x))
+    # To float rounding: tf_keras' stock layer may use a fused kernel, ours never does. Keras 3 has but one.
+    fused = not IS_KERAS_3 and len(shape) in (4, 5) and dtype != "float64"
+    tolerance = (2e-6 if dtype == "float32" else 1e-2) if fused else 0.0
+    assert_same(ours(x, training=False), stock(x, training=False), tolerance)
+    assert_same(ours(x), stock(x), tolerance)
     with PublicPass():
-        assert_same(ours(x, training=False), stock(x, training=False))
+        assert_same(ours(x, training=False), stock(x, training=False), tolerance)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
