@@ -172,3 +172,25 @@ def test_normalization_over_another_axis_than_the_kernel_layers_channels_uses_th
     stock, ours = pair_of_models(build)
     x, y = helpers.images(16, (6, 5))
     assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4
+
+
+class TransposedDense(layers.Layer):
+    """x @ kernel^T with a square kernel: its channels are the kernel's first axis, which shapes do not show."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(5, 5), name="kernel")
+
+    def call(self, x):
+        return tf.linalg.matmul(x, tf.convert_to_tensor(self.kernel), transpose_b=True)
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 5)])
+def test_transposed_square_kernel_is_not_taken_for_a_dense_layer(shape):
+    def build(normalization, model):
+        inputs = keras.Input(shape)
+        x = layers.Activation("tanh")(normalization()(TransposedDense()(inputs)))
+        return model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4

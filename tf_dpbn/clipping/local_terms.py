@@ -12,6 +12,7 @@ for functional, sequential and subclassed models alike, and for a layer that is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -157,13 +158,11 @@ class _PassGraph:
             return None
         found = [self._variable_read(t, _KERNEL_PASSAGES) for t in operation.inputs if t is not data]
         reads = [each for each in found if each is not None]
-        if len(reads) != 1 or operation.type.endswith("MatMul") and operation.get_attr("transpose_b"):
+        if len(reads) != 1 or not _is_data_times_kernel(operation, data):
             return None
         index, read = reads[0]
         axes = _KERNEL_OPERATIONS[operation.type]
-        size = 1
-        for each in axes:
-            size *= read.shape[each]
+        size = math.prod(read.shape[each] for each in axes)
         return _Parameter(index, axes, read) if size == channels else None
 
     def _channel_parameters(
@@ -208,6 +207,12 @@ class _PassGraph:
                 seen.add(id(tensor))
                 stack.extend(tensor.op.inputs)
         return False
+
+
+def _is_data_times_kernel(operation: tf.Operation, data: tf.Tensor) -> bool:
+    """Whether a matrix product is data @ kernel: only then is the kernel's last axis the channel axis."""
+    transposed = {"MatMul": "transpose_b", "BatchMatMulV2": "adj_y"}.get(operation.type)
+    return transposed is None or (operation.inputs[0] is data and not operation.get_attr(transposed))
 
 
 def _channel_axis_of_kernel_operation(operation: tf.Operation) -> int:
