@@ -106,3 +106,18 @@ def relative_error(found: Any, expected: Any) -> float:
     """L2 distance over the L2 norm of what is expected."""
     found, expected = flat(found), flat(expected)
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def small_dataset(
+    num_examples: int = 100, batch: int = 50, rows: int = 100, steps: int = 3, seed: int | None = None
+) -> tf.data.Dataset:
+    """Poisson batches of the numbers 1 to `num_examples`; 0 is padding."""
+    numbers = np.arange(num_examples) + 1
+    return tf_dpbn.sampling.poisson_dataset(
+        numbers, numbers, expected_batch_size=batch, max_batch_size=rows, steps_per_epoch=steps, seed=seed
+    )
+
+
+def drawn_by(dataset: tf.data.Dataset) -> list[tuple[int, ...]]:
+    """One iteration of `small_dataset`: the examples' numbers, row by row."""
+    return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.helpers import drawn_by, small_dataset
 from tf_dpbn import accounting
 from tf_dpbn.sampling import (
     PoissonSampling,
@@ -28,23 +29,6 @@ def make_sampling(num_examples=20, rate=0.25, rows=20, steps=10) -> PoissonSampl
         max_batch_size=rows,
         steps_per_epoch=steps,
     )
-
-
-def small_dataset(num_examples=100, batch=50, rows=100, steps=3, seed=None):
-    numbers = np.arange(num_examples) + 1
-    return poisson_dataset(
-        numbers,
-        numbers,
-        expected_batch_size=batch,
-        max_batch_size=rows,
-        steps_per_epoch=steps,
-        seed=seed,
-    )
-
-
-def drawn_by(dataset) -> list[tuple[int, ...]]:
-    """One iteration: the examples' numbers, row by row."""
-    return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
 
 
 # Datasets.

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from scipy import stats
 
+from tests.helpers import drawn_by, small_dataset
 from tf_dpbn.sampling import (
     PoissonSampling,
     poisson_dataset,
@@ -286,23 +287,6 @@ def test_seed_repeats_draws_and_other_seeds_differ():
     same = [np.stack(draw(sampling, 5, seed=8)) for _ in range(2)]
     np.testing.assert_array_equal(*same)
     assert not np.array_equal(same[0], np.stack(draw(sampling, 5, seed=9)))
-
-
-def small_dataset(num_examples=100, batch=50, rows=100, steps=3, seed=None):
-    numbers = np.arange(num_examples) + 1
-    return poisson_dataset(
-        numbers,
-        numbers,
-        expected_batch_size=batch,
-        max_batch_size=rows,
-        steps_per_epoch=steps,
-        seed=seed,
-    )
-
-
-def drawn_by(dataset) -> list[tuple[int, ...]]:
-    """One iteration: the examples' numbers, row by row."""
-    return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
 
 
 @pytest.mark.parametrize("seed", [None, 10])

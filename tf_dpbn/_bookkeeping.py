@@ -122,7 +122,7 @@ class BookkeepingModel(keras.Model):
         Raises:
           ValueError: for a wrong structure, shape, dtype or range, or values that are not finite.
         """
-        arrays, names = tf.nest.flatten(batch), ["public_batch"]
+        arrays = tf.nest.flatten(batch)
         specs: list[Any] = [None] * len(arrays)
         if getattr(self, "inputs", None):
             specs = tf.nest.flatten(self.inputs)

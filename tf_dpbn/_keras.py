@@ -94,8 +94,8 @@ def regularization_losses(model: Any) -> list[tf.Tensor]:
     """Losses of the weights' regularizers, functions of the weights alone."""
     if IS_KERAS_3:
         return list(model._get_regularization_losses())
-    layers = [*flatten_layers(model), model]
-    return [loss() for layer in layers for loss in layer._callable_losses if loss() is not None]
+    losses = [loss() for layer in [*flatten_layers(model), model] for loss in layer._callable_losses]
+    return [loss for loss in losses if loss is not None]
 
 
 def _seed_generators(model: Any) -> list[Any]:

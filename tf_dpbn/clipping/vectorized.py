@@ -180,8 +180,7 @@ def _densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
         return gradient
     inside = tf.logical_and(gradient.indices >= 0, gradient.indices < like.shape[0])
     indices = tf.where(inside, gradient.indices, tf.zeros_like(gradient.indices))
-    shape = tf.concat([tf.shape(inside), tf.ones([gradient.values.shape.rank - 1], tf.int32)], 0)
-    values = tf.where(tf.reshape(inside, shape), gradient.values, tf.zeros_like(gradient.values))
+    values = tf.where(_by_row(inside, gradient.values), gradient.values, tf.zeros_like(gradient.values))
     return tf.scatter_nd(indices[:, None], values, like.shape)
 
 
@@ -208,10 +207,14 @@ def _squared_norms(gradients: tf.Tensor) -> tf.Tensor:
 
 def _weighted_sum(weights: tf.Tensor, finite: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
     # A weight of 0 does not silence a NaN: rows that are not finite are replaced, not scaled.
-    shape = tf.concat([tf.shape(finite), tf.ones([gradients.shape.rank - 1], tf.int32)], 0)
-    kept = tf.where(tf.reshape(finite, shape), gradients, tf.zeros_like(gradients))
+    kept = tf.where(_by_row(finite, gradients), gradients, tf.zeros_like(gradients))
     # Not a matrix product: accelerators round those to fewer bits, which could push a row above the clip norm.
-    return tf.reduce_sum(tf.reshape(weights, shape) * kept, 0)
+    return tf.reduce_sum(_by_row(weights, gradients) * kept, 0)
+
+
+def _by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
+    return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))
 
 
 def _to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:
