@@ -77,3 +77,16 @@ def _changing_functions(graph: tf.Graph) -> set[str]:
         if not more:
             return writing
         writing |= more
+
+
+def replace_input(operation: tf.Operation, position: int, tensor: tf.Tensor) -> None:
+    """Makes `tensor` an input of an operation that is already in the graph under construction."""
+    operation._update_input(position, tensor)
+
+
+def redirect(old: tf.Tensor, new: tf.Tensor) -> None:
+    """Makes every consumer of `old`, in the graph under construction, consume `new` instead."""
+    for consumer in old.consumers():
+        for position, tensor in enumerate(consumer.inputs):
+            if tensor is old:
+                replace_input(consumer, position, new)

@@ -79,8 +79,9 @@ class DPModel(BookkeepingModel):
         loss: Any = None,
         *args: Any,
         correction: str = "local",
-        engine: str = "vectorized",
+        engine: str = "book_keeping",
         microbatch_size: int | None = None,
+        norm_method: str = "auto",
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -111,11 +112,12 @@ class DPModel(BookkeepingModel):
             )
         _checks.check_replicas(self.distribute_strategy)
         _validate.one_of("correction", correction, CORRECTIONS)
-        self._engine = get_engine(engine, microbatch_size)
+        self._engine = get_engine(engine, microbatch_size, norm_method)
         self._dp_options: dict[str, Any] = {
             "correction": correction,
             "engine": engine,
             "microbatch_size": microbatch_size,
+            "norm_method": norm_method,
         }
         if IS_KERAS_3:
             kwargs.setdefault("auto_scale_loss", False)

@@ -64,9 +64,9 @@ class LocalTerm:
         Returns:
           [..., *variable.shape].
         """
-        return self._spread(c_mean) * self.d_mean + self._spread(c_variance) * self.d_variance
+        return self.spread(c_mean) * self.d_mean + self.spread(c_variance) * self.d_variance
 
-    def _spread(self, cotangent: tf.Tensor) -> tf.Tensor:
+    def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
         """Reshapes [..., channels] so that it broadcasts against the variable."""
         shape = [1] * self.d_mean.shape.rank
         for axis in self.channel_axes:

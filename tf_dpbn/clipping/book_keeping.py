@@ -1,0 +1,183 @@
+"""The book-keeping engine: clipped sums from each operation's input and output gradient.
+
+One forward pass and one backward pass give, for every example, the data that each kernel met and the gradient of its
+result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and into
+the clipped sum. As in the generic engine an example runs as a batch of one and the runs are vectorized, so that no
+operation can see another example. Variables without a rule are differentiated directly, example by example.
+
+Source: Bu et al. 2022, "Differentially Private Optimization on Large Model at Small Cost", arXiv 2210.00038 (the name
+and the idea of reweighted output gradients); docs/algorithm.md, section 4, for batch normalization.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import _validate
+from tf_dpbn.clipping import Task
+from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Lookups, Products, aligned
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine
+from tf_dpbn.clipping.rows import densify
+from tf_dpbn.clipping.rules.base import Rule, widen
+from tf_dpbn.clipping.rules.embedding import LookupRule
+from tf_dpbn.clipping.uses import Use, find_uses
+from tf_dpbn.clipping.vectorization import vectorize
+from tf_dpbn.clipping.vectorized import PerExampleEngine
+from tf_dpbn.mechanisms import clip_weights
+
+NORM_METHODS = ("auto", "instantiate", "gram")
+# How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
+_OPERATIONS_PER_NUMBER = 40
+
+
+@dataclasses.dataclass
+class _Books:
+    """What the trace of one example found.
+
+    Attributes:
+      uses: the operations with rules, in the order of their records.
+      direct: variables to differentiate directly.
+    """
+
+    uses: tuple[Use, ...] = ()
+    direct: tuple[int, ...] = ()
+
+
+class BookKeepingEngine(MicrobatchedEngine):
+    """Clipped sums by book-keeping.
+
+    Args:
+      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses so that
+        what they keep takes at most 256 MiB.
+      norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
+        "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
+
+    Raises:
+      ValueError: if microbatch_size is not a whole number >= 1, or norm_method is unknown.
+    """
+
+    def __init__(self, microbatch_size: int | None = None, norm_method: str = "auto") -> None:
+        super().__init__(microbatch_size)
+        self._norm_method = _validate.one_of("norm_method", norm_method, NORM_METHODS)
+        self._fallback = PerExampleEngine(microbatch_size, vectorize=False)
+
+    def bytes_per_example(self, task: Task, rows: Any) -> int:
+        """The size of the gradients that are kept for one example."""
+        # TODO(size): only operations with kept gradients count.
+        return self._fallback.bytes_per_example(task, rows)
+
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+        """See MicrobatchedEngine."""
+        books = _Books()
+        vectorized = vectorize(lambda row: _record(task, books, *row[:-1]), rows)
+        if vectorized is None:
+            return self._fallback.sum_slice(task, rows, l2_norm_clip)
+        loss, parts, y_pred, gradients, cotangents, records = vectorized(rows)
+        contributions = self._contributions(task, books, gradients, cotangents, records)
+        squared = tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in contributions])
+        mask = rows[-1]
+        weights = clip_weights(squared, l2_norm_clip, mask)
+        finite = tf.math.is_finite(tf.sqrt(squared))
+        sums = tf.cond(
+            tf.reduce_all(finite),
+            lambda: _weighted_sums(contributions, weights, None),
+            lambda: _weighted_sums(contributions, weights, finite),
+        )
+        not_finite = tf.logical_and(mask, tf.logical_not(finite))
+        return tuple(sums), (loss, parts, y_pred, not_finite)
+
+    def _contributions(
+        self, task: Task, books: _Books, gradients: Any, cotangents: Any, records: Any
+    ) -> list[Contribution]:
+        """Each variable's part of the vectors, in the order of the variables."""
+        terms: dict[int, list[BoundTerm]] = {}
+        for k, local in enumerate(task.local_terms):
+            for term in local:
+                terms.setdefault(term.index, []).append((term, cotangents[2 * k], cotangents[2 * k + 1]))
+        found: list[Contribution] = []
+        for i, variable in enumerate(task.variables):
+            used = [(use.rule, *record) for use, record in zip(books.uses, records, strict=True) if use.index == i]
+            if used:
+                found.append(self._contribution(variable.shape, used, terms.get(i, ())))
+            else:
+                whole = _corrected([gradients[books.direct.index(i)]], None, terms.get(i, ()))
+                found.append(Kept(variable.shape, whole))
+        return found
+
+    def _contribution(
+        self, shape: tf.TensorShape, used: Sequence[tuple[Rule, Any, tf.Tensor]], terms: Sequence[BoundTerm]
+    ) -> Contribution:
+        if len(used) > 1:  # the sum over uses, for each example
+            whole = [_instantiate_whole(rule, inputs, cotangent, shape) for rule, inputs, cotangent in used]
+            return Kept(shape, _corrected([tf.add_n(whole)], None, terms))
+        ((rule, inputs, cotangent),) = used
+        if isinstance(rule, LookupRule):
+            return Lookups(rule, *rule.entries(inputs, cotangent))
+        if self._prefers_products(rule):
+            return Products(shape, rule, rule.matrices(inputs, cotangent), terms)
+        return Kept(shape, _corrected(rule.instantiate(inputs, cotangent), rule, terms), rule)
+
+    def _prefers_products(self, rule: Rule) -> bool:
+        """Whether norms are cheaper from inner products than from gradients (see `norm_method`)."""
+        if not hasattr(rule, "matrices"):
+            return False
+        if self._norm_method != "auto":
+            return self._norm_method == "gram"
+        if rule.positions == 1 and rule.groups == 1:
+            return True
+        multiplications = rule.positions**2 * (rule.inputs + rule.outputs)
+        moved = rule.positions * rule.inputs - rule.inputs * rule.outputs
+        return multiplications + _OPERATIONS_PER_NUMBER * moved < 0
+
+
+def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
+    """One example's loss and prediction, direct gradients, cotangents of the statistics, and records of uses."""
+    graph = tf.compat.v1.get_default_graph()
+    with tf.GradientTape(watch_accessed_variables=False, persistent=False) as tape:
+        statistics = tf.nest.map_structure(tf.identity, task.statistics)
+        tape.watch([*task.variables, *tf.nest.flatten(statistics)])
+        before = len(graph.get_operations())
+        result = task.run_example(x, y, weight, index, statistics)
+        uses, books.direct = find_uses(graph.get_operations()[before:], task.variables)
+    books.uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
+    direct = [task.variables[i] for i in books.direct]
+    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in books.uses]]
+    found = tape.gradient(result.loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    found = [densify(g, s) for g, s in zip(found, sources, strict=True)]
+    first, last = len(direct), len(found) - len(books.uses)
+    records = [(use.inputs, cotangent) for use, cotangent in zip(books.uses, found[last:], strict=True)]
+    parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
+    dense = [tf.cast(each, tf.float32) for each in found[:last]]
+    return tf.cast(result.loss, tf.float32), parts, result.y_pred, dense[:first], dense[first:], records
+
+
+def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[BoundTerm]) -> Sequence[tf.Tensor]:
+    """Adds local terms: K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
+    for term, *cotangents in terms:
+        for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True):
+            factors = [widen(jacobian)[None], widen(term.spread(cotangent))]
+            if rule is not None:
+                factors = [rule.split(aligned(factor, rule.shape)) for factor in factors]
+            else:
+                factors = [(factor,) for factor in factors]
+            blocks = [block + j * c for block, j, c in zip(blocks, *factors, strict=True)]
+    return blocks
+
+
+def _instantiate_whole(rule: Rule, inputs: Any, cotangent: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Every example's gradient by the variable, [rows, *shape]."""
+    if isinstance(rule, LookupRule):
+        whole = rule.densify(*rule.entries(inputs, cotangent))
+    else:
+        whole = rule.join(rule.instantiate(inputs, cotangent))
+    return tf.reshape(whole, tf.concat([tf.shape(whole)[:1], shape], 0))
+
+
+def _weighted_sums(
+    contributions: Sequence[Contribution], weights: tf.Tensor, finite: tf.Tensor | None
+) -> list[tf.Tensor]:
+    return [tf.cast(each.weighted_sum(weights, finite), tf.float32) for each in contributions]

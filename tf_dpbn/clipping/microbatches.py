@@ -1,0 +1,142 @@
+"""What all engines share: a logical batch is worked through in slices, whose sums are added up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import _validate
+from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.mechanisms import ClippedSum
+
+# What the examples of one microbatch keep takes at most this many bytes unless microbatch_size is given.
+_DEFAULT_MEMORY = 256 * 2**20
+
+
+class MicrobatchedEngine:
+    """Sums clipped examples one microbatch after the other.
+
+    Args:
+      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses.
+
+    Raises:
+      ValueError: if microbatch_size is not a whole number >= 1.
+    """
+
+    def __init__(self, microbatch_size: int | None = None) -> None:
+        if microbatch_size is not None:
+            _validate.positive_int("microbatch_size", microbatch_size, "Leave it out to choose one.")
+        self._microbatch_size = microbatch_size
+
+    def bytes_per_example(self, task: Task, rows: Any) -> int:
+        """How much memory one example of a microbatch takes, about."""
+        raise NotImplementedError
+
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+        """Clips and sums one microbatch.
+
+        Args:
+          task: the model.
+          rows: (x, y, weight, index, mask), everything with a batch axis; a missing weight is an empty tuple.
+          l2_norm_clip: bound on the norm of each example's vector.
+
+        Returns:
+          (sums, one float32 tensor a variable; (loss, parts, y_pred, not_finite), each by row).
+        """
+        raise NotImplementedError
+
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[ClippedSum, BatchResult]:
+        """Returns the clipped sum, of sensitivity `l2_norm_clip`, and the un-noised by-products."""
+        rows, count = to_rows(batch), _batch_size(batch)
+        size = self._slice_size(task, rows, count)
+        slices = _ceil_divide(count, size)
+        sums = tuple(tf.zeros(v.shape, tf.float32) for v in task.variables)
+        padded = tf.nest.map_structure(lambda t: _pad(t, slices * size), rows)
+
+        def clipped_slice(i: Any) -> Any:
+            rows = tf.nest.map_structure(lambda t: _slice(t, i * size, size), padded)
+            return self.sum_slice(task, rows, l2_norm_clip)
+
+        if isinstance(slices, int) and slices == 1:
+            sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
+        else:
+            sums, by_products = _accumulate(clipped_slice, slices, sums)
+
+        def without_filler(values: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(values[:count], [_static(count), *values.shape[1:]])
+
+        loss, parts, y_pred = tf.nest.map_structure(without_filler, by_products[:3])
+        not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
+        return ClippedSum(tuple(sums), float(l2_norm_clip)), BatchResult(loss, parts, y_pred, not_finite)
+
+    def _slice_size(self, task: Task, rows: Any, count: Any) -> Any:
+        limit = self._microbatch_size or max(1, _DEFAULT_MEMORY // max(1, self.bytes_per_example(task, rows)))
+        if not isinstance(count, int):
+            return tf.clip_by_value(count, 1, limit)
+        count = max(1, count)
+        # Slices of equal size, so that little filler is computed.
+        return _ceil_divide(count, _ceil_divide(count, limit))
+
+
+def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:
+    """(x, y, weight, index, mask): everything with a batch axis. A missing weight is an empty tuple."""
+    count = tf.shape(tf.nest.flatten(batch.x)[0])[0]
+    mask = tf.ones([_batch_size(batch)], tf.bool) if batch.mask is None else batch.mask
+    weight = () if batch.sample_weight is None else batch.sample_weight
+    return batch.x, batch.y, weight, tf.range(count), mask
+
+
+def _batch_size(batch: Batch) -> Any:
+    first = tf.nest.flatten(batch.x)[0]
+    return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
+
+
+def _static(count: Any) -> int | None:
+    return count if isinstance(count, int) else None
+
+
+def _ceil_divide(count: Any, size: Any) -> Any:
+    return -(-count // size)
+
+
+def _pad(rows: tf.Tensor, count: Any) -> tf.Tensor:
+    missing = count - (rows.shape[0] if rows.shape[0] is not None else tf.shape(rows)[0])
+    if isinstance(missing, int) and missing == 0:
+        return rows
+    filler = tf.zeros(tf.concat([[missing], tf.shape(rows)[1:]], 0), rows.dtype)
+    return tf.concat([rows, filler], 0)
+
+
+def _slice(rows: tf.Tensor, start: Any, size: Any) -> tf.Tensor:
+    rank = rows.shape.rank
+    begin = tf.concat([[start], tf.zeros([rank - 1], tf.int32)], 0)
+    if isinstance(size, int) and rows.shape[1:].is_fully_defined():
+        return tf.slice(rows, begin, [size, *rows.shape[1:]])
+    out = tf.slice(rows, begin, tf.concat([[size], tf.shape(rows)[1:]], 0))
+    return tf.ensure_shape(out, [_static(size), *rows.shape[1:]])
+
+
+def _accumulate(clipped_slice: Any, slices: Any, zero: tuple[tf.Tensor, ...]) -> Any:
+    """Loops over slices: adds up their sums, concatenates their by-products."""
+    traced = tf.function(lambda: clipped_slice(0)[1], autograph=False).get_concrete_function()
+    like = traced.structured_outputs
+    arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in tf.nest.flatten(like)]
+
+    def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:
+        added, by_products = clipped_slice(i)
+        sums = tuple(a + b for a, b in zip(sums, added, strict=True))
+        flat = tf.nest.flatten(by_products)
+        return i + 1, sums, [a.write(i, t) for a, t in zip(arrays, flat, strict=True)]
+
+    _, sums, arrays = tf.while_loop(lambda i, *_: i < slices, body, (0, zero, arrays), parallel_iterations=1)
+    joined = [_join(array.stack()) for array in arrays]
+    return sums, tf.nest.pack_sequence_as(like, joined)
+
+
+def _join(stacked: tf.Tensor) -> tf.Tensor:
+    shape = tf.shape(stacked)
+    out = tf.reshape(stacked, tf.concat([[shape[0] * shape[1]], shape[2:]], 0))
+    static = stacked.shape
+    known = static[0] is not None and static[1] is not None
+    return tf.ensure_shape(out, [static[0] * static[1] if known else None, *static[2:]])

@@ -1,0 +1,26 @@
+"""Tensors whose first axis are the rows of a batch, and gradients as such."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+
+def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
+    """Turns the sparse gradient of a table look-up into a tensor; look-ups outside the table count for nothing.
+
+    TensorFlow's own conversion, once vectorized, adds row * table size to the ids, so that under XLA, which does not
+    check ids, an id outside the table would land in the next example's gradient.
+    """
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    inside = tf.logical_and(gradient.indices >= 0, gradient.indices < like.shape[0])
+    indices = tf.where(inside, gradient.indices, tf.zeros_like(gradient.indices))
+    values = tf.where(by_row(inside, gradient.values), gradient.values, tf.zeros_like(gradient.values))
+    return tf.scatter_nd(indices[:, None], values, like.shape)
+
+
+def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
+    return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))

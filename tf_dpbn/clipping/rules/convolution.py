@@ -1,0 +1,398 @@
+"""Convolutions of one to three dimensions: strided, dilated, grouped, depthwise, transposed, in both data formats.
+
+The gradient by the kernel tap (i, j) is sum_t a[t + (i, j)] g[t]^T. Rather than extracting patches of the input for all
+taps, the input is unfolded along its last axis only and the output gradient along the others; one matrix product an
+example then holds all pairs of shifts. With a stride, taps of equal remainder share a product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+from tf_dpbn.clipping.vectorization import has_accelerator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The geometry of a convolution along one axis: output o sees input o * stride + tap * dilation - before."""
+
+    taps: int
+    stride: int = 1
+    dilation: int = 1
+    before: int = 0
+    after: int = 0
+    inputs: int
+    outputs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    """Taps of one axis with equal remainder: input x * stride + first meets output x - shift, for each shift.
+
+    Attributes:
+      taps: in order of falling shift.
+      first: the first of the inputs.
+      start, stop: range of x.
+      high, step: the largest shift, and the distance of neighbouring ones.
+    """
+
+    taps: tuple[int, ...]
+    first: int
+    start: int
+    stop: int
+    high: int
+    step: int
+
+
+def _phases(axis: Axis) -> list[_Phase]:
+    found = []
+    for remainder in range(axis.stride):
+        shifts = {
+            tap * axis.dilation // axis.stride: tap
+            for tap in range(axis.taps)
+            if tap * axis.dilation % axis.stride == remainder
+        }
+        if not shifts:
+            continue
+        ordered = sorted(shifts, reverse=True)
+        first = (remainder - axis.before) % axis.stride
+        origin = (first + axis.before - remainder) // axis.stride
+        count = max(0, -(-(axis.inputs - first) // axis.stride))
+        start = max(origin, ordered[-1])
+        stop = max(start, min(origin + count, ordered[0] + axis.outputs))
+        first += (start - origin) * axis.stride
+        step = ordered[0] - ordered[1] if len(ordered) > 1 else 1
+        found.append(_Phase(tuple(shifts[s] for s in ordered), first, start, stop, ordered[0], step))
+    return found
+
+
+# Patches of up to this many numbers are extracted whole (measured on CPUs).
+_SHORT_PATCH = 64
+
+
+class ConvolutionRule:
+    """z = convolution of a with K.
+
+    Args:
+      shape: of K: [*taps, inputs a group, outputs], or [*taps, inputs, multiplier] if depthwise.
+      axes: geometry of the spatial axes, images of one example first.
+      groups, inputs, outputs: groups of channels, and the channels of each.
+      channels_first: the data format.
+      transposed: whether the operation is the gradient of a convolution: its output then takes the place of a.
+      depthwise: the layout of K.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        axes: Sequence[Axis],
+        groups: int,
+        inputs: int,
+        outputs: int,
+        channels_first: bool,
+        transposed: bool,
+        depthwise: bool,
+    ) -> None:
+        self.shape = tuple(shape)
+        self.groups = groups
+        self.outputs = outputs
+        self.positions = math.prod(axis.outputs for axis in axes)
+        self._axes = tuple(axes)
+        self._channels = inputs
+        self._taps = math.prod(axis.taps for axis in axes[:-1]), axes[-1].taps
+        self.inputs = math.prod(self._taps) * inputs
+        self._channels_first = channels_first
+        self._transposed = transposed
+        self._depthwise = depthwise
+        # A short patch is cheaper to extract whole than its matrix product is to assemble from shifts.
+        self._by_patches = self.inputs <= _SHORT_PATCH
+        self._phases = list(itertools.product(*[_phases(axis) for axis in axes[:-1]]))
+
+    def _operands(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """(a, g), float, [rows, *axes, channels]."""
+        data, cotangent = widen(inputs[0]), widen(cotangent)
+        if self._channels_first:
+            data, cotangent = (tf.transpose(t, [0, 1, *range(3, t.shape.rank), 2]) for t in (data, cotangent))
+        return (cotangent, data) if self._transposed else (data, cotangent)
+
+    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+        """See `base.Rule`.
+
+        Either one matrix [rows, groups, inputs, outputs], or for each phase of the taps of all axes but the last
+        [rows, groups, last taps, inputs, other taps, outputs].
+        """
+        if self._by_patches:
+            left, right = self.matrices(inputs, cotangent)
+            return (_product(left, right),)
+        data, cotangent = self._operands(inputs, cotangent)
+        return tuple(self._block(data, cotangent, phases) for phases in self._phases)
+
+    def _block(self, data: tf.Tensor, cotangent: tf.Tensor, phases: Sequence[_Phase]) -> tf.Tensor:
+        # From the last axis to the first, so that the taps of the first vary slowest.
+        for position in reversed(range(len(phases))):
+            axis, phase = self._axes[position], phases[position]
+            before = phase.high - phase.start
+            after = phase.stop - phase.high + (len(phase.taps) - 1) * phase.step - axis.outputs
+            cotangent = unfold(cotangent, position + 1, len(phase.taps), 1, phase.step, before, after)
+        shifts = math.prod(len(phase.taps) for phase in phases)
+        columns = self._taps[1]
+        left = self._grouped(self._columns(data, phases), columns, self._channels)
+        right = self._grouped(cotangent, shifts, self.outputs)
+        return reshape_rows(_product(left, right), [self.groups, columns, self._channels, shifts, self.outputs])
+
+    def _columns(self, data: tf.Tensor, phases: Sequence[_Phase]) -> tf.Tensor:
+        """Windows along the last axis, at the positions of a phase along the others."""
+        window: list[slice] = [slice(None)]
+        *others, last = self._axes
+        for position, (axis, phase) in enumerate(zip(others, phases, strict=True)):
+            end = phase.first + (phase.stop - phase.start - 1) * axis.stride + 1
+            merged = position == len(others) - 1  # the window along the last axis steps over these rows
+            window.append(slice(phase.first, max(phase.first, end), 1 if merged else axis.stride))
+        whole = all(w == slice(0, n, 1) for w, n in zip(window[1:], data.shape[1:], strict=False))
+        data = data if whole else data[tuple(window)]
+        rank, step = len(self._axes), others[-1].stride
+        return unfold(data, rank, last.taps, last.stride, last.dilation, last.before, last.after, step)
+
+    def _grouped(self, data: tf.Tensor, copies: int, channels: int) -> tf.Tensor:
+        """Arranges [rows, *positions, copies * groups * channels] as [rows, groups, positions, copies * channels]."""
+        positions = math.prod(data.shape[1:-1])
+        if self.groups == 1:  # two batch axes would take oneDNN's slow path
+            return reshape_rows(data, [positions, copies * channels])
+        data = reshape_rows(data, [positions, copies, self.groups, channels])
+        return reshape_rows(tf.transpose(data, [0, 3, 1, 2, 4]), [self.groups, positions, copies * channels])
+
+    def split(self, operand: tf.Tensor) -> Blocks:
+        """See `base.Rule`."""
+        if self._by_patches:
+            return (self.to_matrix(operand),)
+        canonical = tf.transpose(self._canonical(operand), [0, 4, 2, 3, 1, 5])
+        if canonical.shape[4] == 1:
+            return (canonical,) * len(self._phases)
+        return tuple(tf.gather(canonical, self._flat_taps(phases), axis=4) for phases in self._phases)
+
+    def join(self, blocks: Blocks) -> tf.Tensor:
+        """See `base.Rule`."""
+        if self._by_patches:
+            return self.from_matrix(blocks[0])
+        order = np.concatenate([self._flat_taps(phases) for phases in self._phases])
+        joined = tf.gather(tf.concat(blocks, 4), np.argsort(order), axis=4)
+        return reshape_rows(tf.transpose(joined, [0, 4, 2, 3, 1, 5]), self.shape)
+
+    def _flat_taps(self, phases: Sequence[_Phase]) -> np.ndarray:
+        """Where the taps of a block lie among those of all axes but the last."""
+        sizes = [axis.taps for axis in self._axes[:-1]]
+        grids = np.meshgrid(*[phase.taps for phase in phases], indexing="ij")
+        return np.ravel_multi_index([grid.ravel() for grid in grids], sizes)
+
+    def _canonical(self, operand: tf.Tensor) -> tf.Tensor:
+        """Arranges [rows, *shape] as [rows, other taps, last taps, inputs, groups, outputs], ones kept."""
+        *taps, inputs, outputs = operand.shape[1:]
+        if self._depthwise:
+            channels = [1, inputs, outputs]
+        else:
+            channels = [inputs, 1, 1] if outputs == 1 else [inputs, self.groups, outputs // self.groups]
+        return reshape_rows(operand, [math.prod(taps[:-1]), taps[-1], *channels])
+
+    def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `base.MatrixRule`."""
+        data, cotangent = self._operands(inputs, cotangent)
+        left = self._grouped(self._patches(data), math.prod(self._taps), self._channels)
+        right = self._grouped(cotangent, 1, self.outputs)
+        return (left[:, None], right[:, None]) if self.groups == 1 else (left, right)
+
+    def _patches(self, data: tf.Tensor) -> tf.Tensor:
+        """[rows, *outputs, taps * channels], the taps of the first axis varying slowest."""
+        if len(self._axes) == 3 and self.inputs * self.groups <= _SHORT_PATCH and not has_accelerator():
+            return _patches_by_convolution(data, self._axes)
+        for position in reversed(range(len(self._axes))):
+            axis = self._axes[position]
+            data = unfold(data, position + 1, axis.taps, axis.stride, axis.dilation, axis.before, axis.after)
+        return data
+
+    def from_matrix(self, matrix: tf.Tensor) -> tf.Tensor:
+        """See `base.MatrixRule`."""
+        matrix = reshape_rows(matrix, [self.groups, *self._taps, self._channels, self.outputs])
+        return reshape_rows(tf.transpose(matrix, [0, 2, 3, 4, 1, 5]), self.shape)
+
+    def to_matrix(self, operand: tf.Tensor) -> tf.Tensor:
+        """See `base.MatrixRule`."""
+        canonical = tf.transpose(self._canonical(operand), [0, 4, 1, 2, 3, 5])
+        groups, *inner, outputs = canonical.shape[1:]
+        return reshape_rows(canonical, [groups, math.prod(inner), outputs])
+
+
+def _product(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """sum_t left_t right_t^T for [..., t, n]; axes of one next to the rows would take oneDNN's slow path."""
+    if left.shape.rank == 4 and left.shape[1] == 1:
+        return tf.matmul(tf.squeeze(left, 1), tf.squeeze(right, 1), transpose_a=True)[:, None]
+    return tf.matmul(left, right, transpose_a=True)
+
+
+def unfold(
+    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int, step: int = 1
+) -> tf.Tensor:
+    """Windows along one axis, their taps merged into the channels.
+
+    Args:
+      data: [..., channels], static but for the first axis.
+      axis: which axis to slide along.
+      taps, stride, dilation: of the window.
+      before, after: how many zeros to add at the ends of the axis; negative numbers take away.
+      step: for the last axis before the channels: take every step-th entry of the axis before it.
+
+    Returns:
+      [..., taps * channels], the taps varying slower than the channels.
+    """
+    if min(before, after) < 0:
+        window = [slice(None)] * axis + [slice(max(0, -before), data.shape[axis] - max(0, -after))]
+        data, before, after = data[tuple(window)], max(0, before), max(0, after)
+    if taps == stride == step == 1 and not before and not after:
+        return data
+    if 0 in data.shape[1:] or has_accelerator():
+        rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
+        return _unfold_by_slices(data[tuple(rows)], axis, taps, stride, dilation, before, after)
+    return _unfold_by_convolution(data, axis, taps, stride, dilation, before, after, step)
+
+
+def _unfold_by_slices(
+    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int
+) -> tf.Tensor:
+    paddings = [[0, 0]] * data.shape.rank
+    paddings[axis] = [before, after]
+    padded = tf.pad(data, paddings)
+    outputs = (padded.shape[axis] - (taps - 1) * dilation - 1) // stride + 1
+    windows = []
+    for tap in range(taps):
+        first = tap * dilation
+        window = [slice(None)] * axis + [slice(first, first + (outputs - 1) * stride + 1, stride)]
+        windows.append(padded[tuple(window)])
+    return tf.concat(windows, -1)
+
+
+def _unfold_by_convolution(
+    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int, step: int
+) -> tf.Tensor:
+    """Convolves with a kernel of zeros and ones: exact, and on CPUs faster than slicing and concatenating.
+
+    Not on accelerators, whose convolutions round their inputs to fewer bits.
+    """
+    shape = data.shape.as_list()
+    channels = shape[-1]
+    kernel = np.eye(taps * channels).reshape(taps, channels, taps * channels)
+    window = Axis(taps=taps, stride=stride, dilation=dilation, before=before, after=after, inputs=0, outputs=0)
+    along = Axis(taps=1, stride=step, inputs=0, outputs=0)
+    if axis == len(shape) - 2:
+        sizes, axes, kernel, first = (
+            [shape[axis - 1] if axis > 1 else 1, shape[axis]],
+            (along, window),
+            kernel[None],
+            axis - 1,
+        )
+    else:
+        sizes, axes, kernel, first = (
+            [shape[axis], math.prod(shape[axis + 1 : -1])],
+            (window, along),
+            kernel[:, None],
+            axis,
+        )
+    out = _convolve(tf.reshape(data, [-1, *sizes, channels]), kernel, axes)
+    if axis == len(shape) - 2:
+        middle = [*shape[1 : axis - 1], *([out.shape[1]] if axis > 1 else []), out.shape[2]]
+    else:
+        middle = [*shape[1:axis], out.shape[1], *shape[axis + 1 : -1]]
+    return reshape_rows(out, [*middle, taps * channels], data)
+
+
+def _patches_by_convolution(data: tf.Tensor, axes: Sequence[Axis]) -> tf.Tensor:
+    images, height, width = axes
+    channels = data.shape[-1]
+    taps = height.taps * width.taps
+    kernel = np.eye(taps * channels).reshape(height.taps, width.taps, channels, taps * channels)
+    out = _convolve(tf.reshape(data, [-1, height.inputs, width.inputs, channels]), kernel, (height, width))
+    return reshape_rows(out, [images.outputs, height.outputs, width.outputs, taps * channels], data)
+
+
+def _convolve(images: tf.Tensor, kernel: np.ndarray, axes: Sequence[Axis]) -> tf.Tensor:
+    """Ordinary convolution of [images, height, width, channels]."""
+    paddings = [[0, 0], *[[axis.before, axis.after] for axis in axes], [0, 0]]
+    strides, dilations = ([1, *[getattr(axis, name) for axis in axes], 1] for name in ("stride", "dilation"))
+    return tf.nn.conv2d(images, tf.constant(kernel, images.dtype), strides, paddings, dilations=dilations)
+
+
+def from_operation(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[ConvolutionRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for Conv2D, Conv3D and DepthwiseConv2dNative."""
+    del shape
+    if position != 1:
+        return None
+    data, kernel = operation.inputs
+    rule = _rule(operation, kernel.shape, data.shape, operation.outputs[0].shape, transposed=False)
+    return None if rule is None else (rule, (data,))
+
+
+def from_transposed(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[ConvolutionRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for Conv2DBackpropInput and Conv3DBackpropInputV2, which transposed convolutions use."""
+    del shape
+    if position != 1:
+        return None
+    _, kernel, data = operation.inputs
+    rule = _rule(operation, kernel.shape, operation.outputs[0].shape, data.shape, transposed=True)
+    return None if rule is None else (rule, (data,))
+
+
+def _rule(
+    operation: tf.Operation, kernel: tf.TensorShape, inputs: tf.TensorShape, outputs: tf.TensorShape, transposed: bool
+) -> ConvolutionRule | None:
+    if not (inputs.is_fully_defined() and outputs.is_fully_defined() and kernel.is_fully_defined()):
+        return None
+    channels_first = operation.get_attr("data_format").startswith(b"NC")
+    spatial = range(2, inputs.rank) if channels_first else range(1, inputs.rank - 1)
+    channel_axis = 1 if channels_first else -1
+    axes = [Axis(taps=1, inputs=inputs[0], outputs=outputs[0])]
+    axes += [_axis(operation, k, axis, kernel, inputs, outputs) for k, axis in enumerate(spatial)]
+    depthwise = operation.type == "DepthwiseConv2dNative"
+    *_, per_group, last = kernel.as_list()
+    if depthwise:
+        groups, per_group, per_output = per_group, 1, last
+    else:
+        groups = inputs[channel_axis] // per_group
+        per_output = last // groups
+    return ConvolutionRule(kernel.as_list(), axes, groups, per_group, per_output, channels_first, transposed, depthwise)
+
+
+def _axis(
+    operation: tf.Operation,
+    k: int,
+    axis: int,
+    kernel: tf.TensorShape,
+    inputs: tf.TensorShape,
+    outputs: tf.TensorShape,
+) -> Axis:
+    stride, dilation = operation.get_attr("strides")[axis], operation.get_attr("dilations")[axis]
+    extent = (kernel[k] - 1) * dilation + 1
+    padding = operation.get_attr("padding")
+    before, after = 0, 0
+    if padding == b"SAME":
+        total = max(0, (outputs[axis] - 1) * stride + extent - inputs[axis])
+        before, after = total // 2, total - total // 2
+    elif padding == b"EXPLICIT":
+        before, after = operation.get_attr("explicit_paddings")[2 * axis : 2 * axis + 2]
+    return Axis(
+        taps=kernel[k],
+        stride=stride,
+        dilation=dilation,
+        before=before,
+        after=after,
+        inputs=inputs[axis],
+        outputs=outputs[axis],
+    )

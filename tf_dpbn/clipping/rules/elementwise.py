@@ -1,0 +1,78 @@
+"""Scales and biases: a variable that is broadcast against data, added or multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+
+
+class BroadcastRule:
+    """z = a + K or z = a * K, K broadcast to z.
+
+    Args:
+      shape: of K.
+      aligned: the shape of K with axes of one inserted, of the rank of one example's z.
+      scale: whether K is multiplied.
+    """
+
+    def __init__(self, shape: Sequence[int], aligned: Sequence[int], scale: bool) -> None:
+        self.shape = tuple(shape)
+        self._aligned = tuple(aligned)
+        self._scale = scale
+
+    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+        """[rows, *shape]; see `base.Rule`."""
+        products = widen(cotangent) * widen(inputs[0]) if self._scale else widen(cotangent)
+        axes = [1 + axis for axis, size in enumerate(self._aligned) if size == 1]
+        return (reshape_rows(tf.reduce_sum(products, axes), self.shape),)
+
+    def split(self, operand: tf.Tensor) -> Blocks:
+        """See `base.Rule`."""
+        return (operand,)
+
+    def join(self, blocks: Blocks) -> tf.Tensor:
+        """See `base.Rule`."""
+        return blocks[0]
+
+
+def from_bias_add(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for BiasAdd."""
+    del shape
+    rank = operation.outputs[0].shape.rank
+    if position != 1 or rank is None:
+        return None
+    size = operation.inputs[1].shape[0]
+    aligned = [1] * rank
+    aligned[1 if operation.get_attr("data_format") == b"NCHW" else -1] = size
+    return BroadcastRule([size], aligned, scale=False), ()
+
+
+def from_sum(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for AddV2."""
+    return _from_broadcast(operation, position, scale=False)
+
+
+def from_product(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for Mul."""
+    return _from_broadcast(operation, position, scale=True)
+
+
+def _from_broadcast(
+    operation: tf.Operation, position: int, scale: bool
+) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+    parameter, data = operation.inputs[position], operation.inputs[1 - position]
+    out = operation.outputs[0].shape
+    if not out.is_fully_defined() or data.shape != out or parameter is data:
+        return None
+    size = parameter.shape.as_list()
+    aligned = [1] * (out.rank - len(size)) + size
+    return BroadcastRule(size, aligned, scale), (data,) if scale else ()

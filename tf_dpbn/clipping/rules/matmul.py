@@ -1,0 +1,82 @@
+"""Dense layers: data @ kernel, for data of any rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+
+
+class MatMulRule:
+    """z = a K, or z = a K^T, for a matrix K; the leading axes of a are positions.
+
+    Args:
+      shape: of K.
+      positions: product of the leading axes of one example's a.
+      transposed: whether K enters transposed.
+      transposed_data: whether a matrix a enters transposed.
+    """
+
+    groups = 1
+
+    def __init__(self, shape: Sequence[int], positions: int, transposed: bool, transposed_data: bool) -> None:
+        self.shape = tuple(shape)
+        self.positions = positions
+        self.inputs, self.outputs = reversed(self.shape) if transposed else self.shape
+        self._transposed = transposed
+        self._transposed_data = transposed_data
+
+    def _operands(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        data = widen(inputs[0])
+        if self._transposed_data:
+            data = tf.linalg.matrix_transpose(data)
+        data = reshape_rows(data, [self.positions, self.inputs])
+        return data, reshape_rows(widen(cotangent), [self.positions, self.outputs])
+
+    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+        """[rows, *shape]; see `base.Rule`."""
+        data, cotangent = self._operands(inputs, cotangent)
+        left, right = (cotangent, data) if self._transposed else (data, cotangent)
+        return (tf.matmul(left, right, transpose_a=True),)
+
+    def split(self, operand: tf.Tensor) -> Blocks:
+        """See `base.Rule`."""
+        return (operand,)
+
+    def join(self, blocks: Blocks) -> tf.Tensor:
+        """See `base.Rule`."""
+        return blocks[0]
+
+    def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """See `base.MatrixRule`."""
+        data, cotangent = self._operands(inputs, cotangent)
+        return data[:, None], cotangent[:, None]
+
+    def from_matrix(self, matrix: tf.Tensor) -> tf.Tensor:
+        """See `base.MatrixRule`."""
+        operand = tf.squeeze(matrix, 1)
+        return tf.linalg.matrix_transpose(operand) if self._transposed else operand
+
+    def to_matrix(self, operand: tf.Tensor) -> tf.Tensor:
+        """See `base.MatrixRule`."""
+        return (tf.linalg.matrix_transpose(operand) if self._transposed else operand)[:, None]
+
+
+def from_operation(
+    operation: tf.Operation, position: int, shape: tf.TensorShape
+) -> tuple[MatMulRule, tuple[tf.Tensor, ...]] | None:
+    """The rule for MatMul or BatchMatMulV2 with the variable on the right."""
+    del shape
+    if position != 1:
+        return None
+    data, kernel = operation.inputs
+    names = ("transpose_a", "transpose_b") if operation.type == "MatMul" else ("adj_x", "adj_y")
+    transposed_data, transposed = (operation.get_attr(name) for name in names)
+    if kernel.shape.rank != 2 or not data.shape.is_fully_defined() or (transposed_data and data.shape.rank != 2):
+        return None
+    axes = data.shape.as_list()
+    positions = axes[1] if transposed_data else math.prod(axes[:-1])
+    return MatMulRule(kernel.shape.as_list(), positions, transposed, transposed_data), (data,)

@@ -1,0 +1,86 @@
+"""Where an example's forward pass uses each trainable variable.
+
+Book-keeping needs to know, for each variable, the operations that consume it. They are found in the graph of one
+example's forward pass, so that it does not matter which layer, subclass or bare function created them, and how often. An
+operation without a rule, or one that sees the variable through anything but a change of shape or type, makes the
+variable's gradient be computed directly: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import tensorflow as tf
+
+from tf_dpbn import _graph
+from tf_dpbn.clipping.rules import Rule, find_rule
+
+# A variable may pass through these on its way to the operation that uses it; its elements keep their order.
+_VIEWS = frozenset(["Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One operation that consumes a trainable variable, in the forward pass of one example.
+
+    Attributes:
+      index: position of the variable among the trainable variables.
+      rule: computes per-example gradients of the operation's operand, which has the variable's elements in their order.
+      inputs: the operation's data, as the rule wants it.
+      output: the operation's result.
+    """
+
+    index: int
+    rule: Rule
+    inputs: tuple[tf.Tensor, ...]
+    output: tf.Tensor
+
+
+def find_uses(
+    operations: Iterable[tf.Operation], variables: Sequence[tf.Variable]
+) -> tuple[dict[int, tuple[Use, ...]], tuple[int, ...]]:
+    """Finds the uses of each variable among `operations`.
+
+    Args:
+      operations: of the current graph, a whole forward pass.
+      variables: the trainable variables.
+
+    Returns:
+      (by variable that only operations with rules use, its uses; the other variables).
+    """
+    graph = tf.compat.v1.get_default_graph()
+    handles = _graph.captured_variables(graph, variables)
+    index = {id(variable): i for i, variable in enumerate(variables)}
+    found: dict[int, list[Use | None]] = {i: [] for i in range(len(variables))}
+    for operation in operations:
+        for position, tensor in enumerate(operation.inputs):
+            if id(tensor) in handles:
+                i = index[id(handles[id(tensor)])]
+                found[i] += _uses_of_handle(operation, position, i, variables[i].shape)
+    known = {i: tuple(use for use in uses if use is not None) for i, uses in found.items() if None not in uses}
+    known = {i: uses for i, uses in known.items() if uses}
+    return known, tuple(i for i in found if i not in known)
+
+
+def _uses_of_handle(operation: tf.Operation, position: int, index: int, shape: tf.TensorShape) -> list[Use | None]:
+    """The uses of a variable by way of one operation on its handle; None for one without a rule."""
+    if operation.type == "ReadVariableOp":
+        return _uses_of_value(operation.outputs[0], index, shape)
+    return [_use(operation, position, index, shape)]
+
+
+def _uses_of_value(value: tf.Tensor, index: int, shape: tf.TensorShape) -> list[Use | None]:
+    uses: list[Use | None] = []
+    for consumer in value.consumers():
+        positions = [position for position, tensor in enumerate(consumer.inputs) if tensor is value]
+        if consumer.type in _VIEWS and positions == [0]:
+            uses += _uses_of_value(consumer.outputs[0], index, shape)
+        else:
+            uses += [_use(consumer, position, index, shape) for position in positions]
+    return uses
+
+
+def _use(operation: tf.Operation, position: int, index: int, shape: tf.TensorShape) -> Use | None:
+    found = find_rule(operation, position, shape)
+    return None if found is None else Use(index, *found, operation.outputs[0])
