@@ -28,12 +28,14 @@ class NormalizationCall:
       layer: the layer.
       inputs: its input z, [public batch, ...].
       mean, variance: the moments of z by channel.
+      masked: whether some positions are left out of the moments.
     """
 
     layer: DPBatchNormalization
     inputs: tf.Tensor
     mean: tf.Tensor
     variance: tf.Tensor
+    masked: bool
 
 
 class _Scopes(threading.local):
@@ -97,7 +99,7 @@ class PublicPass(StatisticsScope):
         if not (training if self._given is None else key in self._given):
             return None
         mean, variance = statistics.moments(inputs, layer.channel_axes, mask)
-        self.calls.append(NormalizationCall(layer, inputs, mean, variance))
+        self.calls.append(NormalizationCall(layer, inputs, mean, variance, mask is not None))
         self.active.add(key)
         return mean, variance
 

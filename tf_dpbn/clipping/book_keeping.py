@@ -117,13 +117,13 @@ class BookKeepingEngine(MicrobatchedEngine):
         ((rule, inputs, cotangent),) = used
         if isinstance(rule, LookupRule):
             return Lookups(rule, *rule.entries(inputs, cotangent))
-        if self._prefers_products(rule):
+        if self._prefers_products(rule, terms):
             return Products(shape, rule, rule.matrices(inputs, cotangent), terms)
         return Kept(shape, _corrected(rule.instantiate(inputs, cotangent), rule, terms), rule)
 
-    def _prefers_products(self, rule: Rule) -> bool:
+    def _prefers_products(self, rule: Rule, terms: Sequence[BoundTerm]) -> bool:
         """Whether norms are cheaper from inner products than from gradients (see `norm_method`)."""
-        if not hasattr(rule, "matrices"):
+        if not hasattr(rule, "matrices") or (terms and not rule.outputs_are_channels):
             return False
         if self._norm_method != "auto":
             return self._norm_method == "gram"

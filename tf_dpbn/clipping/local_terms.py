@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from tf_dpbn import _graph
 from tf_dpbn._graph import captured_variables, data_tensors
 from tf_dpbn.layers import NormalizationCall
 
@@ -30,6 +31,9 @@ _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
     "Conv3DBackpropInputV2": (-2,),
     "DepthwiseConv2dNative": (-2, -1),
 }
+# Those of them whose first axis of data and output are the examples.
+_LINEAR_IN_ROWS = frozenset(["MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative"])
+_ADDITIONS = frozenset(["Add", "AddV2", "BiasAdd", "Identity"])
 # Each output channel depends on the same input channel only; the channel axis stays where it is.
 _CHANNELWISE_OPERATIONS = frozenset(
     "Add AddV2 AvgPool AvgPool3D BatchToSpaceND BiasAdd Cast Elu Exp Identity LeakyRelu MaxPool MaxPool3D "
@@ -100,12 +104,28 @@ def _terms_of_call(graph: _PassGraph, call: NormalizationCall) -> tuple[LocalTer
     stop = [producer.frozen_input]
     # Mean and variance of channel o involve only channel o of each parameter, so the gradient of their sum over
     # channels holds every entry of the Jacobian.
-    d_means = tf.gradients(tf.reduce_sum(call.mean), reads, stop_gradients=stop)
+    if producer.is_linear and not call.masked:
+        d_means = _mean_of_linear(producer)
+    else:
+        d_means = tf.gradients(tf.reduce_sum(call.mean), reads, stop_gradients=stop)
     d_variances = tf.gradients(tf.reduce_sum(call.variance), reads, stop_gradients=stop)
     return tuple(
         LocalTerm(parameter.index, parameter.channel_axes, d_mean, d_variance)
         for parameter, d_mean, d_variance in zip(producer.parameters, d_means, d_variances, strict=True)
     )
+
+
+def _mean_of_linear(producer: _Producer) -> list[tf.Tensor]:
+    """d mean / d parameter where the normalization's input is operation(data) + biases.
+
+    The mean of the outputs is then that of the mean input, so that one example takes the place of the whole batch.
+    """
+    mean_input = tf.reduce_mean(producer.frozen_input, 0, keepdims=True)
+    output = _graph.call_again(producer.operation, producer.frozen_input, mean_input)
+    axis = _channel_axis_of_kernel_operation(producer.operation)
+    mean = tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis])
+    *biases, kernel = [parameter.read for parameter in producer.parameters]
+    return [*[tf.ones_like(bias) for bias in biases], *tf.gradients(tf.reduce_sum(mean), [kernel])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +137,19 @@ class _Parameter:
 
 @dataclasses.dataclass(frozen=True)
 class _Producer:
+    """What feeds a normalization: an operation on public data, and what is applied on the way from it.
+
+    Attributes:
+      operation: multiplies data by a kernel.
+      parameters: trainable variables on the way, the operation's kernel last.
+      frozen_input: the operation's data.
+      is_linear: the normalization's input is operation(data) plus biases, examples on the first axis of all.
+    """
+
+    operation: tf.Operation
     parameters: tuple[_Parameter, ...]
     frozen_input: tf.Tensor
+    is_linear: bool
 
 
 class _PassGraph:
@@ -138,6 +169,7 @@ class _PassGraph:
         axis = channel_axes[0] % z.shape.rank
         channels = z.shape[axis]
         parameters: list[_Parameter] = []
+        is_linear = True
         while True:
             operation = z.op
             data = [tensor for tensor in operation.inputs if id(tensor) in self._data]
@@ -145,12 +177,16 @@ class _PassGraph:
                 return None
             if operation.type in _KERNEL_OPERATIONS:
                 kernel = self._kernel(operation, data[0], axis, channels)
-                return None if kernel is None else _Producer((*parameters, kernel), data[0])
+                if kernel is None:
+                    return None
+                is_linear = is_linear and operation.type in _LINEAR_IN_ROWS
+                return _Producer(operation, (*parameters, kernel), data[0], is_linear)
             moved = _axis_before(operation, data[0], axis)
             added = self._channel_parameters(operation, data[0], axis, channels)
             if moved is None or added is None:
                 return None
             parameters += added
+            is_linear = is_linear and operation.type in _ADDITIONS
             axis, z = moved, data[0]
 
     def _kernel(self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int) -> _Parameter | None:

@@ -46,8 +46,10 @@ class MatrixRule(Rule, Protocol):
     Attributes:
       positions, inputs, outputs: the numbers of t, and the lengths of a_t and g_t.
       groups: how many independent products there are.
+      outputs_are_channels: whether (group, output) enumerates the channels of the operation's result.
     """
 
+    outputs_are_channels: bool
     groups: int
     positions: int
     inputs: int

@@ -75,6 +75,8 @@ def _phases(axis: Axis) -> list[_Phase]:
 
 # Patches of up to this many numbers are extracted whole (measured on CPUs).
 _SHORT_PATCH = 64
+# Windows of up to this many numbers are extracted by a convolution, wider ones by slicing (measured on CPUs).
+_NARROW = 64
 
 
 class ConvolutionRule:
@@ -110,6 +112,7 @@ class ConvolutionRule:
         self.inputs = math.prod(self._taps) * inputs
         self._channels_first = channels_first
         self._transposed = transposed
+        self.outputs_are_channels = not transposed
         self._depthwise = depthwise
         # A short patch is cheaper to extract whole than its matrix product is to assemble from shifts.
         self._by_patches = self.inputs <= _SHORT_PATCH
@@ -125,12 +128,12 @@ class ConvolutionRule:
     def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
         """See `base.Rule`.
 
-        Either one matrix [rows, groups, inputs, outputs], or for each phase of the taps of all axes but the last
-        [rows, groups, last taps, inputs, other taps, outputs].
+        Either one block [rows, groups, other taps, last taps, inputs, outputs], or for each phase of the taps of all axes
+        but the last [rows, groups, last taps, inputs, other taps, outputs].
         """
         if self._by_patches:
-            left, right = self.matrices(inputs, cotangent)
-            return (_product(left, right),)
+            product = _product(*self.matrices(inputs, cotangent))
+            return (reshape_rows(product, [self.groups, *self._taps, self._channels, self.outputs]),)
         data, cotangent = self._operands(inputs, cotangent)
         return tuple(self._block(data, cotangent, phases) for phases in self._phases)
 
@@ -171,7 +174,7 @@ class ConvolutionRule:
     def split(self, operand: tf.Tensor) -> Blocks:
         """See `base.Rule`."""
         if self._by_patches:
-            return (self.to_matrix(operand),)
+            return (tf.transpose(self._canonical(operand), [0, 4, 1, 2, 3, 5]),)
         canonical = tf.transpose(self._canonical(operand), [0, 4, 2, 3, 1, 5])
         if canonical.shape[4] == 1:
             return (canonical,) * len(self._phases)
@@ -255,7 +258,9 @@ def unfold(
         data, before, after = data[tuple(window)], max(0, before), max(0, after)
     if taps == stride == step == 1 and not before and not after:
         return data
-    if 0 in data.shape[1:] or has_accelerator():
+    strided = stride * step > 1
+    wide = taps * data.shape[-1] > _NARROW and not strided
+    if 0 in data.shape[1:] or has_accelerator() or wide:
         rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
         return _unfold_by_slices(data[tuple(rows)], axis, taps, stride, dilation, before, after)
     return _unfold_by_convolution(data, axis, taps, stride, dilation, before, after, step)

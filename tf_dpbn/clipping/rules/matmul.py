@@ -21,6 +21,7 @@ class MatMulRule:
     """
 
     groups = 1
+    outputs_are_channels = True
 
     def __init__(self, shape: Sequence[int], positions: int, transposed: bool, transposed_data: bool) -> None:
         self.shape = tuple(shape)
