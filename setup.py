@@ -44,6 +44,7 @@ setuptools.setup(
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,
         "bench": _EXAMPLES,
         "test": [
+            "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8.0",
             "pytest-xdist>=3.5",

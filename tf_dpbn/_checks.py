@@ -102,7 +102,9 @@ def check_labels(model: Any, labels: Any) -> None:
             )
 
 
-def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer) -> None:
+def check_batches(
+    x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer, accumulation_steps: int
+) -> None:
     """Refuses batches whose size contradicts the sampling rate that the accounting assumes.
 
     Args:
@@ -110,6 +112,7 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
       batch_size: the batch size given to `fit`, or None for Keras' default of 32.
       held_out: validation_split.
       optimizer: the optimizer.
+      accumulation_steps: how many batches make one logical batch.
 
     Raises:
       ValueError: naming both numbers.
@@ -129,11 +132,12 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
                     f"equal the number of training examples, {examples}",
                     "Epsilon depends on it.",
                 )
-    if size is not None and size != optimizer.expected_batch_size:
+    if size is not None and size * accumulation_steps != optimizer.expected_batch_size:
+        of_parts = "" if accumulation_steps == 1 else f" times accumulation_steps={accumulation_steps}"
         raise _validate.argument_error(
             "expected_batch_size",
             optimizer.expected_batch_size,
-            f"equal the size of the batches, {size}",
+            f"equal the size of the batches, {size}{of_parts}",
             "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
             "data set from PrivacyPlan.poisson_dataset.",
         )
@@ -153,12 +157,19 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
-def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer) -> None:
-    """Refuses a data set of draws that the optimizer's denominator or accounting does not fit.
+def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int) -> None:
+    """Refuses a data set of draws that the optimizer's denominator, accounting or accumulation does not fit.
 
     Raises:
       ValueError: naming both numbers.
     """
+    if sampling.batches_per_draw != accumulation_steps:
+        raise _validate.argument_error(
+            "accumulation_steps",
+            accumulation_steps,
+            f"equal that of the Poisson data set, {sampling.batches_per_draw}",
+            "Pass the same accumulation_steps to compile and to poisson_dataset.",
+        )
     pairs = [
         ("expected_batch_size", optimizer.expected_batch_size, sampling.expected_batch_size),
         ("num_examples", optimizer.num_examples or sampling.num_examples, sampling.num_examples),

@@ -119,6 +119,14 @@ def steps_per_execution(model: Any) -> int:
     return int(model._steps_per_execution)
 
 
+def with_callback(callbacks: Any, callback: Any) -> Any:
+    """What `fit` got as callbacks, with one more in front of the others where their order allows."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(callback)
+        return callbacks
+    return [callback, *tf.nest.flatten(callbacks or [])]
+
+
 def seed_states(model: Any) -> list[tf.Variable]:
     """The states of a Keras 3 model's random generators."""
     return [raw(generator.state) for generator in _seed_generators(model)]

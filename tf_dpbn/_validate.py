@@ -83,3 +83,10 @@ def probability(name: str, value: Any, remedy: str = "") -> float:
     if not _is_number(value) or not 0 < value <= 1:
         raise argument_error(name, value, "be greater than 0 and at most 1", remedy)
     return float(value)
+
+
+def power_of_two(name: str, value: Any, remedy: str = "") -> float:
+    """Returns `value` as a float, or raises ValueError unless it is a power of two with a whole exponent."""
+    if not _is_number(value) or value <= 0 or math.frexp(value)[0] != 0.5:
+        raise argument_error(name, value, "be a power of two", remedy)
+    return float(value)

@@ -12,6 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _checks, _validate
+from tf_dpbn._accumulation import Accumulator, EpochBoundaries
 from tf_dpbn._bookkeeping import BookkeepingModel, Books
 from tf_dpbn._class_weight import apply_class_weight
 from tf_dpbn._keras import (
@@ -21,6 +22,7 @@ from tf_dpbn._keras import (
     compiled_data_loss,
     deserialize,
     draw_example_seeds,
+    flatten_layers,
     is_functional_signature,
     isolated_call,
     kept_state,
@@ -30,14 +32,18 @@ from tf_dpbn._keras import (
     regularization_losses,
     tracker_variables,
     update_compiled_metrics,
+    with_callback,
 )
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
 from tf_dpbn.layers import GivenStatistics
+from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_of
+
+_HALF_PRECISION_LOSS_SCALE = 1024.0
 
 
 class DPModel(BookkeepingModel):
@@ -82,6 +88,8 @@ class DPModel(BookkeepingModel):
         engine: str = "book_keeping",
         microbatch_size: int | None = None,
         norm_method: str = "auto",
+        accumulation_steps: int = 1,
+        loss_scale: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -93,8 +101,17 @@ class DPModel(BookkeepingModel):
             in Keras. jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
           correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md,
             3b where 3a does not apply), "full" (3a and 3b) or "none" (statistics as constants; for studies).
-          engine: "vectorized" or "loop", see `clipping.registry`.
-          microbatch_size: how many examples' gradients are in memory at a time; does not change the result.
+          engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.registry`. All give the same result.
+          microbatch_size: how many examples are worked on at a time, within one step; bounds memory and does not change
+            the result. None chooses.
+          norm_method: for "book_keeping": "auto", "instantiate" or "gram", see `clipping.book_keeping`.
+          accumulation_steps: how many consecutive batches of `fit` make one logical batch, with one draw of noise, one
+            update and one step in the ledger. The optimizer's expected_batch_size is that of the logical batch; pass
+            the same number to `poisson_dataset`. The clipped sum of an unfinished logical batch is dropped at the end
+            of an epoch, and is in no checkpoint.
+          loss_scale: power of two by which the loss of each example is multiplied while it is differentiated, and its
+            gradient divided by, in float32, before it is clipped: small gradients then survive half precision, and
+            nothing else changes. None takes 1024 if a layer computes in float16 and 1 otherwise.
 
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
@@ -113,11 +130,16 @@ class DPModel(BookkeepingModel):
         _checks.check_replicas(self.distribute_strategy)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
+        self._accumulator = Accumulator(accumulation_steps)
+        if loss_scale is not None:
+            _validate.power_of_two("loss_scale", loss_scale)
         self._dp_options: dict[str, Any] = {
             "correction": correction,
             "engine": engine,
             "microbatch_size": microbatch_size,
             "norm_method": norm_method,
+            "accumulation_steps": accumulation_steps,
+            "loss_scale": loss_scale,
         }
         if IS_KERAS_3:
             kwargs.setdefault("auto_scale_loss", False)
@@ -150,25 +172,29 @@ class DPModel(BookkeepingModel):
             if "step" not in self._books.functions:
                 self._books.functions["step"] = tf.function(self.train_step, autograph=False)
             return self._books.functions["step"](data)
-        optimizer = self._compiled_dp_optimizer()
+        self._compiled_dp_optimizer()
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
         task = self._task(public)
         with kept_state(self if self._books.has_state else None):
-            clipped, result = self._engine(task, batch, optimizer.l2_norm_clip)
+            clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
+        penalty, penalty_gradients = self._regularization()
+        self._accumulator.add(clipped, lambda total: self._release(total, public, penalty_gradients))
+        self._books.not_finite.assign_add(result.not_finite)
+        return self._update_metrics(batch, result, penalty)
+
+    def _release(self, clipped: ClippedSum, public: PublicForward | None, penalty_gradients: Any) -> None:
+        """Noise, post-processing, update: what follows once a logical batch is complete."""
+        optimizer = self._compiled_dp_optimizer()
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
             noised = optimizer.privatize(clipped)  # the privacy boundary
-
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
-        penalty, penalty_gradients = self._regularization()
         noised = noised.plus(penalty_gradients)
         optimizer.apply_gradients(noised, self.trainable_variables)
         if public is not None:
             public.update_moving_statistics()
-        self._books.not_finite.assign_add(result.not_finite)
-        return self._update_metrics(batch, result, penalty)
 
     def _read_batch(self, data: Any) -> Batch:
         _checks.check_replicas(tf.distribute.get_strategy())
@@ -207,9 +233,17 @@ class DPModel(BookkeepingModel):
             return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred)
 
         variables = tuple(raw(variable) for variable in self.trainable_variables)
+        scale = self._loss_scale()
         if public is None:
-            return Task(run_example, variables, (), ())
-        return Task(run_example, variables, public.statistics, public.local_terms)
+            return Task(run_example, variables, (), (), scale)
+        return Task(run_example, variables, public.statistics, public.local_terms, scale)
+
+    def _loss_scale(self) -> float:
+        given = self._dp_options["loss_scale"]
+        if given is not None:
+            return float(given)
+        half = any(getattr(layer, "compute_dtype", None) == "float16" for layer in [self, *flatten_layers(self)])
+        return _HALF_PRECISION_LOSS_SCALE if half else 1.0
 
     def _regularization(self) -> tuple[tf.Tensor, list[tf.Tensor | None]]:
         """Sum of the weights' regularizers and its gradients: no private data, so neither clipped nor noised."""
@@ -300,13 +334,16 @@ class DPModel(BookkeepingModel):
                 PrivacyWarning,
                 stacklevel=3,
             )
-            _checks.check_batches(x, options.get("batch_size"), options.get("validation_split", 0.0), optimizer)
+            held_out = options.get("validation_split", 0.0)
+            _checks.check_batches(x, options.get("batch_size"), held_out, optimizer, self._accumulator.parts)
         else:
-            _checks.check_sampling(source.sampling, optimizer)
+            _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
         _checks.check_callbacks(options.get("callbacks"))
+        if self._accumulator.parts > 1:
+            options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
         self._books.open_record(optimizer, source.sampling if source else None)
         self._watch_statistics()
 

@@ -45,8 +45,9 @@ class PoissonSampling:
     Attributes:
       num_examples: N, number of examples in the data set.
       sampling_probability: q, probability in (0, 1] that a batch contains a given example.
-      max_batch_size: M, number of rows of every batch, padding included.
-      steps_per_epoch: number of batches in one pass over the dataset.
+      max_batch_size: M, how many examples a draw holds at most.
+      steps_per_epoch: number of draws in one pass over the dataset.
+      batches_per_draw: in how many consecutive batches of equal size a draw is handed out (gradient accumulation).
 
     Raises:
       ValueError: a count is not a whole number of at least 1, or q is outside (0, 1].
@@ -56,14 +57,20 @@ class PoissonSampling:
     sampling_probability: float
     max_batch_size: int
     steps_per_epoch: int
+    batches_per_draw: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_examples", "max_batch_size", "steps_per_epoch"):
+        for name in ("num_examples", "max_batch_size", "steps_per_epoch", "batches_per_draw"):
             object.__setattr__(self, name, _validate.positive_int(name, getattr(self, name)))
         rate = _validate.positive("sampling_probability", self.sampling_probability)
         if rate > 1:
             raise _validate.argument_error("sampling_probability", rate, "be at most 1")
         object.__setattr__(self, "sampling_probability", rate)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a draw, padding included: M, rounded up to a multiple of batches_per_draw."""
+        return -(-self.max_batch_size // self.batches_per_draw) * self.batches_per_draw
 
     @property
     def expected_batch_size(self) -> float:
@@ -93,9 +100,9 @@ def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> It
         entropy, which no global seed of Python, numpy, TensorFlow or Keras makes predictable.
 
     Returns:
-      An iterator over (indices, mask): int64 [max_batch_size], the example's number or -1 for
-      padding; float32 [max_batch_size], 1 for an example, 0 for padding. The rows of the examples
-      are uniformly random; padding may lie between them.
+      An iterator over (indices, mask), one pair a draw: int64 [rows], the example's number or -1 for
+      padding; float32 [rows], 1 for an example, 0 for padding. The rows of the examples are
+      uniformly random; padding may lie between them.
 
     Raises:
       ValueError: bad `seed`.
@@ -111,6 +118,7 @@ def poisson_dataset(
     expected_batch_size: int,
     max_batch_size: int,
     steps_per_epoch: int | None = None,
+    accumulation_steps: int = 1,
     seed: int | None = None,
 ) -> tf.data.Dataset:
     """Builds a dataset of Poisson-sampled batches of one fixed shape.
@@ -128,7 +136,9 @@ def poisson_dataset(
       expected_batch_size: mean number B of examples in a batch; the sampling probability is B / N.
       max_batch_size: rows M of every batch, at least B; see
         `accounting.default_max_batch_size`.
-      steps_per_epoch: batches in one iteration; None takes ceil(N / B).
+      steps_per_epoch: draws in one iteration; None takes ceil(N / B).
+      accumulation_steps: in how many consecutive batches, of M / accumulation_steps rows, each draw
+        is handed out; the number given to `DPModel.compile`.
       seed: whole number that fixes the draws of all iterations, in order; see `poisson_indices`.
 
     Returns:
@@ -157,6 +167,7 @@ def poisson_dataset(
         sampling_probability=expected / num_examples,
         max_batch_size=max_batch_size,
         steps_per_epoch=steps_per_epoch,
+        batches_per_draw=_validate.positive_int("accumulation_steps", accumulation_steps),
     )
     weights = _weights(sample_weight, num_examples)
     dataset = _index_dataset(sampling, _checked_seed(seed))
@@ -169,17 +180,21 @@ def poisson_dataset(
 class PrivacyPlan(accounting.PrivacyPlan):
     """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
 
-    def poisson_dataset(self, x: Any, y: Any, sample_weight: Any = None, *, seed: int | None = None) -> tf.data.Dataset:
+    def poisson_dataset(
+        self, x: Any, y: Any, sample_weight: Any = None, *, accumulation_steps: int = 1, seed: int | None = None
+    ) -> tf.data.Dataset:
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
           x: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
           y: likewise.
           sample_weight: likewise, or None.
+          accumulation_steps: in how many consecutive batches each draw is handed out; the number given to
+            `DPModel.compile`. The plan's batch size is that of the draw.
           seed: as for `sampling.poisson_dataset`; leave it out when training for privacy.
 
         Returns:
-          A dataset of `steps_per_epoch` batches (x, y, weight) of `max_batch_size` rows.
+          A dataset of `steps_per_epoch` draws (x, y, weight) of `max_batch_size` rows.
 
         Raises:
           ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have
@@ -198,6 +213,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
             expected_batch_size=self.expected_batch_size,
             max_batch_size=self.max_batch_size,
             steps_per_epoch=self.steps_per_epoch,
+            accumulation_steps=accumulation_steps,
             seed=seed,
         )
 
@@ -231,13 +247,13 @@ def real_example_mask(sample_weight: Any) -> tf.Tensor:
 
 def _draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the (indices, mask) of `poisson_indices` from `rng`."""
-    rows = sampling.max_batch_size
+    rows = sampling.rows
     while True:
         # One coin for each example is the definition itself, to within 2^-53 of the probability.
         coins = rng.random(sampling.num_examples)
         drawn = np.flatnonzero(coins < sampling.sampling_probability)
-        if drawn.size > rows:
-            drawn = rng.choice(drawn, size=rows, replace=False)
+        if drawn.size > sampling.max_batch_size:
+            drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)
         indices = np.full(rows, -1, dtype=np.int64)
         indices[rng.choice(rows, size=drawn.size, replace=False)] = drawn
         yield indices, (indices >= 0).astype(np.float32)
@@ -252,17 +268,17 @@ def _seed_sequence(seed: int | None, iteration: int) -> np.random.SeedSequence:
 
 
 def _index_dataset(sampling: PoissonSampling, seed: int | None) -> tf.data.Dataset:
-    """Returns a dataset of one epoch of index vectors, int64 [max_batch_size]."""
+    """Returns a dataset of one epoch of index vectors, int64 [rows / batches_per_draw]."""
     iterations = itertools.count()
 
     def epoch() -> Iterator[np.ndarray]:
         rng = np.random.default_rng(_seed_sequence(seed, next(iterations)))
         for indices, _ in itertools.islice(_draws(sampling, rng), sampling.steps_per_epoch):
-            yield indices
+            yield from np.split(indices, sampling.batches_per_draw)
 
-    signature = tf.TensorSpec([sampling.max_batch_size], tf.int64)
+    signature = tf.TensorSpec([sampling.rows // sampling.batches_per_draw], tf.int64)
     dataset = tf.data.Dataset.from_generator(epoch, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch))
+    return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch * sampling.batches_per_draw))
 
 
 def _row_gatherer(x: Any, y: Any, weights: tf.Tensor) -> Callable[[tf.Tensor], tuple]:

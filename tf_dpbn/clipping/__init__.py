@@ -79,12 +79,15 @@ class Task:
       variables: the trainable variables.
       statistics: (mean, variance) of each normalization call in training; public or released.
       local_terms: for each of those calls, the local corrections to add (docs/algorithm.md, section 3a).
+      loss_scale: a power of two; losses are multiplied by it while they are differentiated, and gradients divided by
+        it in float32, so that small gradients survive half precision.
     """
 
     run_example: Callable[..., ExampleResult]
     variables: tuple[tf.Variable, ...]
     statistics: tuple[tuple[tf.Tensor, tf.Tensor], ...]
     local_terms: tuple[tuple[LocalTerm, ...], ...]
+    loss_scale: float = 1.0
 
 
 class Engine(Protocol):

@@ -1,8 +1,8 @@
 """The book-keeping engine: clipped sums from each operation's input and output gradient.
 
 One forward pass and one backward pass give, for every example, the data that each kernel met and the gradient of its
-result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and into
-the clipped sum. As in the generic engine an example runs as a batch of one and the runs are vectorized, so that no
+result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and
+into the clipped sum. As in the generic engine an example runs as a batch of one and the runs are vectorized, so that no
 operation can see another example. Variables without a rule are differentiated directly, example by example.
 
 Source: Bu et al. 2022, "Differentially Private Optimization on Large Model at Small Cost", arXiv 2210.00038 (the name
@@ -21,8 +21,9 @@ from tf_dpbn import _validate
 from tf_dpbn.clipping import Task
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Lookups, Products, aligned
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine
-from tf_dpbn.clipping.rows import densify
-from tf_dpbn.clipping.rules.base import Rule, widen
+from tf_dpbn.clipping.rows import densify, unscaled, widen
+from tf_dpbn.clipping.rules import AnyRule
+from tf_dpbn.clipping.rules.base import MatrixRule, Rule
 from tf_dpbn.clipping.rules.embedding import LookupRule
 from tf_dpbn.clipping.uses import Use, find_uses
 from tf_dpbn.clipping.vectorization import vectorize
@@ -32,6 +33,8 @@ from tf_dpbn.mechanisms import clip_weights
 NORM_METHODS = ("auto", "instantiate", "gram")
 # How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
 _OPERATIONS_PER_NUMBER = 40
+# Examples whose whole gradient takes no more bytes than this need no closer look.
+_SMALL = 2**20
 
 
 @dataclasses.dataclass
@@ -45,6 +48,38 @@ class _Books:
 
     uses: tuple[Use, ...] = ()
     direct: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """The corrected gradients of a microbatch, one vector a row, in whatever form is cheapest.
+
+    Attributes:
+      contributions: each variable's part.
+      uses: the operations that rules cover.
+      results: (loss, parts, y_pred) by row.
+    """
+
+    contributions: Sequence[Contribution]
+    uses: tuple[Use, ...]
+    results: tuple[Any, Any, Any]
+
+    def squared_norms(self) -> tf.Tensor:
+        """float32 [rows]; not finite where the vector is not."""
+        return tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in self.contributions])
+
+    def weighted_sums(self, weights: tf.Tensor, finite: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """Sum over rows of weight times vector, one float32 tensor a variable.
+
+        Args:
+          weights: [rows], zero where a vector is not finite.
+          finite: bool [rows], which vectors are finite.
+        """
+
+        def sums(finite: tf.Tensor | None) -> list[tf.Tensor]:
+            return [tf.cast(each.weighted_sum(weights, finite), tf.float32) for each in self.contributions]
+
+        return tuple(tf.cond(tf.reduce_all(finite), lambda: sums(None), lambda: sums(finite)))
 
 
 class BookKeepingEngine(MicrobatchedEngine):
@@ -66,29 +101,42 @@ class BookKeepingEngine(MicrobatchedEngine):
         self._fallback = PerExampleEngine(microbatch_size, vectorize=False)
 
     def bytes_per_example(self, task: Task, rows: Any) -> int:
-        """The size of the gradients that are kept for one example."""
-        # TODO(size): only operations with kept gradients count.
-        return self._fallback.bytes_per_example(task, rows)
+        """The size of what is kept of one example: gradients, or data and cotangents of each position."""
+        whole = self._fallback.bytes_per_example(task, rows)
+        if whole <= _SMALL:
+            return whole
+        books = _Books()
+        specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
+        tf.function(lambda row: _record(task, books, *row[:-1]), autograph=False).get_concrete_function(specs)
+        sizes = {i: task.variables[i].shape.num_elements() for i in range(len(task.variables))}
+        has_terms = {term.index for terms in task.local_terms for term in terms}
+        for use in books.uses:
+            rule = use.rule
+            if isinstance(rule, MatrixRule) and self._prefers_products(rule, use.index in has_terms):
+                sizes[use.index] = rule.groups * rule.positions * (rule.inputs + rule.outputs)
+            elif isinstance(rule, LookupRule):
+                sizes[use.index] = use.output.shape.num_elements()
+        return 4 * sum(sizes.values())
 
-    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
-        """See MicrobatchedEngine."""
+    def vectors(self, task: Task, rows: Any) -> Vectors | None:
+        """The rows' vectors, or None where examples cannot be vectorized; arguments as for `sum_slice`."""
         books = _Books()
         vectorized = vectorize(lambda row: _record(task, books, *row[:-1]), rows)
         if vectorized is None:
-            return self._fallback.sum_slice(task, rows, l2_norm_clip)
+            return None
         loss, parts, y_pred, gradients, cotangents, records = vectorized(rows)
         contributions = self._contributions(task, books, gradients, cotangents, records)
-        squared = tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in contributions])
-        mask = rows[-1]
-        weights = clip_weights(squared, l2_norm_clip, mask)
+        return Vectors(contributions, books.uses, (loss, parts, y_pred))
+
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+        """See MicrobatchedEngine."""
+        vectors = self.vectors(task, rows)
+        if vectors is None:
+            return self._fallback.sum_slice(task, rows, l2_norm_clip)
+        squared, mask = vectors.squared_norms(), rows[-1]
         finite = tf.math.is_finite(tf.sqrt(squared))
-        sums = tf.cond(
-            tf.reduce_all(finite),
-            lambda: _weighted_sums(contributions, weights, None),
-            lambda: _weighted_sums(contributions, weights, finite),
-        )
-        not_finite = tf.logical_and(mask, tf.logical_not(finite))
-        return tuple(sums), (loss, parts, y_pred, not_finite)
+        sums = vectors.weighted_sums(clip_weights(squared, l2_norm_clip, mask), finite)
+        return sums, (*vectors.results, tf.logical_and(mask, tf.logical_not(finite)))
 
     def _contributions(
         self, task: Task, books: _Books, gradients: Any, cotangents: Any, records: Any
@@ -109,7 +157,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         return found
 
     def _contribution(
-        self, shape: tf.TensorShape, used: Sequence[tuple[Rule, Any, tf.Tensor]], terms: Sequence[BoundTerm]
+        self, shape: tf.TensorShape, used: Sequence[tuple[AnyRule, Any, tf.Tensor]], terms: Sequence[BoundTerm]
     ) -> Contribution:
         if len(used) > 1:  # the sum over uses, for each example
             whole = [_instantiate_whole(rule, inputs, cotangent, shape) for rule, inputs, cotangent in used]
@@ -117,13 +165,13 @@ class BookKeepingEngine(MicrobatchedEngine):
         ((rule, inputs, cotangent),) = used
         if isinstance(rule, LookupRule):
             return Lookups(rule, *rule.entries(inputs, cotangent))
-        if self._prefers_products(rule, terms):
+        if isinstance(rule, MatrixRule) and self._prefers_products(rule, bool(terms)):
             return Products(shape, rule, rule.matrices(inputs, cotangent), terms)
         return Kept(shape, _corrected(rule.instantiate(inputs, cotangent), rule, terms), rule)
 
-    def _prefers_products(self, rule: Rule, terms: Sequence[BoundTerm]) -> bool:
+    def _prefers_products(self, rule: MatrixRule, has_terms: bool) -> bool:
         """Whether norms are cheaper from inner products than from gradients (see `norm_method`)."""
-        if not hasattr(rule, "matrices") or (terms and not rule.outputs_are_channels):
+        if has_terms and not rule.outputs_are_channels:
             return False
         if self._norm_method != "auto":
             return self._norm_method == "gram"
@@ -142,17 +190,17 @@ def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Te
         tape.watch([*task.variables, *tf.nest.flatten(statistics)])
         before = len(graph.get_operations())
         result = task.run_example(x, y, weight, index, statistics)
+        scaled = task.loss_scale * widen(result.loss)
         uses, books.direct = find_uses(graph.get_operations()[before:], task.variables)
     books.uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
     direct = [task.variables[i] for i in books.direct]
     sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in books.uses]]
-    found = tape.gradient(result.loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    found = [densify(g, s) for g, s in zip(found, sources, strict=True)]
+    found = tape.gradient(scaled, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    found = [unscaled(densify(g, s), task.loss_scale) for g, s in zip(found, sources, strict=True)]
     first, last = len(direct), len(found) - len(books.uses)
     records = [(use.inputs, cotangent) for use, cotangent in zip(books.uses, found[last:], strict=True)]
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
-    dense = [tf.cast(each, tf.float32) for each in found[:last]]
-    return tf.cast(result.loss, tf.float32), parts, result.y_pred, dense[:first], dense[first:], records
+    return tf.cast(result.loss, tf.float32), parts, result.y_pred, found[:first], found[first:last], records
 
 
 def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[BoundTerm]) -> Sequence[tf.Tensor]:
@@ -168,16 +216,10 @@ def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[B
     return blocks
 
 
-def _instantiate_whole(rule: Rule, inputs: Any, cotangent: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+def _instantiate_whole(rule: AnyRule, inputs: Any, cotangent: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
     """Every example's gradient by the variable, [rows, *shape]."""
     if isinstance(rule, LookupRule):
         whole = rule.densify(*rule.entries(inputs, cotangent))
     else:
         whole = rule.join(rule.instantiate(inputs, cotangent))
     return tf.reshape(whole, tf.concat([tf.shape(whole)[:1], shape], 0))
-
-
-def _weighted_sums(
-    contributions: Sequence[Contribution], weights: tf.Tensor, finite: tf.Tensor | None
-) -> list[tf.Tensor]:
-    return [tf.cast(each.weighted_sum(weights, finite), tf.float32) for each in contributions]

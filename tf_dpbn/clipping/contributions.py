@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from tf_dpbn.clipping.local_terms import LocalTerm
@@ -19,8 +20,8 @@ from tf_dpbn.clipping.vectorization import has_accelerator
 
 # (term, cotangents by mean and variance, [rows, channels] each)
 BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]
-# Inner products of float32 vectors are off by a few units in the last place of the product of their norms.
-_ROUNDING = 1e-6
+# Inner products are off by a few units in the last place of the product of the vectors' norms.
+_UNITS = 8.0
 
 
 class Contribution(abc.ABC):
@@ -60,7 +61,7 @@ class Kept(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        sums = [_weighted_sum(weights, _only(finite, block))[None] for block in self._blocks]
+        sums = tuple(_weighted_sum(weights, _only(finite, block))[None] for block in self._blocks)
         return tf.reshape(self._rule.join(sums) if self._rule else sums[0], self._shape)
 
 
@@ -110,18 +111,19 @@ class Products(Contribution):
                 squared += tf.reduce_sum(pairs, [1, 2])
                 if other == k:
                     scale += tf.sqrt(tf.reduce_sum(pairs, [1, 2]))
-        return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + _ROUNDING * tf.square(scale)
+        rounding = _UNITS * np.finfo(squared.dtype.as_numpy_dtype).eps
+        return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + rounding * tf.square(scale)
 
     def _like(self, jacobian: tf.Tensor) -> tf.Tensor:
         return tf.concat([tf.shape(self._a)[:1], tf.shape(jacobian)[1:]], 0)
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        a, g = _only(finite, self._a), by_row(weights, self._g) * _only(finite, self._g)
+        a, g = _only(finite, self._a), _times(weights, _only(finite, self._g))
         left, right = (_positions_of_all_rows(t) for t in (a, g))
         total = tf.matmul(left, right, transpose_a=True)[None]
         for jacobian, cotangent in self._corrections:
-            total += jacobian * tf.reduce_sum(by_row(weights, cotangent) * _only(finite, cotangent), 0, keepdims=True)
+            total += jacobian * tf.reduce_sum(_times(weights, _only(finite, cotangent)), 0, keepdims=True)
         return tf.reshape(self._rule.from_matrix(total), self._shape)
 
 
@@ -145,7 +147,7 @@ class Lookups(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        return self._rule.scatter(self._ids, by_row(weights, self._values) * _only(finite, self._values))
+        return self._rule.scatter(self._ids, _times(weights, _only(finite, self._values)))
 
 
 def aligned(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
@@ -167,8 +169,13 @@ def _weighted_sum(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     """Sum over rows of weight times value."""
     if has_accelerator():
         # They round the factors of a matrix product to fewer bits, which could push a row above the clip norm.
-        return tf.reduce_sum(by_row(weights, values) * values, 0)
+        return tf.reduce_sum(_times(weights, values), 0)
+    weights = tf.cast(weights, values.dtype)
     return tf.reshape(tf.matmul(weights[None], tf.reshape(values, [tf.shape(values)[0], -1])), values.shape[1:])
+
+
+def _times(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    return tf.cast(by_row(weights, values), values.dtype) * values
 
 
 def _gram(values: tf.Tensor) -> tf.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,3 +25,21 @@ def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
 def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
     return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))
+
+
+def unscaled(gradient: tf.Tensor, loss_scale: float) -> tf.Tensor:
+    """The gradient, float32 or wider, of a loss that was multiplied by `loss_scale`."""
+    wide = widen(gradient)
+    return wide if loss_scale == 1.0 else wide / loss_scale
+
+
+def widen(tensor: tf.Tensor) -> tf.Tensor:
+    """Casts to float32 what is narrower: norms and sums are accumulated in it."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
+
+
+def reshape_rows(tensor: tf.Tensor, shape: Sequence[int], like: tf.Tensor | None = None) -> tf.Tensor:
+    """Reshapes a tensor with as many rows as `like` (itself if None) to [rows, *shape]."""
+    like = tensor if like is None else like
+    rows = like.shape[0]
+    return tf.reshape(tensor, [tf.shape(like)[0] if rows is None else rows, *shape])

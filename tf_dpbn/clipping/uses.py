@@ -1,8 +1,8 @@
 """Where an example's forward pass uses each trainable variable.
 
 Book-keeping needs to know, for each variable, the operations that consume it. They are found in the graph of one
-example's forward pass, so that it does not matter which layer, subclass or bare function created them, and how often. An
-operation without a rule, or one that sees the variable through anything but a change of shape or type, makes the
+example's forward pass, so that it does not matter which layer, subclass or bare function created them, and how often.
+An operation without a rule, or one that sees the variable through anything but a change of shape or type, makes the
 variable's gradient be computed directly: slower, never wrong.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import tensorflow as tf
 
 from tf_dpbn import _graph
-from tf_dpbn.clipping.rules import Rule, find_rule
+from tf_dpbn.clipping.rules import AnyRule, find_rule
 
 # A variable may pass through these on its way to the operation that uses it; its elements keep their order.
 _VIEWS = frozenset(["Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"])
@@ -32,7 +32,7 @@ class Use:
     """
 
     index: int
-    rule: Rule
+    rule: AnyRule
     inputs: tuple[tf.Tensor, ...]
     output: tf.Tensor
 

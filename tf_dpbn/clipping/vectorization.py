@@ -1,8 +1,8 @@
 """Runs a function of one example on all examples of a microbatch at once.
 
-tf.vectorized_map turns the operations of one example's graph into operations on all examples, so that no example can see
-another one, whatever the function computes. This file adds what keeps the result safe and fast on TensorFlow's kernels:
-it refuses graphs that mix examples or that a kernel is known to compute wrongly, and mends two patterns that
+tf.vectorized_map turns the operations of one example's graph into operations on all examples, so that no example can
+see another one, whatever the function computes. This file adds what keeps the result safe and fast on TensorFlow's
+kernels: it refuses graphs that mix examples or that a kernel is known to compute wrongly, and mends two patterns that
 vectorizing leaves behind.
 """
 

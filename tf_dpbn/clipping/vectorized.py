@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_dpbn.clipping import ExampleResult, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine
-from tf_dpbn.clipping.rows import by_row, densify
+from tf_dpbn.clipping.rows import by_row, densify, unscaled, widen
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
 
@@ -69,9 +69,10 @@ def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) ->
         statistics = tf.nest.map_structure(tf.identity, task.statistics)
         tape.watch([*task.variables, *tf.nest.flatten(statistics)])
         result = task.run_example(x, y, weight, index, statistics)
+        scaled = task.loss_scale * widen(result.loss)
     sources = [*task.variables, *tf.nest.flatten(statistics)]
-    found = tape.gradient(result.loss, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    dense = [tf.cast(densify(g, v), tf.float32) for g, v in zip(found, sources, strict=True)]
+    found = tape.gradient(scaled, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    dense = [tf.cast(unscaled(densify(g, v), task.loss_scale), tf.float32) for g, v in zip(found, sources, strict=True)]
     number = len(task.variables)
     loss = tf.cast(result.loss, tf.float32)
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)

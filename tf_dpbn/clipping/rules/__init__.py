@@ -12,12 +12,15 @@ import tensorflow as tf
 
 from tf_dpbn.clipping.rules import convolution, einsum, elementwise, embedding, matmul
 from tf_dpbn.clipping.rules.base import Rule
+from tf_dpbn.clipping.rules.embedding import LookupRule
 
-__all__ = ["Rule", "find_rule"]
+__all__ = ["AnyRule", "find_rule"]
+
+AnyRule = Rule | LookupRule
 
 # Operation type -> (operation, position of the variable among its inputs, shape of the variable) -> (rule, data), or
 # None for a form that is not covered.
-_Factory = Callable[[tf.Operation, int, tf.TensorShape], "tuple[Rule, tuple[tf.Tensor, ...]] | None"]
+_Factory = Callable[[tf.Operation, int, tf.TensorShape], "tuple[AnyRule, tuple[tf.Tensor, ...]] | None"]
 _FACTORIES: dict[str, _Factory] = {
     "MatMul": matmul.from_operation,
     "BatchMatMulV2": matmul.from_operation,
@@ -37,7 +40,7 @@ _FACTORIES: dict[str, _Factory] = {
 
 def find_rule(
     operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[Rule, tuple[tf.Tensor, ...]] | None:
+) -> tuple[AnyRule, tuple[tf.Tensor, ...]] | None:
     """Chooses the rule for one use of a variable.
 
     Args:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+from tf_dpbn.clipping.rows import reshape_rows, widen
+from tf_dpbn.clipping.rules.base import Blocks, MatrixRule
 from tf_dpbn.clipping.vectorization import has_accelerator
 
 
@@ -79,7 +80,7 @@ _SHORT_PATCH = 64
 _NARROW = 64
 
 
-class ConvolutionRule:
+class ConvolutionRule(MatrixRule):
     """z = convolution of a with K.
 
     Args:
@@ -102,17 +103,19 @@ class ConvolutionRule:
         transposed: bool,
         depthwise: bool,
     ) -> None:
-        self.shape = tuple(shape)
-        self.groups = groups
-        self.outputs = outputs
-        self.positions = math.prod(axis.outputs for axis in axes)
+        self._taps = math.prod(axis.taps for axis in axes[:-1]), axes[-1].taps
+        super().__init__(
+            shape,
+            groups=groups,
+            positions=math.prod(axis.outputs for axis in axes),
+            inputs=math.prod(self._taps) * inputs,
+            outputs=outputs,
+            outputs_are_channels=not transposed,
+        )
         self._axes = tuple(axes)
         self._channels = inputs
-        self._taps = math.prod(axis.taps for axis in axes[:-1]), axes[-1].taps
-        self.inputs = math.prod(self._taps) * inputs
         self._channels_first = channels_first
         self._transposed = transposed
-        self.outputs_are_channels = not transposed
         self._depthwise = depthwise
         # A short patch is cheaper to extract whole than its matrix product is to assemble from shifts.
         self._by_patches = self.inputs <= _SHORT_PATCH
@@ -128,8 +131,8 @@ class ConvolutionRule:
     def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
         """See `base.Rule`.
 
-        Either one block [rows, groups, other taps, last taps, inputs, outputs], or for each phase of the taps of all axes
-        but the last [rows, groups, last taps, inputs, other taps, outputs].
+        Either one block [rows, groups, other taps, last taps, inputs, outputs], or for each phase of the taps of all
+        axes but the last [rows, groups, last taps, inputs, other taps, outputs].
         """
         if self._by_patches:
             product = _product(*self.matrices(inputs, cotangent))
@@ -212,8 +215,10 @@ class ConvolutionRule:
 
     def _patches(self, data: tf.Tensor) -> tf.Tensor:
         """[rows, *outputs, taps * channels], the taps of the first axis varying slowest."""
-        if len(self._axes) == 3 and self.inputs * self.groups <= _SHORT_PATCH and not has_accelerator():
-            return _patches_by_convolution(data, self._axes)
+        if len(self._axes) == 3 and self.inputs * self.groups <= _SHORT_PATCH:
+            _, height, width = self._axes
+            if _convolves_well(data.shape[-1], height.stride, width.stride):
+                return _patches_by_convolution(data, self._axes)
         for position in reversed(range(len(self._axes))):
             axis = self._axes[position]
             data = unfold(data, position + 1, axis.taps, axis.stride, axis.dilation, axis.before, axis.after)
@@ -258,12 +263,20 @@ def unfold(
         data, before, after = data[tuple(window)], max(0, before), max(0, after)
     if taps == stride == step == 1 and not before and not after:
         return data
-    strided = stride * step > 1
-    wide = taps * data.shape[-1] > _NARROW and not strided
-    if 0 in data.shape[1:] or has_accelerator() or wide:
+    wide = taps * data.shape[-1] > _NARROW and stride * step == 1
+    if wide or 0 in data.shape[1:] or not _convolves_well(data.shape[-1], step, stride):
         rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
         return _unfold_by_slices(data[tuple(rows)], axis, taps, stride, dilation, before, after)
     return _unfold_by_convolution(data, axis, taps, stride, dilation, before, after, step)
+
+
+def _convolves_well(channels: int, step: int, stride: int) -> bool:
+    """Whether windows may be extracted by a convolution.
+
+    Accelerators round its inputs to fewer bits. And oneDNN convolves images of one channel wrongly if it strides along
+    their width only and the result has width one (TensorFlow 2.21).
+    """
+    return not has_accelerator() and (channels > 1 or step == stride)
 
 
 def _unfold_by_slices(
@@ -284,35 +297,22 @@ def _unfold_by_slices(
 def _unfold_by_convolution(
     data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int, step: int
 ) -> tf.Tensor:
-    """Convolves with a kernel of zeros and ones: exact, and on CPUs faster than slicing and concatenating.
-
-    Not on accelerators, whose convolutions round their inputs to fewer bits.
-    """
+    """Convolves with a kernel of zeros and ones: exact, and on CPUs faster than slicing and concatenating."""
     shape = data.shape.as_list()
     channels = shape[-1]
     kernel = np.eye(taps * channels).reshape(taps, channels, taps * channels)
     window = Axis(taps=taps, stride=stride, dilation=dilation, before=before, after=after, inputs=0, outputs=0)
-    along = Axis(taps=1, stride=step, inputs=0, outputs=0)
-    if axis == len(shape) - 2:
-        sizes, axes, kernel, first = (
-            [shape[axis - 1] if axis > 1 else 1, shape[axis]],
-            (along, window),
-            kernel[None],
-            axis - 1,
-        )
+    other = Axis(taps=1, stride=step, inputs=0, outputs=0)
+    if axis == len(shape) - 2:  # slide along the second axis of an image
+        leading, height, trailing = shape[1 : axis - 1], shape[axis - 1] if axis > 1 else 1, []
+        out = _convolve(tf.reshape(data, [-1, height, shape[axis], channels]), kernel[None], (other, window))
+        middle = out.shape[1:3] if axis > 1 else out.shape[2:3]
     else:
-        sizes, axes, kernel, first = (
-            [shape[axis], math.prod(shape[axis + 1 : -1])],
-            (window, along),
-            kernel[:, None],
-            axis,
-        )
-    out = _convolve(tf.reshape(data, [-1, *sizes, channels]), kernel, axes)
-    if axis == len(shape) - 2:
-        middle = [*shape[1 : axis - 1], *([out.shape[1]] if axis > 1 else []), out.shape[2]]
-    else:
-        middle = [*shape[1:axis], out.shape[1], *shape[axis + 1 : -1]]
-    return reshape_rows(out, [*middle, taps * channels], data)
+        leading, trailing = shape[1:axis], shape[axis + 1 : -1]
+        flat = tf.reshape(data, [-1, shape[axis], math.prod(trailing), channels])
+        out = _convolve(flat, kernel[:, None], (window, other))
+        middle = out.shape[1:2]
+    return reshape_rows(out, [*leading, *middle, *trailing, taps * channels], data)
 
 
 def _patches_by_convolution(data: tf.Tensor, axes: Sequence[Axis]) -> tf.Tensor:

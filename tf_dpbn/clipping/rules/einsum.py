@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.rules.base import Blocks, widen
+from tf_dpbn.clipping.rows import widen
+from tf_dpbn.clipping.rules.base import Blocks, Rule
 
 
-class EinsumRule:
+class EinsumRule(Rule):
     """z = einsum(equation, a, K) or einsum(equation, K, a).
 
     Args:
@@ -19,21 +20,13 @@ class EinsumRule:
     """
 
     def __init__(self, shape: Sequence[int], data: str, output: str, kernel: str) -> None:
-        self.shape = tuple(shape)
+        super().__init__(shape)
         row = next(letter for letter in string.ascii_letters if letter not in data + output + kernel)
         self._gradient = f"{row}{data},{row}{output}->{row}{kernel}"
 
     def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
         """[rows, *shape]; see `base.Rule`."""
         return (tf.einsum(self._gradient, widen(inputs[0]), widen(cotangent)),)
-
-    def split(self, operand: tf.Tensor) -> Blocks:
-        """See `base.Rule`."""
-        return (operand,)
-
-    def join(self, blocks: Blocks) -> tf.Tensor:
-        """See `base.Rule`."""
-        return blocks[0]
 
 
 def from_operation(

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+from tf_dpbn.clipping.rows import reshape_rows, widen
+from tf_dpbn.clipping.rules.base import Blocks, Rule
 
 
-class BroadcastRule:
+class BroadcastRule(Rule):
     """z = a + K or z = a * K, K broadcast to z.
 
     Args:
@@ -19,7 +20,7 @@ class BroadcastRule:
     """
 
     def __init__(self, shape: Sequence[int], aligned: Sequence[int], scale: bool) -> None:
-        self.shape = tuple(shape)
+        super().__init__(shape)
         self._aligned = tuple(aligned)
         self._scale = scale
 
@@ -28,14 +29,6 @@ class BroadcastRule:
         products = widen(cotangent) * widen(inputs[0]) if self._scale else widen(cotangent)
         axes = [1 + axis for axis, size in enumerate(self._aligned) if size == 1]
         return (reshape_rows(tf.reduce_sum(products, axes), self.shape),)
-
-    def split(self, operand: tf.Tensor) -> Blocks:
-        """See `base.Rule`."""
-        return (operand,)
-
-    def join(self, blocks: Blocks) -> tf.Tensor:
-        """See `base.Rule`."""
-        return blocks[0]
 
 
 def from_bias_add(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.rules.base import reshape_rows, widen
+from tf_dpbn.clipping.rows import reshape_rows, widen
 
 
 class LookupRule:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.rules.base import Blocks, reshape_rows, widen
+from tf_dpbn.clipping.rows import reshape_rows, widen
+from tf_dpbn.clipping.rules.base import Blocks, MatrixRule
 
 
-class MatMulRule:
+class MatMulRule(MatrixRule):
     """z = a K, or z = a K^T, for a matrix K; the leading axes of a are positions.
 
     Args:
@@ -20,13 +21,11 @@ class MatMulRule:
       transposed_data: whether a matrix a enters transposed.
     """
 
-    groups = 1
-    outputs_are_channels = True
-
     def __init__(self, shape: Sequence[int], positions: int, transposed: bool, transposed_data: bool) -> None:
-        self.shape = tuple(shape)
-        self.positions = positions
-        self.inputs, self.outputs = reversed(self.shape) if transposed else self.shape
+        inputs, outputs = reversed(shape) if transposed else shape
+        super().__init__(
+            shape, groups=1, positions=positions, inputs=inputs, outputs=outputs, outputs_are_channels=True
+        )
         self._transposed = transposed
         self._transposed_data = transposed_data
 
@@ -42,14 +41,6 @@ class MatMulRule:
         data, cotangent = self._operands(inputs, cotangent)
         left, right = (cotangent, data) if self._transposed else (data, cotangent)
         return (tf.matmul(left, right, transpose_a=True),)
-
-    def split(self, operand: tf.Tensor) -> Blocks:
-        """See `base.Rule`."""
-        return (operand,)
-
-    def join(self, blocks: Blocks) -> tf.Tensor:
-        """See `base.Rule`."""
-        return blocks[0]
 
     def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `base.MatrixRule`."""
