@@ -56,7 +56,8 @@ def loop(function: _RowFunction, rows: Any) -> Any:
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
     traced = tf.function(function, autograph=False).get_concrete_function(specs)
     signature = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), traced.structured_outputs)
-    return tf.map_fn(function, rows, fn_output_signature=signature)
+    # One after the other: oneDNN kernels that run at the same time on tiny inputs corrupt memory (TensorFlow 2.21).
+    return tf.map_fn(function, rows, parallel_iterations=1, fn_output_signature=signature)
 
 
 def _unsafe(graph: tf.Graph) -> str:
