@@ -1,0 +1,115 @@
+"""Half precision: what is clipped is float32, and loss scaling changes its range only."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn._keras import keras
+
+layers = keras.layers
+
+
+def network(policy, scale_down=1.0):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        inputs = keras.Input((6, 6, 2))
+        x = layers.Conv2D(4, 3, padding="same")(inputs)
+        x = layers.Activation("relu")(tf_dpbn.DPBatchNormalization()(x))
+        x = layers.Dense(5)(layers.Flatten()(layers.Conv2D(3, 3, strides=2)(x)))
+        outputs = layers.Dense(3, dtype="float32")(layers.Rescaling(scale_down)(x))
+        model = tf_dpbn.DPModel(inputs, outputs)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    helpers.randomize(model)
+    model.set_public_batch(helpers.images(8, seed=1)[0])
+    return model
+
+
+def clipped(model, clip=0.05, n=6, **kwargs):
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), **kwargs)
+    sums, result = helpers.clipped_sum_function(model)(*helpers.images(n))
+    return helpers.flat(sums), result
+
+
+@pytest.mark.parametrize("policy, tolerance", [("mixed_float16", 0.02), ("mixed_bfloat16", 0.1)])
+@pytest.mark.parametrize("method", ["instantiate", "gram"])
+def test_clipped_sums_are_close_to_those_of_single_precision(policy, tolerance, method):
+    expected, _ = clipped(network("float32"))
+    found, result = clipped(network(policy), norm_method=method)
+    assert helpers.relative_error([found], [expected]) < tolerance
+    assert result.loss.dtype == tf.float32
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("method", ["instantiate", "gram"])
+def test_single_examples_are_clipped_to_the_norm_in_half_precision(policy, method):
+    model = network(policy)
+    for scale in (1.0, 30.0):
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=0.01), norm_method=method)
+        run = helpers.clipped_sum_function(model)
+        x, y = helpers.images(4)
+        for i in range(4):
+            sums, _ = run(x[i : i + 1] * scale, y[i : i + 1])
+            assert np.linalg.norm(helpers.flat(sums)) <= 0.01 * (1 + 1e-5)
+
+
+def test_sums_are_accumulated_in_single_precision():
+    """In half precision 4,096 equal terms of a bias' gradient would stop growing at 2,048."""
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        inputs = keras.Input((4096, 1))
+        model = tf_dpbn.DPModel(inputs, layers.Dense(1, use_bias=True)(inputs))
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    model.set_weights([np.zeros((1, 1)), np.zeros(1)])
+    model.compile(
+        helpers.dp_optimizer(l2_norm_clip=1e9), lambda y, p: tf.reduce_sum(tf.cast(p, "float32")), loss_scale=1
+    )
+    sums, _ = helpers.clipped_sum_function(model)(np.ones((1, 4096, 1), "float32"), np.zeros((1, 1)))
+    np.testing.assert_allclose(helpers.flat(sums), [4096.0, 4096.0])
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "vectorized", "loop"])
+def test_loss_scale_changes_nothing_in_single_precision(engine):
+    model = network("float32")
+    expected, _ = clipped(model, engine=engine)
+    found, _ = clipped(model, engine=engine, loss_scale=4096)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_loss_scale_saves_small_gradients_in_half_precision():
+    expected, _ = clipped(network("float32", scale_down=2.0**-20), clip=1e6)
+    expected = expected[:12]  # the first kernel, below a factor that half precision cannot hold
+    scaled, _ = clipped(network("mixed_float16", scale_down=2.0**-20), clip=1e6)
+    lost, _ = clipped(network("mixed_float16", scale_down=2.0**-20), clip=1e6, loss_scale=1)
+    assert helpers.relative_error([scaled[:12]], [expected]) < 0.1
+    assert helpers.relative_error([lost[:12]], [expected]) > 0.2
+
+
+def test_an_overflow_drops_that_example_alone():
+    model = network("mixed_float16")
+    x, y = helpers.images(4)
+    x[1] *= 3e4
+    helpers.compiled(model, loss_scale=2.0**14)
+    sums, result = helpers.clipped_sum_function(model)(x, y, np.array([1.0, 1.0, 1.0, 1.0], "float32"))
+    others, _ = helpers.clipped_sum_function(model)(x, y, np.array([1.0, 0.0, 1.0, 1.0], "float32"))
+    assert int(result.not_finite) == 1
+    np.testing.assert_allclose(helpers.flat(sums), helpers.flat(others), atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, -2, 3, 1.5, float("inf"), "8"])
+def test_refuses_loss_scales_that_would_round(value):
+    with pytest.raises(ValueError, match="loss_scale"):
+        helpers.compiled(network("float32"), loss_scale=value)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_trains_in_half_precision(policy):
+    model = network(policy)
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(inner=keras.optimizers.SGD(0.5), l2_norm_clip=1.0))
+    x, y = helpers.images(64)
+    x[np.arange(64), :, :, 0] += y[:, None, None]
+    losses = [float(np.asarray(tf.nest.flatten(model.train_on_batch(x[:8], y[:8]))[0])) for _ in range(30)]
+    assert losses[-1] < 0.8 * losses[0]
