@@ -39,6 +39,7 @@ keras = tf.keras
 layers = tf.keras.layers
 
 NORMALIZATIONS = ("batch", "group", "none")
+ENGINES = ("book_keeping", "vectorized", "loop")
 PUBLIC_BATCHES = ("uniform_noise", "random_fields", "dead_leaves")
 DEFAULT_EPSILON = 8.0
 _GROUPS = 8
@@ -61,6 +62,7 @@ class Config:
     public_batch: str = "uniform_noise"
     public_batch_size: int = 128
     seed: int = 0
+    engine: str = "book_keeping"
     microbatch_size: int | None = None
     output_dir: str = "demo_output"
     max_examples: int | None = None
@@ -164,6 +166,7 @@ def compile_model(model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, config: Con
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        engine=config.engine,
         microbatch_size=config.microbatch_size,
     )
 
@@ -271,6 +274,7 @@ def define_training_flags(defaults: Config) -> None:
         "batches have no seed, so two runs differ.",
         lower_bound=0,
     )
+    flags.DEFINE_enum("engine", defaults.engine, ENGINES, "How examples are clipped; all give the same result.")
     flags.DEFINE_integer(
         "microbatch_size",
         None,
