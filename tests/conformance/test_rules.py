@@ -358,3 +358,40 @@ def test_dense_layers_of_any_rank(leading, inputs, outputs, method):
     x = rng.normal(size=(3, *leading, inputs)).astype("float32")
     y = rng.normal(size=(3, *leading, outputs)).astype("float32")
     check(task_of(function, [kernel]), rows_of(x, y), method)
+
+
+def test_custom_gradients_are_respected():
+    """A variable inside tf.custom_gradient gets the gradient that the function defines, not that of its operations."""
+    kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 3)).astype("float32"))
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+
+    @tf.custom_gradient
+    def doubled(x):
+        def grad(g, variables=None):
+            return g @ tf.transpose(kernel), [2.0 * tf.matmul(x, g, transpose_a=True)]
+
+        return x @ kernel, grad
+
+    @tf.recompute_grad
+    def recomputed(x):
+        return tf.tanh(x @ kernel)
+
+    for function in (doubled, recomputed):
+        for method in METHODS:
+            check(task_of(function, [kernel]), rows_of(x, x[:, :3]), method)
+
+
+def test_variables_inside_control_flow_and_functions_are_exact():
+    kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 4)).astype("float32"))
+    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+    inner = tf.function(lambda x: tf.tanh(x @ kernel), autograph=False)
+    check(task_of(lambda x: inner(x) @ kernel, [kernel]), rows_of(x, x), "auto")
+
+    def branching(x):  # cannot be vectorized: examples are looped over
+        return tf.cond(tf.constant(True), lambda: tf.tanh(x @ kernel), lambda: x) @ kernel
+
+    task, rows = task_of(branching, [kernel]), rows_of(x, x)
+    norms = np.linalg.norm(true_vectors(task, rows), axis=1)
+    _, sums = norms_and_sums(BookKeepingEngine(), task, rows, 0.5)
+    expected = np.minimum(1.0, 0.5 / norms) @ true_vectors(task, rows)
+    np.testing.assert_allclose(helpers.flat(sums), expected, rtol=1e-4, atol=1e-6)

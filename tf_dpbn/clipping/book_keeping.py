@@ -12,6 +12,7 @@ and the idea of reweighted output gradients); docs/algorithm.md, section 4, for 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,6 @@ from tf_dpbn.mechanisms import clip_weights
 NORM_METHODS = ("auto", "instantiate", "gram")
 # How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
 _OPERATIONS_PER_NUMBER = 40
-# Examples whose whole gradient takes no more bytes than this need no closer look.
-_SMALL = 2**20
 
 
 @dataclasses.dataclass
@@ -87,7 +86,7 @@ class BookKeepingEngine(MicrobatchedEngine):
 
     Args:
       microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses so that
-        what they keep takes at most 256 MiB.
+        what they keep takes at most 64 MiB, on accelerators 1 GiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 
@@ -101,22 +100,21 @@ class BookKeepingEngine(MicrobatchedEngine):
         self._fallback = PerExampleEngine(microbatch_size, vectorize=False)
 
     def bytes_per_example(self, task: Task, rows: Any) -> int:
-        """The size of what is kept of one example: gradients, or data and cotangents of each position."""
-        whole = self._fallback.bytes_per_example(task, rows)
-        if whole <= _SMALL:
-            return whole
+        """The size of what is kept of one example: gradients, and the data and cotangents of each operation."""
         books = _Books()
         specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
         tf.function(lambda row: _record(task, books, *row[:-1]), autograph=False).get_concrete_function(specs)
-        sizes = {i: task.variables[i].shape.num_elements() for i in range(len(task.variables))}
-        has_terms = {term.index for terms in task.local_terms for term in terms}
+        with_terms = {term.index for terms in task.local_terms for term in terms}
+        numbers = sum(task.variables[i].shape.num_elements() for i in books.direct)
         for use in books.uses:
-            rule = use.rule
-            if isinstance(rule, MatrixRule) and self._prefers_products(rule, use.index in has_terms):
-                sizes[use.index] = rule.groups * rule.positions * (rule.inputs + rule.outputs)
-            elif isinstance(rule, LookupRule):
-                sizes[use.index] = use.output.shape.num_elements()
-        return 4 * sum(sizes.values())
+            numbers += sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
+            if not self._is_compact(use.rule, use.index in with_terms):
+                numbers += math.prod(use.rule.shape)
+        return 4 * numbers
+
+    def _is_compact(self, rule: AnyRule, has_terms: bool) -> bool:
+        """Whether no gradient of the whole operand is formed."""
+        return isinstance(rule, LookupRule) or isinstance(rule, MatrixRule) and self._prefers_products(rule, has_terms)
 
     def vectors(self, task: Task, rows: Any) -> Vectors | None:
         """The rows' vectors, or None where examples cannot be vectorized; arguments as for `sum_slice`."""

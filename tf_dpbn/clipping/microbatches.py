@@ -8,10 +8,12 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum
 
-# What the examples of one microbatch keep takes at most this many bytes unless microbatch_size is given.
-_DEFAULT_MEMORY = 256 * 2**20
+# What the examples of one microbatch keep takes at most this many bytes unless microbatch_size is given. On CPUs a
+# small working set costs no time.
+_CPU_MEMORY, _ACCELERATOR_MEMORY = 2**26, 2**30
 
 
 class MicrobatchedEngine:
@@ -71,7 +73,8 @@ class MicrobatchedEngine:
         return ClippedSum(tuple(sums), float(l2_norm_clip)), BatchResult(loss, parts, y_pred, not_finite)
 
     def _slice_size(self, task: Task, rows: Any, count: Any) -> Any:
-        limit = self._microbatch_size or max(1, _DEFAULT_MEMORY // max(1, self.bytes_per_example(task, rows)))
+        memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
+        limit = self._microbatch_size or max(1, memory // max(1, self.bytes_per_example(task, rows)))
         if not isinstance(count, int):
             return tf.clip_by_value(count, 1, limit)
         count = max(1, count)
