@@ -92,7 +92,17 @@ def test_local_term_is_the_derivative_of_each_examples_loss_through_the_statisti
 
 @pytest.mark.parametrize(
     "name, engine",
-    [("dense", "vectorized"), ("batch_normalization", "vectorized"), ("batch_normalization", "loop"), ("lstm", "loop")],
+    [
+        ("dense", "vectorized"),
+        ("batch_normalization", "vectorized"),
+        ("batch_normalization", "loop"),
+        ("lstm", "loop"),
+        *[
+            (name, "book_keeping")
+            for name in ("dense_sequence", "conv2d_transpose", "separable", "embedding", "attention", "shared")
+        ],
+        *[(name, "book_keeping") for name in zoo.BODIES if name.startswith("batch_normalization")],
+    ],
 )
 def test_whole_step_compiles_with_xla_and_agrees(name, engine):
     model = zoo.build(name)
