@@ -1,6 +1,7 @@
 # make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
+# make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
 EPSILON ?= 8
 NORMALIZATION ?= batch
@@ -10,16 +11,23 @@ OUTPUT_DIR ?= demo_output
 # Everything else that examples/mnist.py takes, for example DEMO_FLAGS="--seed=1 --microbatch_size=64".
 DEMO_FLAGS ?=
 WORKERS ?= 2
+# What benchmarks/step_time.py takes, for example BENCH_FLAGS="--nets=resnet8 --batch_sizes=64,256 --json=times.jsonl".
+BENCH_FLAGS ?=
+# JAX-Privacy needs Python 3.12 or later, tensorflow-privacy 3.10 or 3.11. Where these names lead nowhere, give paths:
+# make PYTHON_JAX=/opt/python3.12/bin/python3 bench-peers
+PYTHON_JAX ?= python3.12
+PYTHON_TFP ?= python3.11
 
 DEMO_VENV := .venv
 TEST_VENV := .venv-test
 TEST_BIN := $(TEST_VENV)/bin
+PEERS := opacus jax tfp
 SOURCES := setup.py tf_dpbn/version.py
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format clean check-python
+.PHONY: demo test lint format bench bench-peers clean check-python
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
@@ -39,8 +47,14 @@ format: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check --fix .
 	$(TEST_BIN)/ruff format .
 
+bench: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python benchmarks/step_time.py $(BENCH_FLAGS)
+
+bench-peers: $(TEST_VENV)/.installed $(PEERS:%=.venv-peer-%/.installed)
+	$(TEST_BIN)/python benchmarks/step_time.py --peers=opacus,jax_privacy,tensorflow_privacy $(BENCH_FLAGS)
+
 clean:
-	rm -rf $(DEMO_VENV) $(TEST_VENV) $(OUTPUT_DIR) build dist *.egg-info
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -57,4 +71,13 @@ $(DEMO_VENV)/.installed: $(SOURCES) | check-python
 $(TEST_VENV)/.installed: $(SOURCES) | check-python
 	$(PYTHON) -m venv $(TEST_VENV)
 	$(TEST_BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@
+
+# Each peer has an environment of its own: their requirements contradict each other and those of the tests.
+.venv-peer-opacus/.installed: PEER_PYTHON = $(PYTHON)
+.venv-peer-jax/.installed: PEER_PYTHON = $(PYTHON_JAX)
+.venv-peer-tfp/.installed: PEER_PYTHON = $(PYTHON_TFP)
+$(PEERS:%=.venv-peer-%/.installed): .venv-peer-%/.installed: benchmarks/peers/requirements-%.txt
+	$(PEER_PYTHON) -m venv --clear .venv-peer-$*
+	.venv-peer-$*/bin/python -m pip install --quiet -r $<
 	@touch $@

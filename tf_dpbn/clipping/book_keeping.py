@@ -85,8 +85,8 @@ class BookKeepingEngine(MicrobatchedEngine):
     """Clipped sums by book-keeping.
 
     Args:
-      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses so that
-        what they keep takes at most 64 MiB, on accelerators 1 GiB.
+      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses by what
+        an example keeps: about 64 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 512 MiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 

@@ -11,9 +11,10 @@ from tf_dpbn.clipping import Batch, BatchResult, Task
 from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum
 
-# What the examples of one microbatch keep takes at most this many bytes unless microbatch_size is given. On CPUs a
-# small working set costs no time.
+# What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
+# working set costs no time, but fewer than 64 examples at a time do.
 _CPU_MEMORY, _ACCELERATOR_MEMORY = 2**26, 2**30
+_FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
 
 
 class MicrobatchedEngine:
@@ -73,13 +74,18 @@ class MicrobatchedEngine:
         return ClippedSum(tuple(sums), float(l2_norm_clip)), BatchResult(loss, parts, y_pred, not_finite)
 
     def _slice_size(self, task: Task, rows: Any, count: Any) -> Any:
-        memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
-        limit = self._microbatch_size or max(1, memory // max(1, self.bytes_per_example(task, rows)))
+        limit = self._microbatch_size or self._choose_size(max(1, self.bytes_per_example(task, rows)))
         if not isinstance(count, int):
             return tf.clip_by_value(count, 1, limit)
         count = max(1, count)
         # Slices of equal size, so that little filler is computed.
         return _ceil_divide(count, _ceil_divide(count, limit))
+
+    @staticmethod
+    def _choose_size(bytes_per_example: int) -> int:
+        memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
+        fewest = min(_FEWEST, _MEMORY_OF_FEWEST // bytes_per_example)
+        return max(1, fewest, memory // bytes_per_example)
 
 
 def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:

@@ -23,7 +23,7 @@ class PerExampleEngine(MicrobatchedEngine):
 
     Args:
       microbatch_size: how many examples' gradients are held in memory at a time; it does not change the result. None
-        chooses so that they take at most 64 MiB, on accelerators 1 GiB.
+        chooses, see `microbatches`.
       vectorize: run the examples of a microbatch at once; False runs them one after the other, which needs the least
         memory and works for operations that cannot be vectorized at all.
 
