@@ -1,0 +1,79 @@
+"""Peak memory of train steps, each variant in a process of its own.
+
+Run as a script, it is that process: it takes a Variant as JSON and prints what it measured as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+from variants import Step, Variant
+
+_STATUS = pathlib.Path("/proc/self/status")
+_RESET = pathlib.Path("/proc/self/clear_refs")
+_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """How far the resident set grew, in bytes.
+
+    Attributes:
+      above_start: its peak during the steps over its size just before the first one. The first step also builds and
+        optimizes the graph, once in a training.
+      above_graph: its peak during the steps over its size once the graph was built.
+      parameters: trainable parameters of the model.
+    """
+
+    above_start: int
+    above_graph: int
+    parameters: int
+
+
+def measure(variant: Variant) -> Peak:
+    """Measures `variant` in a new process.
+
+    Raises:
+      RuntimeError: if that process fails.
+    """
+    command = [sys.executable, __file__, json.dumps(dataclasses.asdict(variant))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"The process that measures {variant} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def resident(field: str, status: str) -> int:
+    """Reads VmRSS (resident set now) or VmHWM (its peak) in bytes from the text of /proc/<pid>/status."""
+    for line in status.splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            number, unit = value.split()
+            assert unit == "kB", line
+            return 1024 * int(number)
+    raise ValueError(f"The status names no {field}: {status!r}")
+
+
+def _measure_here(variant: Variant) -> Peak:
+    # Not resource.getrusage: its ru_maxrss begins at the peak of the process that started this one.
+    step = Step(variant)
+    with contextlib.suppress(OSError):  # where that is not allowed, a higher peak while importing counts too
+        _RESET.write_text("5")  # the peak begins anew
+    start = resident("VmRSS", _STATUS.read_text())
+    step.trace()
+    graph = resident("VmRSS", _STATUS.read_text())
+    for _ in range(_STEPS):
+        step()
+    peak = resident("VmHWM", _STATUS.read_text())
+    return Peak(peak - start, peak - graph, step.parameters)
+
+
+if __name__ == "__main__":
+    if not _STATUS.exists():
+        sys.exit("Memory is read from /proc/self/status, which is Linux's.")
+    print(json.dumps(dataclasses.asdict(_measure_here(Variant(**json.loads(sys.argv[1]))))))

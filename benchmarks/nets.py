@@ -1,0 +1,59 @@
+"""The networks of the benchmarks in Keras, for any normalization layer and any class of model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from architectures import ARCHITECTURES, CLASSES, Architecture
+
+layers = tf.keras.layers
+
+
+def build(name: str, normalization: Callable[[], Any], model_class: Callable[[Any, Any], Any]) -> Any:
+    """Builds the network `name`; it returns logits.
+
+    Args:
+      name: a key of ARCHITECTURES.
+      normalization: makes a normalization layer, for example keras.layers.BatchNormalization.
+      model_class: makes the model from inputs and outputs, for example keras.Model or tf_dpbn.DPModel.
+    """
+    architecture = ARCHITECTURES[name]
+    inputs = layers.Input(architecture.image)
+    if architecture.blocks is None:
+        outputs = _tutorial_cnn(inputs, normalization)
+    else:
+        outputs = _resnet(inputs, architecture, normalization)
+    return model_class(inputs, outputs)
+
+
+def no_normalization() -> Any:
+    """In place of a normalization layer: the networks that the peers run."""
+    return layers.Activation("linear")
+
+
+def _tutorial_cnn(x: Any, normalization: Callable[[], Any]) -> Any:
+    x = layers.Conv2D(16, 8, strides=2, padding="same")(x)
+    x = layers.ReLU()(normalization()(x))
+    x = layers.MaxPool2D(2, strides=1)(x)
+    x = layers.Conv2D(32, 4, strides=2)(x)
+    x = layers.ReLU()(normalization()(x))
+    x = layers.MaxPool2D(2, strides=1)(x)
+    x = layers.Dense(32, activation="relu")(layers.Flatten()(x))
+    return layers.Dense(CLASSES)(x)
+
+
+def _resnet(x: Any, architecture: Architecture, normalization: Callable[[], Any]) -> Any:
+    def convolution(x: Any, width: int, size: int, stride: int = 1) -> Any:
+        x = layers.Conv2D(width, size, strides=stride, padding="same", use_bias=False)(x)
+        return normalization()(x)
+
+    x = layers.ReLU()(convolution(x, architecture.stem, 3))
+    for channels, width, stride in architecture.residual_blocks():
+        inner = layers.ReLU()(convolution(x, width, 3, stride))
+        inner = convolution(inner, width, 3)
+        shortcut = x if (channels, stride) == (width, 1) else convolution(x, width, 1, stride)
+        x = layers.ReLU()(layers.Add()([inner, shortcut]))
+    return layers.Dense(CLASSES)(layers.GlobalAveragePooling2D()(x))

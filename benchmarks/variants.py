@@ -1,0 +1,119 @@
+"""What is measured of TensorFlow: one train step of stock Keras, or of tf_dpbn in one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import nets
+import tf_dpbn
+from architectures import ARCHITECTURES, CLASSES
+
+keras = tf.keras
+
+PLAIN = "plain"
+_LEARNING_RATE = 0.1
+_L2_NORM_CLIP = 1.0
+_NOISE_MULTIPLIER = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One configuration.
+
+    Attributes:
+      net: a key of ARCHITECTURES.
+      batch_size: examples in a step.
+      jit_compile: whether XLA compiles the step.
+      engine, microbatch_size, norm_method: as in DPModel.compile; engine=None is stock Keras without privacy, for
+        which the other fields are None.
+      statistics: as in DPBatchNormalization.
+      public_batch: examples in the public batch.
+    """
+
+    net: str
+    batch_size: int
+    jit_compile: bool = False
+    engine: str | None = None
+    microbatch_size: int | None = None
+    norm_method: str | None = None
+    statistics: str | None = None
+    public_batch: int | None = None
+
+    @property
+    def label(self) -> str:
+        """A name that tells apart the variants of one net and batch size."""
+        if self.engine is None:
+            return PLAIN
+        words = ["tf_dpbn", self.engine, self.statistics]
+        if self.norm_method != "auto":
+            words.append(self.norm_method)
+        if self.microbatch_size:
+            words.append(f"microbatch={self.microbatch_size}")
+        return " ".join(map(str, words))
+
+
+class Step:
+    """One train step on a batch of random images, compiled as `fit` does; see `Variant`."""
+
+    def __init__(self, variant: Variant) -> None:
+        image = ARCHITECTURES[variant.net].image
+        rng = np.random.default_rng(0)
+        x = tf.constant(rng.random((variant.batch_size, *image), np.float32))
+        y = tf.constant(rng.integers(CLASSES, size=variant.batch_size))
+        if variant.engine is None:
+            self._model, self._data = _plain_model(variant), (x, y)
+        else:
+            # What the Poisson sampler yields has weights, with which it marks padding.
+            self._model, self._data = _dp_model(variant), (x, y, tf.ones([variant.batch_size]))
+        self._model.optimizer.build(self._model.trainable_variables)
+        # Not `fit` itself, whose input pipeline would be timed too.
+        self._function = tf.function(
+            lambda data: self._model.train_step(data), autograph=False, jit_compile=variant.jit_compile
+        )
+        self.parameters = sum(int(np.prod(v.shape)) for v in self._model.trainable_variables)
+
+    def trace(self) -> None:
+        """Builds the graph, without running it."""
+        self._function.get_concrete_function(self._data)
+
+    def __call__(self) -> None:
+        """Runs one step to its end."""
+        self._function(self._data)["loss"].numpy()
+        tf.test.experimental.sync_devices()  # the loss is ready before the weights are updated
+
+
+def _loss() -> Any:
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _plain_model(variant: Variant) -> Any:
+    model = nets.build(variant.net, keras.layers.BatchNormalization, keras.Model)
+    model.compile(keras.optimizers.SGD(_LEARNING_RATE), _loss(), jit_compile=variant.jit_compile)
+    return model
+
+
+def _dp_model(variant: Variant) -> tf_dpbn.DPModel:
+    normalization = functools.partial(tf_dpbn.DPBatchNormalization, statistics=variant.statistics)
+    model = nets.build(variant.net, normalization, tf_dpbn.DPModel)
+    image = ARCHITECTURES[variant.net].image
+    model.set_public_batch(tf_dpbn.public_data.uniform_noise(image, variant.public_batch))
+    optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer(
+        _L2_NORM_CLIP,
+        _NOISE_MULTIPLIER,
+        expected_batch_size=variant.batch_size,
+        learning_rate=_LEARNING_RATE,
+    )
+    model.compile(
+        optimizer,
+        _loss(),
+        engine=variant.engine,
+        microbatch_size=variant.microbatch_size,
+        norm_method=variant.norm_method,
+        jit_compile=variant.jit_compile,
+    )
+    return model
