@@ -280,7 +280,7 @@ def test_seeds_of_draws_keep_all_their_bits(monkeypatch):
         source.standard_normal([tf.TensorShape([1])] * 3)
     words = np.array(seeds)
     assert words.dtype == np.int64
-    assert len(np.unique(words[:, 0])) == len(np.unique(words[:, 1])) == 150
+    assert len(np.unique(words[:, 0])) == len(np.unique(words[:, 1])) == 50
     for word in words.T:
         assert np.bitwise_or.reduce(word) == -1  # each bit is set in some seed
         assert np.bitwise_and.reduce(word) == 0  # and clear in another

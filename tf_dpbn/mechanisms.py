@@ -101,13 +101,11 @@ class NoiseSource:
         # Philox permutes the 128 bits of a seed, so no two draws share a stream. (stateless_fold_in
         # keeps 64 bits, or 32 with a Python int: so few that they repeat, and can be searched.)
         seed = self._key + tf.stack([tf.zeros_like(draw), draw])
-        seeds = tf.random.stateless_uniform(
-            [len(shapes), 2], seed, minval=None, maxval=None, dtype=tf.int64, alg="philox"
-        )
-        return [
-            tf.random.stateless_normal(shape, each, alg="philox")
-            for shape, each in zip(shapes, tf.unstack(seeds), strict=True)
-        ]
+        mixed = tf.random.stateless_uniform([2], seed, minval=None, maxval=None, dtype=tf.int64, alg="philox")
+        sizes = [shape.num_elements() for shape in shapes]
+        # One draw for all: on CPUs a draw of its own for each small variable takes longer than the numbers do.
+        flat = tf.random.stateless_normal([sum(sizes)], mixed, alg="philox")
+        return [tf.reshape(part, shape) for part, shape in zip(tf.split(flat, sizes), shapes, strict=True)]
 
 
 def add_gaussian_noise(

@@ -7,6 +7,7 @@ r = 1 / sqrt(v + epsilon).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -41,11 +42,28 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
     z = widen(z)
     reduce = _reduction_axes(z.shape.rank, axes)
     if mask is None:
-        return tf.nn.moments(z, reduce)
+        return _plain_moments(z, reduce)
     weights = tf.cast(mask, z.dtype)
     while weights.shape.rank < z.shape.rank:
         weights = weights[..., None]
     return tf.nn.weighted_moments(z, reduce, tf.broadcast_to(weights, tf.shape(z)))
+
+
+def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
+    """tf.nn.moments with its gradient in one multiplication and one addition by channel (half as many passes over z)."""
+
+    @tf.custom_gradient
+    def compute(z: tf.Tensor) -> Any:
+        mean, variance = tf.nn.moments(z, reduce, keepdims=True)
+        count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
+
+        def gradient(d_mean: tf.Tensor, d_variance: tf.Tensor) -> tf.Tensor:
+            d_mean, d_variance = (tf.reshape(d, tf.shape(mean)) / count for d in (d_mean, d_variance))
+            return z * (2.0 * d_variance) + (d_mean - 2.0 * d_variance * mean)
+
+        return (tf.squeeze(mean, reduce), tf.squeeze(variance, reduce)), gradient
+
+    return compute(z)
 
 
 def widen(z: tf.Tensor) -> tf.Tensor:

@@ -86,7 +86,7 @@ class BookKeepingEngine(MicrobatchedEngine):
 
     Args:
       microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses by what
-        an example keeps: about 64 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 512 MiB.
+        an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 512 MiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 

@@ -13,7 +13,7 @@ from tf_dpbn.mechanisms import ClippedSum
 
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
 # working set costs no time, but fewer than 64 examples at a time do.
-_CPU_MEMORY, _ACCELERATOR_MEMORY = 2**26, 2**30
+_CPU_MEMORY, _ACCELERATOR_MEMORY = 2**24, 2**30
 _FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
 
 
