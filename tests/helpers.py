@@ -68,8 +68,11 @@ def images(n: int, shape: tuple[int, ...] = (6, 6, 2), classes: int = 3, seed: i
     return rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, classes, n)
 
 
-def clipped_sum_function(model: Any, jit_compile: bool = False) -> Callable[..., Any]:
-    """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step."""
+def clipped_sum_function(model: Any, jit_compile: bool = False, all_releases: bool = False) -> Callable[..., Any]:
+    """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step.
+
+    The sums are those of the gradient; with `all_releases` a list of the tensors of every release, the gradient's first.
+    """
 
     def run(x: Any, y: Any, weight: Any) -> Any:
         mask = None
@@ -78,7 +81,8 @@ def clipped_sum_function(model: Any, jit_compile: bool = False) -> Callable[...,
         batch = Batch(x, y, weight, mask)
         task = model._task(model._public_forward(batch))
         clipped, result = model._engine(task, batch, model.optimizer.l2_norm_clip)
-        return clipped.tensors, tuple(getattr(result, f.name) for f in dataclasses.fields(result))
+        sums = [each.tensors for each in clipped] if all_releases else clipped[0].tensors
+        return sums, tuple(getattr(result, f.name) for f in dataclasses.fields(result))
 
     traced = tf.function(run, autograph=False, jit_compile=jit_compile)
 
@@ -92,7 +96,7 @@ def clipped_sum_function(model: Any, jit_compile: bool = False) -> Callable[...,
             )
         )
         tensors, result = traced(x, y, weight)
-        return [tensor.numpy() for tensor in tensors], BatchResult(*result)
+        return tf.nest.map_structure(lambda tensor: tensor.numpy(), list(tensors)), BatchResult(*result)
 
     return call
 

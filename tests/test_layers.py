@@ -186,7 +186,7 @@ def test_refuses_options_that_couple_examples(option, value):
 
 @pytest.mark.parametrize("mode", ["private", None, "Public"])
 def test_refuses_unknown_statistics(mode):
-    message = f"`statistics` must be one of 'public'. Received: statistics={mode!r}"
+    message = f"`statistics` must be one of 'public', 'noised', 'anchored'. Received: statistics={mode!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         DPBN(statistics=mode)
 
@@ -237,7 +237,7 @@ def test_configuration_adds_only_statistics_to_the_stock_one():
     coupling = {"synchronized", "renorm", "renorm_clipping", "renorm_momentum"}
     stock = Stock(name="same").get_config()
     expected = {k: v for k, v in stock.items() if k not in coupling}
-    assert DPBN(name="same").get_config() == {**expected, "statistics": "public"}
+    assert DPBN(name="same").get_config() == {**expected, "statistics": "public", "statistics_clip": 1.0}
 
 
 def test_is_built_from_a_stock_configuration():

@@ -15,7 +15,7 @@ from tf_dpbn.mechanisms import ClippedSum
 
 
 class Accumulator:
-    """Adds up the clipped sums of the parts of one logical batch.
+    """Adds up the clipped sums of the parts of one logical batch: the gradient's, and those of statistics.
 
     Its variables hold private sums without noise, so it is deliberately not trackable: they are in no checkpoint, and a
     loaded model begins a new logical batch.
@@ -33,21 +33,24 @@ class Accumulator:
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False, name="accumulated")
 
-    def add(self, clipped: ClippedSum, release: Callable[[ClippedSum], None]) -> None:
-        """Adds one part; calls `release` with the sum of all if it was the last of a logical batch.
+    def add(self, clipped: tuple[ClippedSum, ...], release: Callable[[tuple[ClippedSum, ...]], None]) -> None:
+        """Adds one part; calls `release` with the sums of all if it was the last of a logical batch.
 
         The parts of a logical batch hold different examples, so that the sensitivity of their sum is that of each.
         """
         if self.parts == 1:
             release(clipped)
             return
-        self._create(clipped.tensors)
-        for variable, tensor in zip(self._sums, clipped.tensors, strict=True):
+        tensors = [each.tensors for each in clipped]
+        self._create(tf.nest.flatten(tensors))
+        for variable, tensor in zip(self._sums, tf.nest.flatten(tensors), strict=True):
             variable.assign_add(tensor)
         full = tf.equal(self._count.assign_add(1), self.parts)
 
         def finish() -> tf.Tensor:
-            release(ClippedSum(tuple(v.read_value() for v in self._sums), clipped.l2_sensitivity))
+            totals = tf.nest.pack_sequence_as(tensors, [v.read_value() for v in self._sums])
+            pairs = zip(totals, clipped, strict=True)
+            release(tuple(ClippedSum(tuple(total), part.l2_sensitivity) for total, part in pairs))
             self.reset()
             return tf.constant(True)
 

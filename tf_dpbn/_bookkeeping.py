@@ -44,6 +44,9 @@ class Books(tf.train.experimental.PythonState):
         self._run = uuid.uuid4().hex
         self._closed = Ledger()
         self._steps_at_opening = 0
+        self._releases = 0
+        self._input_means: dict[int, tf.Variable] = {}
+        self._saved_input_means: dict[str, list[float]] = {}
         with tf.init_scope():
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="privacy_steps")
             self.not_finite = tf.Variable(0, dtype=tf.int64, trainable=False, name="not_finite")
@@ -69,7 +72,31 @@ class Books(tf.train.experimental.PythonState):
                 "max_batch_size": sampling.max_batch_size,
                 "sampling": "poisson",
             }
-        self.configuration = StepRecord(noise_multipliers=(optimizer.noise_multiplier,), steps=1, **rate)
+        multipliers = optimizer.noise_multipliers(self._releases)
+        self.configuration = StepRecord(noise_multipliers=multipliers, steps=1, **rate)
+
+    def set_releases(self, optimizer: DPOptimizer, number: int) -> None:
+        """Notes how many releases of statistics a step of the running record has; known once the step is traced."""
+        if number == self._releases:
+            return
+        with tf.init_scope():  # a step is being traced
+            self._close(self.ledger())  # what ran before keeps its record
+        self._releases = number
+        if self.configuration is not None:
+            multipliers = optimizer.noise_multipliers(number)
+            self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
+
+    def input_mean(self, call: int, size: int) -> tf.Variable:
+        """The released mean, by channel, of what the kernel layer before a normalization call is fed with."""
+        variable = self._input_means.get(call)
+        if variable is None or variable.shape[0] != size:
+            value = self._saved_input_means.get(str(call), [])
+            with tf.init_scope():
+                variable = tf.Variable(
+                    value if len(value) == size else [0.0] * size, dtype=tf.float32, trainable=False, name="input_mean"
+                )
+            self._input_means[call] = variable
+        return variable
 
     def ledger(self) -> Ledger:
         """Everything that ran, the open record included."""
@@ -84,8 +111,9 @@ class Books(tf.train.experimental.PythonState):
         self.version += 1
 
     def serialize(self) -> str:
-        """The ledger as text; tf.train.Checkpoint calls this too."""
-        return json.dumps({"run": self._run, "ledger": self.ledger().to_json()})
+        """The ledger, and released means, as text; tf.train.Checkpoint calls this too."""
+        means = {**self._saved_input_means, **{str(k): v.numpy().tolist() for k, v in self._input_means.items()}}
+        return json.dumps({"run": self._run, "ledger": self.ledger().to_json(), "input_means": means})
 
     def deserialize(self, text: str | bytes) -> None:
         """Takes over a saved ledger. Nothing that ran is ever forgotten.
@@ -93,6 +121,11 @@ class Books(tf.train.experimental.PythonState):
         A saved state of the same run replaces this one only if it is longer; steps of another run are added.
         """
         saved = json.loads(text)
+        self._saved_input_means = saved.get("input_means", {})
+        for call, variable in self._input_means.items():
+            value = self._saved_input_means.get(str(call), [])
+            if len(value) == variable.shape[0]:
+                variable.assign(value)
         theirs, ours = Ledger.from_json(saved["ledger"]), self.ledger()
         if ours.steps and saved["run"] != self._run:
             for record in ours.entries:
@@ -185,7 +218,7 @@ class BookkeepingModel(keras.Model):
         weights in other ways can call it.
         """
         structure = self._books.structure
-        if structure is not None and structure.active:
+        if structure is not None and structure.needs_public_batch:
             batch, active = self._require_public_batch(), structure.active
             if "refresh" not in self._books.functions:
                 self._books.functions["refresh"] = tf.function(

@@ -35,10 +35,12 @@ class Structure:
 
     Attributes:
       active: the normalization calls that are in training (see `layers.PublicPass`).
+      needs_public_batch: some of these take statistics from a public batch.
       has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
     """
 
     active: frozenset[tuple[int, int]]
+    needs_public_batch: bool
     has_state: bool
 
 
@@ -212,7 +214,8 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
     for layer in added:
         _refuse_call_time_loss(layer)
     has_state = _check_state(model, graph)
-    return Structure(frozenset(scope.active), has_state)
+    needs_public_batch = any(call.layer.statistics != "noised" for call in scope.calls)
+    return Structure(frozenset(scope.active), needs_public_batch, has_state)
 
 
 def _check_state(model: Any, graph: Any) -> bool:

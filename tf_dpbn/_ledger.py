@@ -65,6 +65,40 @@ def effective_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
     return smallest / math.sqrt(math.fsum((smallest / sigma) ** 2 for sigma in sigmas))
 
 
+def split_noise_multiplier(
+    noise_multiplier: float, statistics_fraction: float, statistic_releases: int
+) -> tuple[float, ...]:
+    """Divides a step's privacy between the gradient and releases of statistics.
+
+    Of sigma^-2 a fraction rho goes to n statistic releases, in equal parts, and the rest to the gradient:
+      sigma_g = sigma / sqrt(1 - rho),    sigma_s = sigma sqrt(n / rho),    (1/sigma_g^2 + n/sigma_s^2)^(-1/2) = sigma.
+
+    Args:
+      noise_multiplier: sigma, effective noise multiplier of the step, >= 0.
+      statistics_fraction: rho, in (0, 1).
+      statistic_releases: n, >= 0; 0 leaves everything to the gradient.
+
+    Returns:
+      (sigma_g, sigma_s, ..., sigma_s), whose effective noise multiplier is sigma, never less.
+
+    Raises:
+      ValueError: an argument is out of range.
+
+    >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 2)]
+    [1.4142, 2.0, 2.0]
+    """
+    sigma = _validate.non_negative("noise_multiplier", noise_multiplier)
+    rho = _validate.open_probability("statistics_fraction", statistics_fraction)
+    n = _validate.non_negative_int("statistic_releases", statistic_releases)
+    if n == 0:
+        return (sigma,)
+    parts = (sigma / math.sqrt(1.0 - rho), *[sigma * math.sqrt(n / rho)] * n)
+    # Folded again, rounding must not leave less than sigma.
+    while sigma and effective_noise_multiplier(parts) < sigma:
+        parts = tuple(part * (1.0 + 1e-15) for part in parts)
+    return parts
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """A run of training steps with one configuration.

@@ -1,30 +1,34 @@
-"""The public forward pass of a train step: statistics, how they depend on the weights, and the non-local correction."""
+"""The public forward pass of a train step: statistics, how they depend on the weights, and what is released of them."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn import statistics
 from tf_dpbn._keras import call_model, raw
-from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms
-from tf_dpbn.layers import NormalizationCall, PublicPass
+from tf_dpbn.clipping import StatisticsRelease
+from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
+from tf_dpbn.layers import GivenStatistics, NormalizationCall, PublicPass
 from tf_dpbn.mechanisms import NoisedGradients
 
 CORRECTIONS = ("local", "full", "none")
 
 
 class PublicForward:
-    """Statistics of the public batch at the current weights, within the graph of one train step.
+    """Statistics for the private examples at the current weights, within the graph of one train step.
 
-    Nothing here touches private data: every attribute is a function of the weights and the public batch.
+    Every attribute is a function of the weights, the public batch and earlier releases. Only `residuals` touches
+    private data, one example at a time.
 
     Args:
       model: the model.
-      public_batch: nest of tensors [public examples, ...].
+      public_batch: nest of tensors [public examples, ...]; any single example where all statistics are noised ones.
+      input_mean: (position of a call, size) -> variable with the released mean of what feeds its kernel layer.
       correction: which part of the gradient through the statistics to restore:
         "local": section 3a for calls that one kernel layer feeds, section 3b for the others.
         "full": 3a where possible, and 3b for every call.
@@ -34,11 +38,14 @@ class PublicForward:
       calls: the normalization calls in training, in order.
       statistics: (mean, variance) of each, constants to the private pass.
       local_terms: for each call its local terms.
+      releases: what is released of each call whose layer has released statistics.
 
-    Source: docs/algorithm.md, sections 2 and 3.
+    Source: docs/algorithm.md, sections 2, 3 and 5.
     """
 
-    def __init__(self, model: Any, public_batch: Any, correction: str) -> None:
+    def __init__(
+        self, model: Any, public_batch: Any, correction: str, input_mean: Callable[[int, int], tf.Variable]
+    ) -> None:
         self._variables = [raw(variable) for variable in model.trainable_variables]
         inputs = tf.nest.map_structure(tf.identity, public_batch)
         with tf.GradientTape(watch_accessed_variables=False) as self._tape, PublicPass() as scope:
@@ -48,9 +55,49 @@ class PublicForward:
         self.statistics = tuple((tf.stop_gradient(call.mean), tf.stop_gradient(call.variance)) for call in self.calls)
         nothing: tuple[LocalTerm, ...] = ()
         self.local_terms: tuple[tuple[LocalTerm, ...], ...] = tuple(nothing for _ in self.calls)
+        self._input_means: dict[int, tf.Variable] = {}
         if correction != "none":
-            self.local_terms = find_local_terms(self.calls, tf.nest.flatten(inputs), self._variables)
+            flat = tf.nest.flatten(inputs)
+            self._input_means = self._create_input_means(flat, input_mean)
+            known = {k: variable.read_value() for k, variable in self._input_means.items()}
+            means = [known.get(k) for k in range(len(self.calls))]
+            self.local_terms = find_local_terms(self.calls, flat, self._variables, means)
         self._nonlocal_calls = self._choose_nonlocal_calls(correction)
+        self._releasing = [k for k, call in enumerate(self.calls) if call.layer.releases]
+        self.releases = tuple(self._release(k) for k in self._releasing)
+
+    def _create_input_means(
+        self, inputs: Sequence[tf.Tensor], input_mean: Callable[[int, int], tf.Variable]
+    ) -> dict[int, tf.Variable]:
+        noised = [k for k, call in enumerate(self.calls) if call.layer.statistics == "noised"]
+        means = input_means([(self.calls[k].inputs, self.calls[k]) for k in noised], inputs, self._variables)
+        sizes = {k: mean.shape[0] for k, mean in zip(noised, means, strict=True) if mean is not None}
+        return {k: input_mean(k, size) for k, size in sizes.items()}
+
+    def _release(self, k: int) -> StatisticsRelease:
+        size = 2 * (self.calls[k].mean.shape.num_elements() or 0)
+        if k in self._input_means:
+            size += self._input_means[k].shape[0]
+        return StatisticsRelease(size, self.calls[k].layer.statistics_clip * math.sqrt(size))
+
+    def residuals(self, given: GivenStatistics, inputs: Sequence[tf.Tensor]) -> tuple[tf.Tensor, ...]:
+        """For each release one example's vector: residuals of its moments, and of its kernel layer's input.
+
+        Args:
+          given: the scope in which the example went through the model.
+          inputs: the tensors through which it entered.
+        """
+        with_mean = list(self._input_means)
+        pairs = [(given.inputs[k][0], self.calls[k]) for k in with_mean]
+        found = dict(zip(with_mean, input_means(pairs, inputs, self._variables), strict=True))
+        vectors = []
+        for k in self._releasing:
+            (z, mask), layer = given.inputs[k], self.calls[k].layer
+            parts = [statistics.residuals(z, *self.statistics[k], layer.epsilon, layer.channel_axes, mask)]
+            if k in with_mean:
+                parts.append(tf.convert_to_tensor(found[k]) - self._input_means[k].read_value())
+            vectors.append(tf.concat([tf.cast(part, tf.float32) for part in parts], 0))
+        return tuple(vectors)
 
     def _choose_nonlocal_calls(self, correction: str) -> list[int]:
         """Calls whose statistics' cotangents go through the non-local correction."""
@@ -61,13 +108,13 @@ class PublicForward:
         for k, layer in enumerate(layers):
             if correction == "local" and self.local_terms[k]:
                 continue
-            if layer.center and layer.scale and layers.count(layer) == 1:
+            if layer.statistics != "noised" and layer.center and layer.scale and layers.count(layer) == 1:
                 chosen.append(k)
             elif not self.local_terms[k]:
                 warnings.warn(
                     f"DPBatchNormalization {layer.name!r} gets no gradient through its statistics: no single kernel "
-                    "layer feeds it, and the non-local correction needs center=True, scale=True and one call of the "
-                    "layer a pass. It may train poorly.",
+                    "layer feeds it, and the non-local correction needs public statistics (statistics='public' or "
+                    "'anchored'), center=True, scale=True and one call of the layer a pass. It may train poorly.",
                     stacklevel=2,
                 )
         return chosen
@@ -88,30 +135,44 @@ class PublicForward:
         index = {id(variable): i for i, variable in enumerate(self._variables)}
         targets: list[tf.Tensor] = []
         cotangents: list[tf.Tensor] = []
+        counted: list[tuple[int, tf.Tensor]] = []
         for k in self._nonlocal_calls:
-            layer = self.calls[k].layer
+            call, layer = self.calls[k], self.calls[k].layer
             d_gamma = noised.tensors[index[id(raw(layer.gamma))]]
             d_beta = noised.tensors[index[id(raw(layer.beta))]]
-            targets += [self.calls[k].mean, self.calls[k].variance]
-            gamma = tf.reshape(raw(layer.gamma), [-1])
-            cotangents += statistics.statistics_cotangents(
-                tf.reshape(d_gamma, [-1]),
-                tf.reshape(d_beta, [-1]),
-                gamma,
-                tf.reshape(self.calls[k].variance, [-1]),
-                layer.epsilon,
+            gamma, d_gamma, d_beta, variance = (
+                tf.reshape(each, [-1]) for each in (raw(layer.gamma), d_gamma, d_beta, call.variance)
             )
+            c = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
+            counted += [(term.index, term.pull_back(*c)) for term in self.local_terms[k]]  # before clipping
+            targets += [call.public_mean, call.public_variance]
+            cotangents += call.public_cotangents(*c)
         shaped = [tf.reshape(c, tf.shape(t)) for c, t in zip(cotangents, targets, strict=True)]
         terms = list(self._tape.gradient(targets, self._variables, output_gradients=shaped))
-        for position, k in enumerate(self._nonlocal_calls):
-            for term in self.local_terms[k]:  # counted already, before clipping
-                counted = term.pull_back(shaped[2 * position], shaped[2 * position + 1])
-                terms[term.index] = terms[term.index] - counted
+        for i, term in counted:
+            terms[i] = terms[i] - term
         return [None if term is None else tf.convert_to_tensor(term) for term in terms]
 
-    def update_moving_statistics(self) -> None:
-        """Sets the layers' moving statistics to those of this pass."""
+    def update_statistics(self, released: Sequence[tf.Tensor]) -> None:
+        """Takes over releases, and sets the moving statistics of layers with a public part to those of this pass.
+
+        Args:
+          released: for each of `releases` the noised mean.
+        """
         assign_moving_statistics(self.calls)
+        by_layer: dict[int, list[int]] = {}
+        for position, k in enumerate(self._releasing):
+            by_layer.setdefault(id(self.calls[k].layer), []).append(position)
+        for positions in by_layer.values():
+            first = self.calls[self._releasing[positions[0]]]
+            size = 2 * first.mean.shape.num_elements()
+            for position in positions:
+                k = self._releasing[position]
+                if k in self._input_means:
+                    rate = first.layer.update_rate(len(self.calls))
+                    self._input_means[k].assign_add(rate * released[position][size:])
+            mean = tf.add_n([released[position][:size] for position in positions]) / len(positions)
+            first.layer.update_statistics(first, mean, len(self.calls))
 
 
 def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tuple[int, int]]) -> None:
@@ -128,9 +189,9 @@ def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tu
 
 
 def assign_moving_statistics(calls: Sequence[NormalizationCall]) -> None:
-    """Writes each layer's public moments to its moving statistics; several calls of a layer are pooled."""
+    """Writes each layer's statistics, public in part, to its moving ones; several calls of a layer are pooled."""
     by_layer: dict[int, list[NormalizationCall]] = {}
-    for call in calls:
+    for call in (call for call in calls if call.layer.statistics != "noised"):
         by_layer.setdefault(id(call.layer), []).append(call)
     for group in by_layer.values():
         mean = tf.add_n([call.mean for call in group]) / len(group)

@@ -26,6 +26,7 @@ from tf_dpbn._ledger import (
     epsilon_of_events,
     gaussian_event,
     overflow_probability,
+    split_noise_multiplier,
 )
 from tf_dpbn._reports import (
     TensorFlowPrivacyEpsilons,
@@ -46,6 +47,7 @@ __all__ = [
     "max_steps",
     "overflow_probability",
     "privacy_statement",
+    "split_noise_multiplier",
     "tensorflow_privacy_epsilons",
 ]
 
@@ -200,6 +202,8 @@ class PrivacyPlan:
       accountant: "rdp" or "pld".
       max_batch_size: rows of the padded batch; larger draws are cut to it, which the plan's epsilon
         includes.
+      statistics_fraction: part of a step's privacy, in (0, 1), that goes to noised statistics, if the
+        model has any (see `split_noise_multiplier`); it does not change epsilon.
 
     Raises:
       ValueError: a field is out of range, both or neither of a pair are given, or max_batch_size is
@@ -215,6 +219,7 @@ class PrivacyPlan:
     steps: int | None = None
     accountant: str = "rdp"
     max_batch_size: int | None = None
+    statistics_fraction: float = 0.1
     # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart
     # from what was given.
     _filled: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False, compare=False)
@@ -257,6 +262,7 @@ class PrivacyPlan:
             "epochs": _validate.positive,
             "steps": _validate.positive_int,
             "max_batch_size": _validate.positive_int,
+            "statistics_fraction": _validate.open_probability,
         }
         for name, check in checks.items():
             if getattr(self, name) is not None or name in (

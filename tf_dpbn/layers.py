@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
-from tf_dpbn._keras import IS_KERAS_3, is_shape_inference, keras
+from tf_dpbn._keras import IS_KERAS_3, is_shape_inference, keras, raw
 
-_STATISTICS_MODES = ("public",)
+STATISTICS_MODES = ("public", "noised", "anchored")
+_DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,9 @@ class NormalizationCall:
     Attributes:
       layer: the layer.
       inputs: its input z, [public batch, ...].
-      mean, variance: the moments of z by channel.
+      mean, variance: the statistics by which private examples are normalized, by channel.
+      public_mean, public_variance: the moments of z by channel; those of another pass where `mean` and `variance` do
+        not come from them (statistics="noised").
       masked: whether some positions are left out of the moments.
     """
 
@@ -35,7 +38,18 @@ class NormalizationCall:
     inputs: tf.Tensor
     mean: tf.Tensor
     variance: tf.Tensor
+    public_mean: tf.Tensor
+    public_variance: tf.Tensor
     masked: bool
+
+    def public_cotangents(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Carries derivatives by `mean` and `variance`, [..., channels], to `public_mean` and `public_variance`."""
+        if self.layer.statistics != "anchored":
+            return c_mean, c_variance
+        shift, log_scale, variance = (
+            tf.reshape(each, [-1]) for each in (raw(self.layer.shift), raw(self.layer.log_scale), self.public_variance)
+        )
+        return statistics.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
 
 
 class _Scopes(threading.local):
@@ -46,6 +60,8 @@ class _Scopes(threading.local):
 
 
 _SCOPES = _Scopes()
+# Averages of releases stay float32 under mixed precision.
+_WITHOUT_CAST: dict[str, Any] = {"autocast": False} if IS_KERAS_3 else {"experimental_autocast": False}
 _Scope = TypeVar("_Scope", bound="StatisticsScope")
 
 
@@ -93,15 +109,16 @@ class PublicPass(StatisticsScope):
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
-        """Records the moments of `inputs` and returns them, for a call in training."""
+        """Records a call in training; returns what normalizes the public examples: their own moments, if used."""
         key = (id(layer), self._seen.get(id(layer), 0))
         self._seen[id(layer)] = key[1] + 1
         if not (training if self._given is None else key in self._given):
             return None
-        mean, variance = statistics.moments(inputs, layer.channel_axes, mask)
-        self.calls.append(NormalizationCall(layer, inputs, mean, variance, mask is not None))
+        found = layer.released_statistics() or statistics.moments(inputs, layer.channel_axes, mask)
+        private = layer.private_statistics(*found)
+        self.calls.append(NormalizationCall(layer, inputs, *private, *found, mask is not None))
         self.active.add(key)
-        return mean, variance
+        return found
 
 
 class GivenStatistics(StatisticsScope):
@@ -110,6 +127,9 @@ class GivenStatistics(StatisticsScope):
     Args:
       calls: the calls of the public pass, for their layers.
       values: (mean, variance) of each of them.
+
+    Attributes:
+      inputs: (input, mask or None) of each call, once it was made.
     """
 
     def __init__(
@@ -118,6 +138,7 @@ class GivenStatistics(StatisticsScope):
         values: Sequence[tuple[tf.Tensor, tf.Tensor]],
     ) -> None:
         self._remaining = list(zip([call.layer for call in calls], values, strict=True))
+        self.inputs: list[tuple[tf.Tensor, Any]] = []
 
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
@@ -130,6 +151,7 @@ class GivenStatistics(StatisticsScope):
                 f"DPBatchNormalization {layer.name!r} is not called in the same order on private data as on the "
                 "public batch. The model's control flow must not depend on its input."
             )
+        self.inputs.append((inputs, mask))
         return self._remaining.pop(0)[1]
 
 
@@ -138,22 +160,37 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     """Batch normalization for differentially private training.
 
     In inference it is keras.layers.BatchNormalization: same arguments, same weights, same outputs. In training,
-    inside a DPModel, it normalizes private examples by statistics that cost no privacy; it never uses the moments of
-    a private batch, and training it anywhere else is an error.
+    inside a DPModel, it normalizes private examples by statistics that are public or were released with noise; it never
+    uses the moments of a private batch, and training it anywhere else is an error.
 
-    With `statistics="public"` mean and variance are the moments of the model's public batch at this layer, at the
-    current weights. The moving statistics used in inference are set to those of the current weights too (not
-    averaged over steps), so `momentum` has no effect in this mode; it is kept for compatibility.
+    | `statistics` | normalizes by | needs | costs |
+    | --- | --- | --- | --- |
+    | "public" | moments of the model's public batch at the current weights | a public batch | nothing |
+    | "noised" | moving averages of noised private moments | | part of the noise budget |
+    | "anchored" | both: public moments, moved by averages of noised residuals | a public batch | part of the budget |
 
-    Formal guarantee: given the weights and the public batch, an example's output does not depend on any other
-    private example.
+    The public batch may be synthetic, see `public_data`.
+
+    With "public" the moving statistics used in inference are set to those of the current weights (not averaged over
+    steps), so `momentum` has no effect. With the others each step releases, for each call of the layer, one noised sum
+    over private examples of how their moments differ from the statistics in use, clipped by example to an L2 norm of
+    statistics_clip * sqrt(its length); the optimizer's `statistics_fraction` says how much of a step's privacy all of
+    these releases take together, and the ledger counts them. How many examples are clipped is not released: it would
+    cost privacy of its own.
+
+    Formal guarantee: given the weights, the public batch and earlier releases, an example's output does not depend on
+    any other private example; each release is a Gaussian mechanism.
 
     Args:
       axis: int, the channel axis; on tf_keras also a sequence of ints.
-      momentum, epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
+      momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public", which keeps no
+        averages). The first updates count more, see `statistics.update_rate`.
+      epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
         moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in
         keras.layers.BatchNormalization.
-      statistics: where training statistics come from; "public".
+      statistics: where training statistics come from: "public", "noised" or "anchored".
+      statistics_clip: bound on the root mean square of an example's released residuals, > 0; the statistics' noise
+        grows in proportion to it.
       **kwargs: `name`, `dtype`, `trainable`. With trainable=False the layer uses its moving statistics, as in Keras.
 
     Raises:
@@ -166,7 +203,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     def __init__(
         self,
         axis: int | Sequence[int] = -1,
-        momentum: float = 0.99,
+        momentum: float | None = None,
         epsilon: float = 1e-3,
         center: bool = True,
         scale: bool = True,
@@ -179,6 +216,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         beta_constraint: Any = None,
         gamma_constraint: Any = None,
         statistics: str = "public",
+        statistics_clip: float = 1.0,
         **kwargs: Any,
     ) -> None:
         for option in ("renorm", "synchronized", "virtual_batch_size", "adjustment"):
@@ -192,9 +230,10 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if not IS_KERAS_3:
             # The fused kernel does not run in inference in front of a tanh (TensorFlow 2.21, oneDNN).
             kwargs["fused"] = False
+        _validate.one_of("statistics", statistics, STATISTICS_MODES)
         super().__init__(
             axis=axis,
-            momentum=momentum,
+            momentum=_DEFAULT_MOMENTUM[statistics] if momentum is None else momentum,
             epsilon=epsilon,
             center=center,
             scale=scale,
@@ -208,7 +247,64 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             gamma_constraint=gamma_constraint,
             **kwargs,
         )
-        self.statistics = _validate.one_of("statistics", statistics, _STATISTICS_MODES)
+        self.statistics = statistics
+        self.statistics_clip = _validate.positive("statistics_clip", statistics_clip)
+
+    def build(self, input_shape: Any) -> None:
+        """Creates the weights; for released statistics also their averages and the number of their updates."""
+        super().build(input_shape)
+        if self.releases:
+            shape = tuple(self.moving_mean.shape)
+            if self.statistics == "anchored":
+                self.shift, self.log_scale = self._average("shift", shape), self._average("log_scale", shape)
+            self.statistic_updates = self._average("statistic_updates", ())
+
+    def _average(self, name: str, shape: tuple[int, ...]) -> Any:
+        return self.add_weight(
+            name=name, shape=shape, dtype="float32", initializer="zeros", trainable=False, **_WITHOUT_CAST
+        )
+
+    @property
+    def releases(self) -> bool:
+        """Whether training releases noised statistics of private examples."""
+        return self.statistics != "public"
+
+    def released_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """(mean, variance) if they are moving averages of releases and nothing else."""
+        if self.statistics != "noised":
+            return None
+        return tf.identity(raw(self.moving_mean)), tf.identity(raw(self.moving_variance))
+
+    def private_statistics(self, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Statistics for private examples, from those of the public batch (or released ones)."""
+        if self.statistics != "anchored":
+            return mean, variance
+        return statistics.anchored(mean, variance, raw(self.shift), raw(self.log_scale), self.epsilon)
+
+    def update_rate(self, layers: int) -> tf.Tensor:
+        """The part that the next release has in the averages, see `statistics.update_rate`."""
+        return statistics.update_rate(self.momentum, raw(self.statistic_updates), layers)
+
+    def update_statistics(self, call: NormalizationCall, released: tf.Tensor, layers: int) -> None:
+        """Takes over the released mean of residuals, [2 * channels], that was computed with `call`'s statistics.
+
+        Args:
+          call: a call of this layer.
+          released: noised.
+          layers: how many normalizations the model has.
+        """
+        rate = self.update_rate(layers)
+        flat = [tf.reshape(t, [-1]) for t in (call.mean, call.variance, call.public_variance)]
+        if self.statistics == "noised":
+            weights = (self.moving_mean, self.moving_variance)
+            values = statistics.updated(flat[0], flat[1], released, rate, self.epsilon)
+        else:
+            weights = (self.shift, self.log_scale)
+            shift, log_scale = (tf.reshape(raw(weight), [-1]) for weight in weights)
+            values = statistics.updated_anchor(shift, log_scale, flat[2], released, rate, self.epsilon)
+        for weight, value in zip(weights, values, strict=True):
+            weight.assign(tf.cast(tf.reshape(value, weight.shape), weight.dtype))
+        self.statistic_updates.assign_add(1.0)
 
     @property
     def channel_axes(self) -> tuple[int, ...]:
@@ -240,4 +336,4 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         config = super().get_config()
         for option in ("renorm", "renorm_clipping", "renorm_momentum", "synchronized"):
             config.pop(option, None)
-        return {**config, "statistics": self.statistics}
+        return {**config, "statistics": self.statistics, "statistics_clip": self.statistics_clip}

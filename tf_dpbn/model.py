@@ -179,22 +179,23 @@ class DPModel(BookkeepingModel):
         task = self._task(public)
         with kept_state(self if self._books.has_state else None):
             clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
+        self._books.set_releases(self.optimizer, len(task.releases))
         penalty, penalty_gradients = self._regularization()
         self._accumulator.add(clipped, lambda total: self._release(total, public, penalty_gradients))
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
 
-    def _release(self, clipped: ClippedSum, public: PublicForward | None, penalty_gradients: Any) -> None:
+    def _release(self, clipped: tuple[ClippedSum, ...], public: PublicForward | None, penalty_gradients: Any) -> None:
         """Noise, post-processing, update: what follows once a logical batch is complete."""
         optimizer = self._compiled_dp_optimizer()
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
-            noised = optimizer.privatize(clipped)  # the privacy boundary
+            noised, *residuals = optimizer.privatize(clipped)  # the privacy boundary
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
         noised = noised.plus(penalty_gradients)
         optimizer.apply_gradients(noised, self.trainable_variables)
         if public is not None:
-            public.update_moving_statistics()
+            public.update_statistics([each.tensors[0] for each in residuals])
 
     def _read_batch(self, data: Any) -> Batch:
         _checks.check_replicas(tf.distribute.get_strategy())
@@ -208,7 +209,10 @@ class DPModel(BookkeepingModel):
         _checks.check_layers(self)
         structure = self._books.structure = _checks.trace_structure(self, batch.x, batch.y)
         if structure.active:
-            return PublicForward(self, self._require_public_batch(), self._dp_options["correction"])
+            public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), batch.x)
+            if structure.needs_public_batch:
+                public_batch = self._require_public_batch()
+            return PublicForward(self, public_batch, self._dp_options["correction"], self._books.input_mean)
         if structure.has_state:
             # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), batch.x), training=True)
@@ -223,20 +227,21 @@ class DPModel(BookkeepingModel):
             x, y, weight = tf.nest.map_structure(lambda t: t[None], (x, y, weight))
             scale, weight = _split_weight(weight)
             with (
-                GivenStatistics(calls, statistics),
+                GivenStatistics(calls, statistics) as given,
                 isolated_call(seeds, index, tracker_variables(self)) as scope,
             ):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)
             y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0), y_pred)
             parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
-            return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred)
+            residuals = public.residuals(given, tf.nest.flatten(x)) if public else ()
+            return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
 
         variables = tuple(raw(variable) for variable in self.trainable_variables)
         scale = self._loss_scale()
         if public is None:
             return Task(run_example, variables, (), (), scale)
-        return Task(run_example, variables, public.statistics, public.local_terms, scale)
+        return Task(run_example, variables, public.statistics, public.local_terms, scale, public.releases)
 
     def _loss_scale(self) -> float:
         given = self._dp_options["loss_scale"]

@@ -6,15 +6,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
-from tf_dpbn.accounting import PrivacyPlan
+from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
 from tf_dpbn.mechanisms import ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
-_PRIVACY_ARGUMENTS = ("l2_norm_clip", "noise_multiplier", "expected_batch_size", "num_examples", "delta")
+_PRIVACY_ARGUMENTS = (
+    "l2_norm_clip",
+    "noise_multiplier",
+    "expected_batch_size",
+    "num_examples",
+    "delta",
+    "statistics_fraction",
+)
 _SMALLEST_CLIP = 1e-10
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
@@ -35,11 +43,15 @@ class DPOptimizer(keras.optimizers.Optimizer):
     Args:
       inner: a keras optimizer, or its name.
       l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
-      noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy.
+      noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy. If the model
+        releases noised statistics, it is the effective noise multiplier of all releases of a step together.
       expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size
         of the batch at hand, which depends on who is in it.
       num_examples: size of the training set, for accounting; None if not known here.
       delta: the delta at which callbacks report epsilon, in (0, 1); None if not known here.
+      statistics_fraction: which part of a step's privacy goes to noised statistics if the model has any, in (0, 1);
+        the gradient's noise multiplier is then noise_multiplier / sqrt(1 - statistics_fraction). See
+        `accounting.split_noise_multiplier`.
       noise_seed: for tests only. Noise from a known seed protects nothing; it is not part of the configuration.
       name: optional name.
 
@@ -58,6 +70,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         expected_batch_size: float | None = None,
         num_examples: int | None = None,
         delta: float | None = None,
+        statistics_fraction: float = 0.1,
         noise_seed: int | None = None,
         name: str | None = None,
     ) -> None:
@@ -91,6 +104,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                     "A batch is drawn from the data set.",
                 )
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
+        self._statistics_fraction = _validate.open_probability("statistics_fraction", statistics_fraction)
         self._noise_source = NoiseSource(noise_seed)
 
     @classmethod
@@ -109,6 +123,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             "expected_batch_size": plan.expected_batch_size,
             "num_examples": plan.num_examples,
             "delta": plan.delta,
+            "statistics_fraction": plan.statistics_fraction,
         }
         for argument in [*from_plan, "num_microbatches"]:
             if argument in kwargs:
@@ -144,17 +159,36 @@ class DPOptimizer(keras.optimizers.Optimizer):
         return self._delta
 
     @property
+    def statistics_fraction(self) -> float:
+        """Which part of a step's privacy goes to noised statistics, if the model has any."""
+        return self._statistics_fraction
+
+    def noise_multipliers(self, statistic_releases: int) -> tuple[float, ...]:
+        """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
+        return split_noise_multiplier(self.noise_multiplier, self.statistics_fraction, statistic_releases)
+
+    @property
     def sampling_probability(self) -> float | None:
         """expected_batch_size / num_examples, or None if num_examples was not given."""
         return None if self.num_examples is None else self.expected_batch_size / self.num_examples
 
-    def privatize(self, clipped: ClippedSum) -> NoisedGradients:
-        """Releases a clipped sum: the privacy boundary of a train step.
+    def privatize(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
+        """Releases the clipped sums of one step: its privacy boundary.
+
+        Args:
+          clipped: the gradient's sum, then those of statistics, if any.
+
+        Returns:
+          Each sum, noised, over the expected batch size.
 
         Raises:
-          TypeError: for anything but a ClippedSum.
+          TypeError: for anything but ClippedSums.
         """
-        return add_gaussian_noise(clipped, self.noise_multiplier, self.expected_batch_size, self._noise_source)
+        multipliers = self.noise_multipliers(len(clipped) - 1)
+        return tuple(
+            add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
+            for each, multiplier in zip(clipped, multipliers, strict=True)
+        )
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
         """Lets the inner optimizer apply noised gradients to `variables`.
@@ -233,6 +267,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
         expected_batch_size: float | None = None,
         num_examples: int | None = None,
         delta: float | None = None,
+        statistics_fraction: float = 0.1,
         noise_seed: int | None = None,
         **inner_kwargs: Any,
     ) -> None:
@@ -256,6 +291,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
             expected_batch_size,
             num_examples,
             delta,
+            statistics_fraction,
             noise_seed,
             name=inner.name,
         )
@@ -267,7 +303,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     @classmethod
     def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
         """Builds an optimizer from `get_config`."""
-        privacy = {argument: config[argument] for argument in _PRIVACY_ARGUMENTS}
+        privacy = {argument: config[argument] for argument in _PRIVACY_ARGUMENTS if argument in config}
         rest = {k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS}
         # The inner class reads its own configuration (learning rate schedules, say), so it is built first.
         inner = cls.inner_class.from_config(rest)
@@ -286,7 +322,7 @@ class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
       num_microbatches: None, or the expected batch size, which it then gives. Every example is clipped on its own:
         other values, which clip means of several examples, are refused.
       *inner_args, **inner_kwargs: arguments of keras.optimizers.SGD.
-      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
     """
 
     inner_class = keras.optimizers.SGD
@@ -299,7 +335,7 @@ class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
     Args:
       l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
       *inner_args, **inner_kwargs: arguments of keras.optimizers.Adam.
-      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
     """
 
     inner_class = keras.optimizers.Adam
@@ -312,7 +348,7 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     Args:
       l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
       *inner_args, **inner_kwargs: arguments of keras.optimizers.Adagrad.
-      expected_batch_size, num_examples, delta, noise_seed: see DPOptimizer.
+      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
     """
 
     inner_class = keras.optimizers.Adagrad

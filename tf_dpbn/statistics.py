@@ -50,7 +50,7 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
 
 
 def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """tf.nn.moments with its gradient in one multiplication and one addition by channel (half as many passes over z)."""
+    """tf.nn.moments, its gradient in one multiplication and one addition by channel: half as many passes over z."""
 
     @tf.custom_gradient
     def compute(z: tf.Tensor) -> Any:
@@ -113,3 +113,148 @@ def statistics_cotangents(
     """
     r = tf.math.rsqrt(variance + epsilon)
     return -gamma * r * d_beta, -0.5 * gamma * tf.square(r) * d_gamma
+
+
+# A release never shrinks a variance to less than this part of it: noise must not make one vanish.
+_LEAST_FACTOR = 0.25
+# Bound on the logarithm of a private over a public variance.
+_LARGEST_LOG_SCALE = 10.0
+
+
+def residuals(
+    z: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    epsilon: float,
+    axes: Sequence[int] = (-1,),
+    mask: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """How one example's moments differ from the statistics in use, relative to them: u_i = [m_i; s_i].
+
+        m_i = mean_t (z_t - mu) r,    s_i = mean_t ((z_t - mu)^2 - v) r^2        (docs/algorithm.md, section 5)
+
+    Both are zero on average where mu and v are the moments of the data.
+
+    Args:
+      z: [..., channels], one example, with any leading axes.
+      mean, variance: of the shape of the channel axes.
+      epsilon: added to the variance in r.
+      axes: the channel axes.
+      mask: bool, of the shape of the first axes of z; False positions are left out.
+
+    Returns:
+      [2 * channels], float32 or wider.
+
+    >>> residuals(tf.constant([[1.0], [3.0]]), tf.zeros([1]), tf.ones([1]), 0.0).numpy().tolist()
+    [2.0, 4.0]
+    """
+    z = widen(z)
+    shape = _broadcast_shape(z.shape.rank, axes, mean)
+    centered = z - tf.reshape(tf.cast(mean, z.dtype), shape)
+    reduce = _reduction_axes(z.shape.rank, axes)
+    if mask is None:
+        first, second = tf.reduce_mean(centered, reduce), tf.reduce_mean(tf.square(centered), reduce)
+    else:
+        weights = tf.cast(mask, z.dtype)
+        while weights.shape.rank < z.shape.rank:
+            weights = weights[..., None]
+        weights = tf.broadcast_to(weights, tf.shape(z))
+        total = tf.reduce_sum(weights, reduce)
+        first = tf.math.divide_no_nan(tf.reduce_sum(weights * centered, reduce), total)
+        second = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.square(centered), reduce), total)
+        second = tf.where(total > 0, second, tf.cast(variance, z.dtype))
+    variance = tf.cast(variance, z.dtype)
+    r = tf.math.rsqrt(variance + epsilon)
+    return tf.concat([tf.reshape(first * r, [-1]), tf.reshape((second - variance) * tf.square(r), [-1])], 0)
+
+
+def updated(
+    mean: tf.Tensor, variance: tf.Tensor, released: tf.Tensor, rate: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moves statistics by the released, noised mean of residuals.
+
+        mu += rate m~ / r,    v + epsilon *= 1 + rate s~, at least by a factor of 1/4 and to no less than v = 0
+
+    Args:
+      mean, variance: [channels].
+      released: [2 * channels], see `residuals`.
+      rate: scalar in (0, 1], one minus the momentum.
+      epsilon: added to the variance.
+    """
+    m, s = tf.split(tf.cast(released, mean.dtype), 2)
+    wide = variance + epsilon
+    factor = tf.maximum(1.0 + rate * s, _LEAST_FACTOR)
+    return mean + rate * m * tf.sqrt(wide), tf.maximum(wide * factor - epsilon, 0.0)
+
+
+def anchored(
+    mean: tf.Tensor, variance: tf.Tensor, shift: tf.Tensor, log_scale: tf.Tensor, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Private statistics from those of a public batch: mu = mu_P + sd_P shift, v = v_P exp(log_scale).
+
+    Args:
+      mean, variance: mu_P and v_P, [channels]; sd_P = sqrt(v_P + epsilon).
+      shift, log_scale: [channels], slow averages of released residuals.
+      epsilon: added to the variance.
+    """
+    return mean + tf.sqrt(variance + epsilon) * shift, variance * tf.exp(log_scale)
+
+
+def anchored_cotangents(
+    c_mean: tf.Tensor,
+    c_variance: tf.Tensor,
+    variance: tf.Tensor,
+    shift: tf.Tensor,
+    log_scale: tf.Tensor,
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Carries the loss' derivatives by anchored statistics to the public ones, by the chain rule.
+
+        c_mu_P = c_mu,    c_v_P = exp(log_scale) c_v + shift / (2 sd_P) c_mu        (docs/algorithm.md, section 5)
+
+    Args:
+      c_mean, c_variance: [..., channels].
+      variance, shift, log_scale, epsilon: as for `anchored`.
+    """
+    return c_mean, tf.exp(log_scale) * c_variance + 0.5 * shift * tf.math.rsqrt(variance + epsilon) * c_mean
+
+
+def updated_anchor(
+    shift: tf.Tensor,
+    log_scale: tf.Tensor,
+    public_variance: tf.Tensor,
+    released: tf.Tensor,
+    rate: tf.Tensor,
+    epsilon: float,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moves shift and log_scale of `anchored` by the released, noised mean of residuals.
+
+    Args:
+      shift, log_scale: [channels].
+      public_variance: v_P, with which the residuals were computed.
+      released: [2 * channels], see `residuals`.
+      rate: scalar in (0, 1].
+      epsilon: added to the variance.
+    """
+    m, s = tf.split(tf.cast(released, shift.dtype), 2)
+    sd = tf.sqrt(public_variance * tf.exp(log_scale) + epsilon)
+    shift = shift + rate * m * sd * tf.math.rsqrt(public_variance + epsilon)
+    log_scale = log_scale + tf.math.log(tf.maximum(1.0 + rate * s, _LEAST_FACTOR))
+    return shift, tf.clip_by_value(log_scale, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
+
+
+def update_rate(momentum: float, updates: tf.Tensor, layers: int) -> tf.Tensor:
+    """One minus the momentum of the next update: max(1 - momentum, 1 / (1 + updates / layers)).
+
+    The first updates count fully: statistics start from arbitrary values, and those of a layer mean something only once
+    the layers before it have theirs, so that a network of n layers takes about n updates to settle.
+
+    Args:
+      momentum: of the moving average, in [0, 1).
+      updates: scalar, how many updates there were.
+      layers: how many normalizations there are one after the other.
+
+    >>> [round(float(update_rate(0.75, tf.constant(t), 2)), 2) for t in (0, 2, 100)]
+    [1.0, 0.5, 0.25]
+    """
+    return tf.maximum(1.0 - momentum, layers / (layers + tf.cast(updates, tf.float32)))

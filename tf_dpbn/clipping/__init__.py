@@ -7,6 +7,8 @@ The contract, which every engine satisfies and tests/conformance checks:
 - It scales the whole vector (all variables together) to an L2 norm of at most `l2_norm_clip`; examples that are
   padding or whose vector is not finite contribute exactly zero.
 - It returns the sum as a `ClippedSum` whose sensitivity under adding or removing one example is `l2_norm_clip`.
+- It does the same with each residual of statistics that an example yields (docs/algorithm.md, section 5), each with a
+  bound of its own.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ class ExampleResult:
       loss: scalar, its sample weight included.
       parts: its unweighted losses by output, as Keras logs them; empty for a single output.
       y_pred: the prediction, without a batch axis.
+      residuals: for each of the task's releases, a float32 vector.
     """
 
     loss: tf.Tensor
     parts: tuple[tf.Tensor, ...]
     y_pred: Any
+    residuals: tuple[tf.Tensor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,19 @@ class BatchResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class StatisticsRelease:
+    """A vector by example whose clipped sum is released with noise, beside the gradient.
+
+    Attributes:
+      size: its length.
+      l2_norm_clip: bound on its L2 norm.
+    """
+
+    size: int
+    l2_norm_clip: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What an engine needs to know about the model, at the current weights.
 
@@ -81,6 +98,7 @@ class Task:
       local_terms: for each of those calls, the local corrections to add (docs/algorithm.md, section 3a).
       loss_scale: a power of two; losses are multiplied by it while they are differentiated, and gradients divided by
         it in float32, so that small gradients survive half precision.
+      releases: what is released of the statistics' residuals.
     """
 
     run_example: Callable[..., ExampleResult]
@@ -88,10 +106,14 @@ class Task:
     statistics: tuple[tuple[tf.Tensor, tf.Tensor], ...]
     local_terms: tuple[tuple[LocalTerm, ...], ...]
     loss_scale: float = 1.0
+    releases: tuple[StatisticsRelease, ...] = ()
 
 
 class Engine(Protocol):
     """Computes the clipped sum of corrected per-example gradients."""
 
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[ClippedSum, BatchResult]:
-        """Returns the sum, of sensitivity `l2_norm_clip`, and the un-noised by-products."""
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+        """Returns the sums and the un-noised by-products.
+
+        The first sum is the gradient's, of sensitivity `l2_norm_clip`; the others are those of the task's releases.
+        """

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tf_dpbn import _validate
 from tf_dpbn.clipping import Task
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Lookups, Products, aligned
-from tf_dpbn.clipping.microbatches import MicrobatchedEngine
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.rows import densify, unscaled, widen
 from tf_dpbn.clipping.rules import AnyRule
 from tf_dpbn.clipping.rules.base import MatrixRule, Rule
@@ -57,11 +57,13 @@ class Vectors:
       contributions: each variable's part.
       uses: the operations that rules cover.
       results: (loss, parts, y_pred) by row.
+      residuals: of the statistics, by release and row.
     """
 
     contributions: Sequence[Contribution]
     uses: tuple[Use, ...]
     results: tuple[Any, Any, Any]
+    residuals: Sequence[tf.Tensor]
 
     def squared_norms(self) -> tf.Tensor:
         """float32 [rows]; not finite where the vector is not."""
@@ -122,9 +124,9 @@ class BookKeepingEngine(MicrobatchedEngine):
         vectorized = vectorize(lambda row: _record(task, books, *row[:-1]), rows)
         if vectorized is None:
             return None
-        loss, parts, y_pred, gradients, cotangents, records = vectorized(rows)
+        loss, parts, y_pred, gradients, cotangents, records, residuals = vectorized(rows)
         contributions = self._contributions(task, books, gradients, cotangents, records)
-        return Vectors(contributions, books.uses, (loss, parts, y_pred))
+        return Vectors(contributions, books.uses, (loss, parts, y_pred), residuals)
 
     def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
         """See MicrobatchedEngine."""
@@ -134,6 +136,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         squared, mask = vectors.squared_norms(), rows[-1]
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = vectors.weighted_sums(clip_weights(squared, l2_norm_clip, mask), finite)
+        sums += residual_sums(task, vectors.residuals, mask)
         return sums, (*vectors.results, tf.logical_and(mask, tf.logical_not(finite)))
 
     def _contributions(
@@ -181,7 +184,7 @@ class BookKeepingEngine(MicrobatchedEngine):
 
 
 def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
-    """One example's loss and prediction, direct gradients, cotangents of the statistics, and records of uses."""
+    """One example's loss and prediction, direct gradients, cotangents of statistics, records of uses, residuals."""
     graph = tf.compat.v1.get_default_graph()
     with tf.GradientTape(watch_accessed_variables=False, persistent=False) as tape:
         statistics = tf.nest.map_structure(tf.identity, task.statistics)
@@ -198,7 +201,8 @@ def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Te
     first, last = len(direct), len(found) - len(books.uses)
     records = [(use.inputs, cotangent) for use, cotangent in zip(books.uses, found[last:], strict=True)]
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
-    return tf.cast(result.loss, tf.float32), parts, result.y_pred, found[:first], found[first:last], records
+    loss = tf.cast(result.loss, tf.float32)
+    return loss, parts, result.y_pred, found[:first], found[first:last], records, result.residuals
 
 
 def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[BoundTerm]) -> Sequence[tf.Tensor]:

@@ -34,6 +34,7 @@ _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
 # Those of them whose first axis of data and output are the examples.
 _LINEAR_IN_ROWS = frozenset(["MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative"])
 _ADDITIONS = frozenset(["Add", "AddV2", "BiasAdd", "Identity"])
+_REARRANGEMENTS = frozenset(["Reshape", "Squeeze", "ExpandDims"])
 # Each output channel depends on the same input channel only; the channel axis stays where it is.
 _CHANNELWISE_OPERATIONS = frozenset(
     "Add AddV2 AvgPool AvgPool3D BatchToSpaceND BiasAdd Cast Elu Exp Identity LeakyRelu MaxPool MaxPool3D "
@@ -79,7 +80,10 @@ class LocalTerm:
 
 
 def find_local_terms(
-    calls: Sequence[NormalizationCall], public_inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]
+    calls: Sequence[NormalizationCall],
+    public_inputs: Sequence[tf.Tensor],
+    variables: Sequence[tf.Variable],
+    released_means: Sequence[tf.Tensor | None],
 ) -> tuple[tuple[LocalTerm, ...], ...]:
     """Computes the local terms of each normalization call of a public pass in the current graph.
 
@@ -87,40 +91,122 @@ def find_local_terms(
       calls: from `layers.PublicPass`.
       public_inputs: the tensors through which public data entered the pass.
       variables: the trainable variables.
+      released_means: for each call whose statistics do not come from this pass, the released mean, by channel, of what
+        the kernel layer is fed with; None for the others.
 
     Returns:
       For each call its local terms, one for each variable of the layer that feeds it; empty where the call is not fed
       by one kernel layer (after an addition of branches, say).
     """
     graph = _PassGraph(public_inputs, variables)
-    return tuple(_terms_of_call(graph, call) for call in calls)
+    found: list[tuple[LocalTerm, ...]] = []
+    for call, mean in zip(calls, released_means, strict=True):
+        producer = graph.find_producer(call.inputs, call.layer.channel_axes)
+        if producer is None:
+            found.append(())
+        elif call.layer.statistics == "noised":
+            found.append(_terms_of_released(producer, call, mean))
+        else:
+            found.append(_terms_of_public(producer, call))
+    return tuple(found)
 
 
-def _terms_of_call(graph: _PassGraph, call: NormalizationCall) -> tuple[LocalTerm, ...]:
-    producer = graph.find_producer(call.inputs, call.layer.channel_axes)
-    if producer is None:
+def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: tf.Tensor | None) -> tuple[LocalTerm, ...]:
+    """Without public patches: pbar from the released mean of the kernel layer's input, V along the kernel itself.
+
+    V_o is 2 v_o K_o / |K_o|^2 plus something orthogonal to K_o, as v_o is a quadratic function of K_o. Keeping only the
+    first part takes from an example's gradient what changes the kernel's length, which normalization undoes.
+    """
+    if mean is None:
         return ()
+    d_means = _mean_of_linear(producer, tf.reshape(mean, _channel_shape(producer)))
+    *biases, kernel = producer.parameters
+    axes = [k for k in range(kernel.read.shape.rank) if k - kernel.read.shape.rank not in kernel.channel_axes]
+    squares = tf.reduce_sum(tf.square(kernel.read), axes, keepdims=True)
+    variance = tf.reshape(tf.cast(call.variance, kernel.read.dtype), squares.shape)
+    d_variances = [*[tf.zeros_like(bias.read) for bias in biases]]
+    d_variances.append(2.0 * tf.math.divide_no_nan(variance, squares) * kernel.read)
+    return _local_terms(producer, d_means, d_variances)
+
+
+def input_means(
+    calls: Sequence[tuple[tf.Tensor, NormalizationCall]], inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]
+) -> list[tf.Tensor | None]:
+    """Means, by channel, of what the kernel layers before some normalizations are fed with, in the current graph.
+
+    Args:
+      calls: (a normalization's input in this graph, the corresponding call of the public pass).
+      inputs: the tensors through which data entered the pass.
+      variables: the trainable variables.
+
+    Returns:
+      For each call a vector [input channels], or None where it has no local term from released means.
+    """
+    graph = _PassGraph(inputs, variables)
+    found: list[tf.Tensor | None] = []
+    for z, call in calls:
+        producer = graph.find_producer(z, call.layer.channel_axes)
+        if producer is None or not producer.is_linear or call.masked:
+            found.append(None)
+            continue
+        shape = _channel_shape(producer)
+        axes = [k for k, size in enumerate(shape) if size == 1]
+        data = tf.cast(producer.frozen_input, tf.float32)
+        found.append(tf.reshape(tf.reduce_mean(data, axes), [math.prod(shape)]))
+    return found
+
+
+def _channel_shape(producer: _Producer) -> list[int]:
+    """The shape of the kernel operation's data with all axes but the channels of size one."""
+    data = producer.frozen_input
+    is_convolution = "onv" in producer.operation.type
+    axis = _channel_axis_of_kernel_operation(producer.operation) if is_convolution else data.shape.rank - 1
+    return [size if k == axis else 1 for k, size in enumerate(data.shape.as_list())]
+
+
+def _terms_of_public(producer: _Producer, call: NormalizationCall) -> tuple[LocalTerm, ...]:
+    """Both Jacobians from the public pass; those by anchored statistics by the chain rule."""
     reads = [parameter.read for parameter in producer.parameters]
     stop = [producer.frozen_input]
     # Mean and variance of channel o involve only channel o of each parameter, so the gradient of their sum over
     # channels holds every entry of the Jacobian.
     if producer.is_linear and not call.masked:
-        d_means = _mean_of_linear(producer)
+        d_means = _mean_of_linear(producer, tf.reduce_mean(producer.frozen_input, 0, keepdims=True))
     else:
-        d_means = tf.gradients(tf.reduce_sum(call.mean), reads, stop_gradients=stop)
-    d_variances = tf.gradients(tf.reduce_sum(call.variance), reads, stop_gradients=stop)
+        d_means = tf.gradients(tf.reduce_sum(call.public_mean), reads, stop_gradients=stop)
+    d_variances = tf.gradients(tf.reduce_sum(call.public_variance), reads, stop_gradients=stop)
+    terms = _local_terms(producer, d_means, d_variances)
+    return terms if call.layer.statistics == "public" else tuple(_anchored_term(term, call) for term in terms)
+
+
+def _anchored_term(term: LocalTerm, call: NormalizationCall) -> LocalTerm:
+    """The same Jacobians by anchored statistics, which are linear in the cotangents too."""
+    one, zero = (value(tf.reshape(call.public_variance, [-1])) for value in (tf.ones_like, tf.zeros_like))
+    d_mean = term.pull_back(*call.public_cotangents(one, zero))
+    d_variance = term.pull_back(*call.public_cotangents(zero, one))
+    return dataclasses.replace(term, d_mean=d_mean, d_variance=d_variance)
+
+
+def _local_terms(
+    producer: _Producer, d_means: Sequence[tf.Tensor], d_variances: Sequence[tf.Tensor]
+) -> tuple[LocalTerm, ...]:
     return tuple(
         LocalTerm(parameter.index, parameter.channel_axes, d_mean, d_variance)
         for parameter, d_mean, d_variance in zip(producer.parameters, d_means, d_variances, strict=True)
     )
 
 
-def _mean_of_linear(producer: _Producer) -> list[tf.Tensor]:
+def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tensor]:
     """d mean / d parameter where the normalization's input is operation(data) + biases.
 
     The mean of the outputs is then that of the mean input, so that one example takes the place of the whole batch.
+
+    Args:
+      producer: linear.
+      mean_input: of the shape of the operation's data, one or more examples; other axes of one are broadcast.
     """
-    mean_input = tf.reduce_mean(producer.frozen_input, 0, keepdims=True)
+    shape = tf.concat([tf.shape(mean_input)[:1], tf.shape(producer.frozen_input)[1:]], 0)
+    mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), [None, *producer.frozen_input.shape[1:]])
     output = _graph.call_again(producer.operation, producer.frozen_input, mean_input)
     axis = _channel_axis_of_kernel_operation(producer.operation)
     mean = tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis])
@@ -143,7 +229,7 @@ class _Producer:
       operation: multiplies data by a kernel.
       parameters: trainable variables on the way, the operation's kernel last.
       frozen_input: the operation's data.
-      is_linear: the normalization's input is operation(data) plus biases, examples on the first axis of all.
+      is_linear: the normalization's input is operation(data) plus biases, up to a rearrangement of positions.
     """
 
     operation: tf.Operation
@@ -186,7 +272,7 @@ class _PassGraph:
             if moved is None or added is None:
                 return None
             parameters += added
-            is_linear = is_linear and operation.type in _ADDITIONS
+            is_linear = is_linear and operation.type in _ADDITIONS | _REARRANGEMENTS
             axis, z = moved, data[0]
 
     def _kernel(self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int) -> _Parameter | None:
@@ -264,7 +350,7 @@ def _axis_before(operation: tf.Operation, data: tf.Tensor, axis: int) -> int | N
     if operation.type in _CHANNELWISE_OPERATIONS:
         return axis if data.shape.rank == out.shape.rank and data.shape[axis] == out.shape[axis] else None
     last = axis == out.shape.rank - 1
-    if operation.type in ("Reshape", "Squeeze", "ExpandDims"):
+    if operation.type in _REARRANGEMENTS:
         # Leading axes may be merged or split; the last one must be kept whole.
         return data.shape.rank - 1 if last and data.shape[-1] == out.shape[-1] != 1 else None
     if operation.type == "Transpose":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -9,7 +10,7 @@ import tensorflow as tf
 from tf_dpbn import _validate
 from tf_dpbn.clipping import Batch, BatchResult, Task
 from tf_dpbn.clipping.vectorization import has_accelerator
-from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.mechanisms import ClippedSum, clip_weights
 
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
 # working set costs no time, but fewer than 64 examples at a time do.
@@ -45,16 +46,17 @@ class MicrobatchedEngine:
           l2_norm_clip: bound on the norm of each example's vector.
 
         Returns:
-          (sums, one float32 tensor a variable; (loss, parts, y_pred, not_finite), each by row).
+          (sums, one float32 tensor a variable and then one a release; (loss, parts, y_pred, not_finite), each by row).
         """
         raise NotImplementedError
 
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[ClippedSum, BatchResult]:
-        """Returns the clipped sum, of sensitivity `l2_norm_clip`, and the un-noised by-products."""
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+        """See `clipping.Engine`."""
         rows, count = to_rows(batch), _batch_size(batch)
         size = self._slice_size(task, rows, count)
         slices = _ceil_divide(count, size)
-        sums = tuple(tf.zeros(v.shape, tf.float32) for v in task.variables)
+        shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
+        sums = tuple(tf.zeros(shape, tf.float32) for shape in shapes)
         padded = tf.nest.map_structure(lambda t: _pad(t, slices * size), rows)
 
         def clipped_slice(i: Any) -> Any:
@@ -71,7 +73,10 @@ class MicrobatchedEngine:
 
         loss, parts, y_pred = tf.nest.map_structure(without_filler, by_products[:3])
         not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
-        return ClippedSum(tuple(sums), float(l2_norm_clip)), BatchResult(loss, parts, y_pred, not_finite)
+        clipped = [ClippedSum(tuple(sums[: len(task.variables)]), float(l2_norm_clip))]
+        for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
+            clipped.append(ClippedSum((total,), release.l2_norm_clip))
+        return tuple(clipped), BatchResult(loss, parts, y_pred, not_finite)
 
     def _slice_size(self, task: Task, rows: Any, count: Any) -> Any:
         limit = self._microbatch_size or self._choose_size(max(1, self.bytes_per_example(task, rows)))
@@ -86,6 +91,27 @@ class MicrobatchedEngine:
         memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
         fewest = min(_FEWEST, _MEMORY_OF_FEWEST // bytes_per_example)
         return max(1, fewest, memory // bytes_per_example)
+
+
+def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Clips and sums what is released of the statistics.
+
+    Args:
+      task: the model.
+      residuals: for each release, [rows, size].
+      mask: bool [rows], False for padding.
+
+    Returns:
+      For each release a float32 vector, to which a row contributes at most its l2_norm_clip, and one that is not
+      finite nothing.
+    """
+    sums = []
+    for release, rows in zip(task.releases, residuals, strict=True):
+        squared = tf.reduce_sum(tf.square(rows), 1)
+        weights = clip_weights(squared, release.l2_norm_clip, mask)
+        kept = tf.where(tf.math.is_finite(tf.sqrt(squared))[:, None], rows, tf.zeros_like(rows))
+        sums.append(tf.reduce_sum(weights[:, None] * kept, 0))
+    return tuple(sums)
 
 
 def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn.clipping import ExampleResult, Task
-from tf_dpbn.clipping.microbatches import MicrobatchedEngine
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.rows import by_row, densify, unscaled, widen
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
@@ -48,6 +48,7 @@ class PerExampleEngine(MicrobatchedEngine):
         weights = clip_weights(squared, l2_norm_clip, mask)
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = tuple(_weighted_sum(weights, finite, g) for g in gradients)
+        sums += residual_sums(task, results.residuals, mask)
         not_finite = tf.logical_and(mask, tf.logical_not(finite))
         return sums, (results.loss, results.parts, results.y_pred, not_finite)
 
@@ -59,12 +60,12 @@ class PerExampleEngine(MicrobatchedEngine):
 
         vectorized = vectorize(run_row, rows) if self._vectorize else None
         outputs = vectorized(rows) if vectorized is not None else loop(run_row, rows)
-        loss, parts, y_pred, gradients, cotangents = outputs
-        return ExampleResult(loss, parts, y_pred), gradients, cotangents
+        loss, parts, y_pred, gradients, cotangents, residuals = outputs
+        return ExampleResult(loss, parts, y_pred, residuals), gradients, cotangents
 
 
 def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
-    """Loss, prediction, gradients by the variables and by the statistics, of one example."""
+    """Loss, prediction, gradients by the variables and by the statistics, and residuals, of one example."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         statistics = tf.nest.map_structure(tf.identity, task.statistics)
         tape.watch([*task.variables, *tf.nest.flatten(statistics)])
@@ -76,7 +77,7 @@ def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) ->
     number = len(task.variables)
     loss = tf.cast(result.loss, tf.float32)
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
-    return loss, parts, result.y_pred, dense[:number], dense[number:]
+    return loss, parts, result.y_pred, dense[:number], dense[number:], result.residuals
 
 
 def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf.Tensor]) -> list[tf.Tensor]:
