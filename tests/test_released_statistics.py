@@ -24,7 +24,7 @@ def normalization(mode, **kwargs):
 def dense_net(mode, width=5, features=4, **kwargs):
     inputs = keras.Input((features,))
     x = layers.Dense(width)(inputs)
-    x = layers.Activation("tanh")(normalization(mode, **kwargs)(x))
+    x = layers.Activation("tanh")(normalization(mode, **kwargs)()(x))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(x))
     model.set_public_batch(np.random.default_rng(1).normal(size=(9, features)).astype("float32"))
     return model
@@ -113,7 +113,7 @@ def test_deep_stack_settles_in_as_many_updates_as_it_has_layers():
     for layer in normalizations(model):
         layer.statistics_clip = 100.0
     train(model, 3.0 * x, y, 6)
-    expected = keras.Model(model.inputs, [layer.input for layer in normalizations(model)])(3.0 * x)
+    expected = keras.Model(model.inputs[0], [layer.input for layer in normalizations(model)])(3.0 * x)
     for layer, z in zip(normalizations(model), expected, strict=True):
         np.testing.assert_allclose(layer.moving_mean, np.mean(z, (0, 1, 2)), atol=0.05)
 
