@@ -1,6 +1,7 @@
 # make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
+# make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
 EPSILON ?= 8
@@ -13,6 +14,8 @@ DEMO_FLAGS ?=
 WORKERS ?= 2
 # What benchmarks/step_time.py takes, for example BENCH_FLAGS="--nets=resnet8 --batch_sizes=64,256 --json=times.jsonl".
 BENCH_FLAGS ?=
+# What benchmarks/utility.py takes, for example UTILITY_FLAGS="--tables=b --data_dir=/usr/share/datasets/fashion-mnist".
+UTILITY_FLAGS ?=
 # JAX-Privacy needs Python 3.12 or later, tensorflow-privacy 3.10 or 3.11. Where these names lead nowhere, give paths:
 # make PYTHON_JAX=/opt/python3.12/bin/python3 bench-peers
 PYTHON_JAX ?= python3.12
@@ -27,7 +30,7 @@ SOURCES := setup.py tf_dpbn/version.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format bench bench-peers clean check-python
+.PHONY: demo test lint format bench bench-peers utility clean check-python
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
@@ -52,6 +55,9 @@ bench: $(TEST_VENV)/.installed
 
 bench-peers: $(TEST_VENV)/.installed $(PEERS:%=.venv-peer-%/.installed)
 	$(TEST_BIN)/python benchmarks/step_time.py --peers=opacus,jax_privacy,tensorflow_privacy $(BENCH_FLAGS)
+
+utility: $(TEST_VENV)/.installed
+	PYTHONPATH=examples $(TEST_BIN)/python benchmarks/utility.py $(UTILITY_FLAGS)
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) build dist *.egg-info

@@ -71,7 +71,7 @@ def images(n: int, shape: tuple[int, ...] = (6, 6, 2), classes: int = 3, seed: i
 def clipped_sum_function(model: Any, jit_compile: bool = False, all_releases: bool = False) -> Callable[..., Any]:
     """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step.
 
-    The sums are those of the gradient; with `all_releases` a list of the tensors of every release, the gradient's first.
+    The sums are those of the gradient, or with `all_releases` lists of those of every release, the gradient first.
     """
 
     def run(x: Any, y: Any, weight: Any) -> Any:

@@ -3,6 +3,7 @@
 The map, in the order data flows:
 
 - `sampling`: Poisson batches of fixed shape; `PrivacyPlan` with data sets.
+- `augmentation`: augmented copies of examples, averaged before clipping.
 - `layers`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
 - `clipping`: per-example gradients, with the gradient through the statistics, clipped and summed.
 - `mechanisms`: the privacy boundary, where noise is added.
@@ -14,6 +15,7 @@ The map, in the order data flows:
 
 from tf_dpbn import (
     accounting,
+    augmentation,
     callbacks,
     clipping,
     layers,
@@ -41,6 +43,7 @@ __all__ = [
     "PrivacyWarning",
     "__version__",
     "accounting",
+    "augmentation",
     "callbacks",
     "clipping",
     "layers",

@@ -45,7 +45,7 @@ class Books(tf.train.experimental.PythonState):
         self._closed = Ledger()
         self._steps_at_opening = 0
         self._releases = 0
-        self._input_means: dict[int, tf.Variable] = {}
+        self._input_means: dict[str, tf.Variable] = {}
         self._saved_input_means: dict[str, list[float]] = {}
         with tf.init_scope():
             self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="privacy_steps")
@@ -76,7 +76,10 @@ class Books(tf.train.experimental.PythonState):
         self.configuration = StepRecord(noise_multipliers=multipliers, steps=1, **rate)
 
     def set_releases(self, optimizer: DPOptimizer, number: int) -> None:
-        """Notes how many releases of statistics a step of the running record has; known once the step is traced."""
+        """Notes how many releases of statistics a step of the running record has; known once the step is traced.
+
+        Epsilon does not depend on it: whatever the number, the releases of a step fold to the optimizer's multiplier.
+        """
         if number == self._releases:
             return
         with tf.init_scope():  # a step is being traced
@@ -86,11 +89,11 @@ class Books(tf.train.experimental.PythonState):
             multipliers = optimizer.noise_multipliers(number)
             self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
 
-    def input_mean(self, call: int, size: int) -> tf.Variable:
+    def input_mean(self, call: str, size: int) -> tf.Variable:
         """The released mean, by channel, of what the kernel layer before a normalization call is fed with."""
         variable = self._input_means.get(call)
         if variable is None or variable.shape[0] != size:
-            value = self._saved_input_means.get(str(call), [])
+            value = self._saved_input_means.get(call, [])
             with tf.init_scope():
                 variable = tf.Variable(
                     value if len(value) == size else [0.0] * size, dtype=tf.float32, trainable=False, name="input_mean"
@@ -112,7 +115,7 @@ class Books(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """The ledger, and released means, as text; tf.train.Checkpoint calls this too."""
-        means = {**self._saved_input_means, **{str(k): v.numpy().tolist() for k, v in self._input_means.items()}}
+        means = {**self._saved_input_means, **{k: v.numpy().tolist() for k, v in self._input_means.items()}}
         return json.dumps({"run": self._run, "ledger": self.ledger().to_json(), "input_means": means})
 
     def deserialize(self, text: str | bytes) -> None:
@@ -123,9 +126,8 @@ class Books(tf.train.experimental.PythonState):
         saved = json.loads(text)
         self._saved_input_means = saved.get("input_means", {})
         for call, variable in self._input_means.items():
-            value = self._saved_input_means.get(str(call), [])
-            if len(value) == variable.shape[0]:
-                variable.assign(value)
+            value = self._saved_input_means.get(call, [])
+            variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
         theirs, ours = Ledger.from_json(saved["ledger"]), self.ledger()
         if ours.steps and saved["run"] != self._run:
             for record in ours.entries:

@@ -186,6 +186,34 @@ def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulati
             )
 
 
+def check_multiplicity(made: int, averaged: int) -> None:
+    """Refuses a data set with another number of augmented copies than the model averages over.
+
+    Raises:
+      ValueError: naming both numbers.
+    """
+    if made != averaged:
+        raise _validate.argument_error(
+            "augmentation_multiplicity",
+            averaged,
+            f"equal that of the Poisson data set, {made}",
+            "Pass the same augmentation_multiplicity to compile and to poisson_dataset.",
+        )
+
+
+def check_reduction(loss: Any) -> None:
+    """Refuses losses that add up a batch, where the mean over an example's copies is meant.
+
+    Raises:
+      ValueError: with the loss.
+    """
+    for each in tf.nest.flatten(loss):
+        if getattr(each, "reduction", None) == "sum":
+            raise _validate.argument_error(
+                "loss", each, "not add up the batch (reduction='sum')", "An example's copies are averaged over."
+            )
+
+
 def trace_structure(model: Any, x: Any, y: Any) -> Structure:
     """Traces the model's training pass once, without running it, and checks what it does.
 

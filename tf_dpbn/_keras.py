@@ -186,7 +186,8 @@ def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
     container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
     if not container.built:
-        container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred)
+        with tf.init_scope():  # variables created in a step would have it traced twice
+            container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred)
 
 
 def compiled_data_loss(
@@ -271,11 +272,12 @@ def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any,
     container = model._compile_metrics
     if container is None:
         return
+    if not container.built:
+        with tf.init_scope():  # variables created in a step would have it traced twice
+            container.build(y, y_pred)
     if mask is None:
         container.update_state(y, y_pred, sample_weight)
         return
-    if not container.built:
-        container.build(y, y_pred)
     real = tf.cast(mask, tf.float32)
     targets, outputs = container._flatten_y(y), container._flatten_y(y_pred)
     for metrics, target, output in zip(container._flat_metrics, targets, outputs, strict=False):

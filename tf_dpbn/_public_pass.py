@@ -14,7 +14,7 @@ from tf_dpbn._keras import call_model, raw
 from tf_dpbn.clipping import StatisticsRelease
 from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
 from tf_dpbn.layers import GivenStatistics, NormalizationCall, PublicPass
-from tf_dpbn.mechanisms import NoisedGradients
+from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 
 CORRECTIONS = ("local", "full", "none")
 
@@ -28,7 +28,7 @@ class PublicForward:
     Args:
       model: the model.
       public_batch: nest of tensors [public examples, ...]; any single example where all statistics are noised ones.
-      input_mean: (position of a call, size) -> variable with the released mean of what feeds its kernel layer.
+      input_mean: (name of a call, size) -> variable with the released mean of what feeds its kernel layer.
       correction: which part of the gradient through the statistics to restore:
         "local": section 3a for calls that one kernel layer feeds, section 3b for the others.
         "full": 3a where possible, and 3b for every call.
@@ -44,7 +44,7 @@ class PublicForward:
     """
 
     def __init__(
-        self, model: Any, public_batch: Any, correction: str, input_mean: Callable[[int, int], tf.Variable]
+        self, model: Any, public_batch: Any, correction: str, input_mean: Callable[[str, int], tf.Variable]
     ) -> None:
         self._variables = [raw(variable) for variable in model.trainable_variables]
         inputs = tf.nest.map_structure(tf.identity, public_batch)
@@ -67,12 +67,17 @@ class PublicForward:
         self.releases = tuple(self._release(k) for k in self._releasing)
 
     def _create_input_means(
-        self, inputs: Sequence[tf.Tensor], input_mean: Callable[[int, int], tf.Variable]
+        self, inputs: Sequence[tf.Tensor], input_mean: Callable[[str, int], tf.Variable]
     ) -> dict[int, tf.Variable]:
         noised = [k for k, call in enumerate(self.calls) if call.layer.statistics == "noised"]
         means = input_means([(self.calls[k].inputs, self.calls[k]) for k in noised], inputs, self._variables)
         sizes = {k: mean.shape[0] for k, mean in zip(noised, means, strict=True) if mean is not None}
-        return {k: input_mean(k, size) for k, size in sizes.items()}
+        return {k: input_mean(self._name_of_call(k), size) for k, size in sizes.items()}
+
+    def _name_of_call(self, k: int) -> str:
+        layer = self.calls[k].layer
+        earlier = sum(call.layer is layer for call in self.calls[:k])
+        return f"{getattr(layer, 'path', layer.name)}:{earlier}"
 
     def _release(self, k: int) -> StatisticsRelease:
         size = 2 * (self.calls[k].mean.shape.num_elements() or 0)
@@ -95,9 +100,16 @@ class PublicForward:
             (z, mask), layer = given.inputs[k], self.calls[k].layer
             parts = [statistics.residuals(z, *self.statistics[k], layer.epsilon, layer.channel_axes, mask)]
             if k in with_mean:
-                parts.append(tf.convert_to_tensor(found[k]) - self._input_means[k].read_value())
-            vectors.append(tf.concat([tf.cast(part, tf.float32) for part in parts], 0))
+                center, scale = self._input_mean_and_scale(k)
+                parts.append((tf.convert_to_tensor(found[k]) - center) / scale)
+            # Each part gets its share of the bound, so that none can crowd out the other.
+            vectors.append(tf.concat([_clipped(tf.cast(part, tf.float32), layer.statistics_clip) for part in parts], 0))
         return tuple(vectors)
+
+    def _input_mean_and_scale(self, k: int) -> tuple[tf.Tensor, tf.Tensor]:
+        """A released mean, and the unit in which it moves: 1, or its root mean square where that is larger."""
+        mean = self._input_means[k].read_value()
+        return mean, tf.maximum(1.0, tf.sqrt(tf.reduce_mean(tf.square(mean))))
 
     def _choose_nonlocal_calls(self, correction: str) -> list[int]:
         """Calls whose statistics' cotangents go through the non-local correction."""
@@ -169,10 +181,18 @@ class PublicForward:
             for position in positions:
                 k = self._releasing[position]
                 if k in self._input_means:
+                    mean, scale = self._input_mean_and_scale(k)
                     rate = first.layer.update_rate(len(self.calls))
-                    self._input_means[k].assign_add(rate * released[position][size:])
-            mean = tf.add_n([released[position][:size] for position in positions]) / len(positions)
-            first.layer.update_statistics(first, mean, len(self.calls))
+                    self._input_means[k].assign(mean + rate * scale * released[position][size:])
+            residual = tf.add_n([released[position][:size] for position in positions]) / len(positions)
+            first.layer.update_statistics(first, residual, len(self.calls))
+
+
+def _clipped(vector: tf.Tensor, root_mean_square: float) -> tf.Tensor:
+    """Scales a vector so that its root mean square is at most the given one."""
+    bound = root_mean_square * math.sqrt(vector.shape[0])
+    weight = clip_weights(tf.reduce_sum(tf.square(vector)), bound, None)
+    return tf.where(weight > 0, weight, 1.0) * vector  # what is not finite stays so, and is dropped as a whole
 
 
 def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tuple[int, int]]) -> None:

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
 from tf_dpbn._keras import IS_KERAS_3, is_shape_inference, keras, raw
+from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 
 STATISTICS_MODES = ("public", "noised", "anchored")
 _DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
@@ -249,6 +250,9 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         )
         self.statistics = statistics
         self.statistics_clip = _validate.positive("statistics_clip", statistics_clip)
+        if not SMALLEST_CLIP <= self.statistics_clip <= LARGEST_CLIP:
+            requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
+            raise _validate.argument_error("statistics_clip", statistics_clip, requirement, "1.0 is the default.")
 
     def build(self, input_shape: Any) -> None:
         """Creates the weights; for released statistics also their averages and the number of their updates."""
@@ -273,13 +277,20 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         """(mean, variance) if they are moving averages of releases and nothing else."""
         if self.statistics != "noised":
             return None
-        return tf.identity(raw(self.moving_mean)), tf.identity(raw(self.moving_variance))
+        return self._by_channel(self.moving_mean), self._by_channel(self.moving_variance)
+
+    def _by_channel(self, weight: Any) -> tf.Tensor:
+        """A weight in the shape of the channel axes; tf_keras gives several axes the rank of the input."""
+        axes = self.channel_axes
+        shape = [-1] if len(axes) == 1 else [weight.shape[axis] for axis in axes]
+        return tf.reshape(raw(weight), shape)
 
     def private_statistics(self, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Statistics for private examples, from those of the public batch (or released ones)."""
         if self.statistics != "anchored":
             return mean, variance
-        return statistics.anchored(mean, variance, raw(self.shift), raw(self.log_scale), self.epsilon)
+        averages = (self._by_channel(self.shift), self._by_channel(self.log_scale))
+        return statistics.anchored(mean, variance, *averages, self.epsilon)
 
     def update_rate(self, layers: int) -> tf.Tensor:
         """The part that the next release has in the averages, see `statistics.update_rate`."""
@@ -294,14 +305,14 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
           layers: how many normalizations the model has.
         """
         rate = self.update_rate(layers)
-        flat = [tf.reshape(t, [-1]) for t in (call.mean, call.variance, call.public_variance)]
         if self.statistics == "noised":
             weights = (self.moving_mean, self.moving_variance)
-            values = statistics.updated(flat[0], flat[1], released, rate, self.epsilon)
+            mean, variance = (tf.reshape(t, [-1]) for t in (call.mean, call.variance))
+            values = statistics.updated(mean, variance, released, rate, self.epsilon)
         else:
             weights = (self.shift, self.log_scale)
             shift, log_scale = (tf.reshape(raw(weight), [-1]) for weight in weights)
-            values = statistics.updated_anchor(shift, log_scale, flat[2], released, rate, self.epsilon)
+            values = statistics.updated_anchor(shift, log_scale, released, rate)
         for weight, value in zip(weights, values, strict=True):
             weight.assign(tf.cast(tf.reshape(value, weight.shape), weight.dtype))
         self.statistic_updates.assign_add(1.0)

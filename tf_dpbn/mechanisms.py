@@ -14,6 +14,9 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 
+# Squares of norms outside this range leave that of float32: clipping would then bound nothing.
+SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
+
 
 def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
     """The factor that scales each example's vector to an L2 norm of at most `l2_norm_clip`.

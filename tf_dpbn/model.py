@@ -90,6 +90,7 @@ class DPModel(BookkeepingModel):
         norm_method: str = "auto",
         accumulation_steps: int = 1,
         loss_scale: float | None = None,
+        augmentation_multiplicity: int = 1,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -112,6 +113,8 @@ class DPModel(BookkeepingModel):
           loss_scale: power of two by which the loss of each example is multiplied while it is differentiated, and its
             gradient divided by, in float32, before it is clipped: small gradients then survive half precision, and
             nothing else changes. None takes 1024 if a layer computes in float16 and 1 otherwise.
+          augmentation_multiplicity: K > 1 if inputs are [batch, K, ...], K augmented copies of each example, as
+            `poisson_dataset` makes them; the gradients of an example's copies are averaged before they are clipped.
 
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
@@ -140,7 +143,10 @@ class DPModel(BookkeepingModel):
             "norm_method": norm_method,
             "accumulation_steps": accumulation_steps,
             "loss_scale": loss_scale,
+            "augmentation_multiplicity": _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity),
         }
+        if augmentation_multiplicity > 1:
+            _checks.check_reduction(loss)
         if IS_KERAS_3:
             kwargs.setdefault("auto_scale_loss", False)
             accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
@@ -207,32 +213,41 @@ class DPModel(BookkeepingModel):
 
     def _public_forward(self, batch: Batch) -> PublicForward | None:
         _checks.check_layers(self)
-        structure = self._books.structure = _checks.trace_structure(self, batch.x, batch.y)
+        x = batch.x
+        if self._dp_options["augmentation_multiplicity"] > 1:
+            x = tf.nest.map_structure(lambda t: t[:, 0], x)
+        structure = self._books.structure = _checks.trace_structure(self, x, batch.y)
         if structure.active:
-            public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), batch.x)
+            public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
             if structure.needs_public_batch:
                 public_batch = self._require_public_batch()
             return PublicForward(self, public_batch, self._dp_options["correction"], self._books.input_mean)
         if structure.has_state:
             # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
-            call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), batch.x), training=True)
+            call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
 
     def _task(self, public: PublicForward | None) -> Task:
-        """Describes one example's forward pass: a batch of one, with the public statistics."""
+        """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics."""
         seeds = draw_example_seeds(self)
+        copies = self._dp_options["augmentation_multiplicity"]
         calls = public.calls if public else []
 
         def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
-            x, y, weight = tf.nest.map_structure(lambda t: t[None], (x, y, weight))
+            y, weight = tf.nest.map_structure(lambda t: t[None], (y, weight))
             scale, weight = _split_weight(weight)
+            if copies == 1:
+                x = tf.nest.map_structure(lambda t: t[None], x)
+            else:
+                y = tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), y)
+                weight = None if weight is None else tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), weight)
             with (
                 GivenStatistics(calls, statistics) as given,
                 isolated_call(seeds, index, tracker_variables(self)) as scope,
             ):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)
-            y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0), y_pred)
+            y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0) if copies == 1 else tf.reduce_mean(t, 0), y_pred)
             parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
             residuals = public.residuals(given, tf.nest.flatten(x)) if public else ()
             return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
@@ -343,6 +358,7 @@ class DPModel(BookkeepingModel):
             _checks.check_batches(x, options.get("batch_size"), held_out, optimizer, self._accumulator.parts)
         else:
             _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts)
+            _checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
@@ -350,6 +366,8 @@ class DPModel(BookkeepingModel):
         if self._accumulator.parts > 1:
             options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
         self._books.open_record(optimizer, source.sampling if source else None)
+        if self.built:  # created in the step they would have it traced twice
+            optimizer.build(self.trainable_variables)
         self._watch_statistics()
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
-from tf_dpbn.mechanisms import ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
+from tf_dpbn.mechanisms import SMALLEST_CLIP, ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
 _PRIVACY_ARGUMENTS = (
@@ -23,7 +23,6 @@ _PRIVACY_ARGUMENTS = (
     "delta",
     "statistics_fraction",
 )
-_SMALLEST_CLIP = 1e-10
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
     "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
@@ -81,9 +80,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
         self._l2_norm_clip = _validate.positive("l2_norm_clip", l2_norm_clip, "1.0 is a common start.")
-        if self._l2_norm_clip < _SMALLEST_CLIP:
+        if self._l2_norm_clip < SMALLEST_CLIP:
             raise _validate.argument_error(
-                "l2_norm_clip", l2_norm_clip, f"be at least {_SMALLEST_CLIP}", "Squares of smaller norms underflow."
+                "l2_norm_clip", l2_norm_clip, f"be at least {SMALLEST_CLIP}", "Squares of smaller norms underflow."
             )
         self._noise_multiplier = _validate.non_negative(
             "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."

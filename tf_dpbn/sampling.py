@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _validate, accounting
+from tf_dpbn import _validate, accounting, augmentation
 
 _SOURCE_ATTRIBUTE = "tf_dpbn_source"
 
@@ -85,10 +85,13 @@ class PoissonSource:
     Attributes:
       sampling: the law of the batches.
       labels: the private labels as they were given to `poisson_dataset`.
+      augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
+        where there is no such axis.
     """
 
     sampling: PoissonSampling
     labels: Any
+    augmentation_multiplicity: int = 1
 
 
 def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -119,6 +122,8 @@ def poisson_dataset(
     max_batch_size: int,
     steps_per_epoch: int | None = None,
     accumulation_steps: int = 1,
+    augment: Callable[[Any], Any] | None = None,
+    augmentation_multiplicity: int = 1,
     seed: int | None = None,
 ) -> tf.data.Dataset:
     """Builds a dataset of Poisson-sampled batches of one fixed shape.
@@ -139,6 +144,10 @@ def poisson_dataset(
       steps_per_epoch: draws in one iteration; None takes ceil(N / B).
       accumulation_steps: in how many consecutive batches, of M / accumulation_steps rows, each draw
         is handed out; the number given to `DPModel.compile`.
+      augment: maps one example's inputs to augmented ones of the same shapes, at random; see `augmentation`.
+        It is called for one example at a time and must keep no state.
+      augmentation_multiplicity: how many augmented copies K of each example to make; the number given to
+        `DPModel.compile`. With K > 1 inputs are [M, K, ...].
       seed: whole number that fixes the draws of all iterations, in order; see `poisson_indices`.
 
     Returns:
@@ -169,11 +178,18 @@ def poisson_dataset(
         steps_per_epoch=steps_per_epoch,
         batches_per_draw=_validate.positive_int("accumulation_steps", accumulation_steps),
     )
+    multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
+    if multiplicity > 1 and augment is None:
+        remedy = "Without it all copies would be the same: see tf_dpbn.augmentation."
+        raise _validate.argument_error("augment", None, "be given with augmentation_multiplicity", remedy)
     weights = _weights(sample_weight, num_examples)
     dataset = _index_dataset(sampling, _checked_seed(seed))
     dataset = dataset.map(_row_gatherer(*data, weights), num_parallel_calls=tf.data.AUTOTUNE)
+    if augment is not None:
+        dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
     dataset = dataset.prefetch(tf.data.AUTOTUNE)
-    setattr(dataset, _SOURCE_ATTRIBUTE, PoissonSource(sampling=sampling, labels=y))
+    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity)
+    setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
 
@@ -181,7 +197,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
     """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
 
     def poisson_dataset(
-        self, x: Any, y: Any, sample_weight: Any = None, *, accumulation_steps: int = 1, seed: int | None = None
+        self, x: Any, y: Any, sample_weight: Any = None, *, accumulation_steps: int = 1, **options: Any
     ) -> tf.data.Dataset:
         """Builds the plan's dataset of Poisson-sampled batches.
 
@@ -191,7 +207,8 @@ class PrivacyPlan(accounting.PrivacyPlan):
           sample_weight: likewise, or None.
           accumulation_steps: in how many consecutive batches each draw is handed out; the number given to
             `DPModel.compile`. The plan's batch size is that of the draw.
-          seed: as for `sampling.poisson_dataset`; leave it out when training for privacy.
+          **options: `augment`, `augmentation_multiplicity` and `seed`, as for `sampling.poisson_dataset`; leave the
+            seed out when training for privacy.
 
         Returns:
           A dataset of `steps_per_epoch` draws (x, y, weight) of `max_batch_size` rows.
@@ -214,7 +231,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
             max_batch_size=self.max_batch_size,
             steps_per_epoch=self.steps_per_epoch,
             accumulation_steps=accumulation_steps,
-            seed=seed,
+            **options,
         )
 
 
@@ -296,6 +313,14 @@ def _row_gatherer(x: Any, y: Any, weights: tf.Tensor) -> Callable[[tf.Tensor], t
         return tf.nest.map_structure(rows, (x, y, weights))
 
     return gather
+
+
+def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[..., tuple]:
+    def mapped(x: Any, y: Any, weight: tf.Tensor) -> tuple:
+        made = augmentation.copies(augment, multiplicity, x)
+        return (made if multiplicity > 1 else tf.nest.map_structure(lambda t: t[:, 0], made)), y, weight
+
+    return mapped
 
 
 def _as_tensors(name: str, nest: Any) -> Any:

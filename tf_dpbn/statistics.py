@@ -182,6 +182,7 @@ def updated(
       epsilon: added to the variance.
     """
     m, s = tf.split(tf.cast(released, mean.dtype), 2)
+    rate = tf.cast(rate, mean.dtype)
     wide = variance + epsilon
     factor = tf.maximum(1.0 + rate * s, _LEAST_FACTOR)
     return mean + rate * m * tf.sqrt(wide), tf.maximum(wide * factor - epsilon, 0.0)
@@ -190,14 +191,18 @@ def updated(
 def anchored(
     mean: tf.Tensor, variance: tf.Tensor, shift: tf.Tensor, log_scale: tf.Tensor, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Private statistics from those of a public batch: mu = mu_P + sd_P shift, v = v_P exp(log_scale).
+    """Private statistics from those of a public batch.
+
+        mu = mu_P + sd_P shift,    v + epsilon = (v_P + epsilon) exp(log_scale),    but v >= 0
 
     Args:
       mean, variance: mu_P and v_P, [channels]; sd_P = sqrt(v_P + epsilon).
       shift, log_scale: [channels], slow averages of released residuals.
       epsilon: added to the variance.
     """
-    return mean + tf.sqrt(variance + epsilon) * shift, variance * tf.exp(log_scale)
+    shift, log_scale = tf.cast(shift, mean.dtype), tf.cast(log_scale, mean.dtype)
+    wide = variance + epsilon
+    return mean + tf.sqrt(wide) * shift, tf.maximum(wide * tf.exp(log_scale) - epsilon, 0.0)
 
 
 def anchored_cotangents(
@@ -212,33 +217,30 @@ def anchored_cotangents(
 
         c_mu_P = c_mu,    c_v_P = exp(log_scale) c_v + shift / (2 sd_P) c_mu        (docs/algorithm.md, section 5)
 
+    without the part by c_v where v is held at 0.
+
     Args:
       c_mean, c_variance: [..., channels].
       variance, shift, log_scale, epsilon: as for `anchored`.
     """
-    return c_mean, tf.exp(log_scale) * c_variance + 0.5 * shift * tf.math.rsqrt(variance + epsilon) * c_mean
+    shift, log_scale = tf.cast(shift, variance.dtype), tf.cast(log_scale, variance.dtype)
+    wide = variance + epsilon
+    scale = tf.where(wide * tf.exp(log_scale) > epsilon, tf.exp(log_scale), tf.zeros_like(log_scale))
+    return c_mean, scale * c_variance + 0.5 * shift * tf.math.rsqrt(wide) * c_mean
 
 
 def updated_anchor(
-    shift: tf.Tensor,
-    log_scale: tf.Tensor,
-    public_variance: tf.Tensor,
-    released: tf.Tensor,
-    rate: tf.Tensor,
-    epsilon: float,
+    shift: tf.Tensor, log_scale: tf.Tensor, released: tf.Tensor, rate: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moves shift and log_scale of `anchored` by the released, noised mean of residuals.
 
     Args:
       shift, log_scale: [channels].
-      public_variance: v_P, with which the residuals were computed.
       released: [2 * channels], see `residuals`.
       rate: scalar in (0, 1].
-      epsilon: added to the variance.
     """
     m, s = tf.split(tf.cast(released, shift.dtype), 2)
-    sd = tf.sqrt(public_variance * tf.exp(log_scale) + epsilon)
-    shift = shift + rate * m * sd * tf.math.rsqrt(public_variance + epsilon)
+    shift = shift + rate * m * tf.exp(0.5 * log_scale)  # sd / sd_P
     log_scale = log_scale + tf.math.log(tf.maximum(1.0 + rate * s, _LEAST_FACTOR))
     return shift, tf.clip_by_value(log_scale, -_LARGEST_LOG_SCALE, _LARGEST_LOG_SCALE)
 

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
+from tf_dpbn import _validate
 from tf_dpbn.clipping.local_terms import LocalTerm
-from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP, ClippedSum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,15 @@ class StatisticsRelease:
 
     size: int
     l2_norm_clip: float
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
+            raise _validate.argument_error(
+                "l2_norm_clip",
+                self.l2_norm_clip,
+                f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]",
+                "1.0 is a common choice.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,17 +115,27 @@ def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: tf.Te
     """Without public patches: pbar from the released mean of the kernel layer's input, V along the kernel itself.
 
     V_o is 2 v_o K_o / |K_o|^2 plus something orthogonal to K_o, as v_o is a quadratic function of K_o. Keeping only the
-    first part takes from an example's gradient what changes the kernel's length, which normalization undoes.
+    first part takes from an example's gradient what changes the kernel's length, which normalization undoes. To the same
+    end the part of pbar along K_o is set to what the released mean of the outputs says.
     """
     if mean is None:
         return ()
     d_means = _mean_of_linear(producer, tf.reshape(mean, _channel_shape(producer)))
     *biases, kernel = producer.parameters
-    axes = [k for k in range(kernel.read.shape.rank) if k - kernel.read.shape.rank not in kernel.channel_axes]
-    squares = tf.reduce_sum(tf.square(kernel.read), axes, keepdims=True)
-    variance = tf.reshape(tf.cast(call.variance, kernel.read.dtype), squares.shape)
+    read, axes = (
+        kernel.read,
+        [k for k in range(kernel.read.shape.rank) if k - kernel.read.shape.rank not in kernel.channel_axes],
+    )
+    squares = tf.reduce_sum(tf.square(read), axes, keepdims=True)
+    along = tf.math.divide_no_nan(read, squares)
+
+    def by_channel(values: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.cast(values, read.dtype), squares.shape)
+
+    outputs = by_channel(call.mean) - sum(by_channel(bias.read) for bias in biases)
+    d_means[-1] += along * (outputs - tf.reduce_sum(d_means[-1] * read, axes, keepdims=True))
     d_variances = [*[tf.zeros_like(bias.read) for bias in biases]]
-    d_variances.append(2.0 * tf.math.divide_no_nan(variance, squares) * kernel.read)
+    d_variances.append(2.0 * by_channel(call.variance + call.layer.epsilon) * along)
     return _local_terms(producer, d_means, d_variances)
 
 
@@ -206,6 +216,7 @@ def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tenso
       mean_input: of the shape of the operation's data, one or more examples; other axes of one are broadcast.
     """
     shape = tf.concat([tf.shape(mean_input)[:1], tf.shape(producer.frozen_input)[1:]], 0)
+    mean_input = tf.cast(mean_input, producer.frozen_input.dtype)
     mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), [None, *producer.frozen_input.shape[1:]])
     output = _graph.call_again(producer.operation, producer.frozen_input, mean_input)
     axis = _channel_axis_of_kernel_operation(producer.operation)

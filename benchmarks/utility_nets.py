@@ -1,0 +1,106 @@
+"""The networks of the utility benchmark, for every normalization under the same engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+import tf_dpbn
+
+layers = tf.keras.layers
+
+NORMALIZATIONS = ("none", "group", "layer", "scale", "batch")
+NETS = ("cnn", "wide_cnn", "deep<number of convolutions>", "res<blocks a stage>")
+_WIDTHS = (16, 32)
+_Layer = Callable[[Any], Any]
+
+
+def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 10, **batch: Any) -> tf_dpbn.DPModel:
+    """Builds a network that returns logits.
+
+    Args:
+      net: one of NETS.
+      image: height, width, channels.
+      normalization: one of NORMALIZATIONS. "group": groups of 4 channels or more, at most 8; "layer": one group;
+        "scale": "group", and once more after each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch":
+        ours.
+      classes: how many.
+      **batch: arguments of DPBatchNormalization.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"`normalization` must be one of {NORMALIZATIONS}. Received: {normalization!r}")
+
+    def normalize(x: Any) -> Any:
+        return _normalization(normalization, x, batch)(x)
+
+    inputs = layers.Input(image)
+    if net == "cnn":
+        outputs = _cnn(inputs, normalize, 16, 32)
+    elif net == "wide_cnn":
+        outputs = _wide_cnn(inputs, normalize)
+    elif net.startswith("deep"):
+        outputs = _deep(inputs, normalize, int(net[4:]))
+    elif net.startswith("res"):
+        outputs = _res(inputs, normalize, int(net[3:]), after_addition=normalization == "scale")
+    else:
+        raise ValueError(f"`net` must be one of {NETS}. Received: {net!r}")
+    return tf_dpbn.DPModel(inputs, layers.Dense(classes)(outputs))
+
+
+def _normalization(kind: str, x: Any, batch: dict[str, Any]) -> _Layer:
+    if kind == "none":
+        return layers.Activation("linear")
+    if kind == "batch":
+        return tf_dpbn.DPBatchNormalization(**batch)
+    if len(x.shape) == 2:
+        return layers.LayerNormalization()
+    return layers.GroupNormalization(1 if kind == "layer" else max(1, min(8, x.shape[-1] // 4)))
+
+
+def _cnn(x: Any, normalize: _Layer, first: int, second: int) -> Any:
+    """The MNIST tutorial of tensorflow-privacy, with normalization after each hidden layer."""
+    x = layers.Conv2D(first, 8, strides=2, padding="same")(x)
+    x = layers.MaxPool2D(2, strides=1)(layers.ReLU()(normalize(x)))
+    x = layers.Conv2D(second, 4, strides=2)(x)
+    x = layers.MaxPool2D(2, strides=1)(layers.ReLU()(normalize(x)))
+    x = layers.Dense(32)(layers.Flatten()(x))
+    return layers.ReLU()(normalize(x))
+
+
+def _wide_cnn(x: Any, normalize: _Layer) -> Any:
+    """Three convolutions of 32 to 64 channels, and a dense layer."""
+    for width, size in ((32, 5), (48, 3), (64, 3)):
+        x = layers.ReLU()(normalize(layers.Conv2D(width, size, strides=2, padding="same")(x)))
+    x = layers.Dense(64)(layers.Flatten()(x))
+    return layers.ReLU()(normalize(x))
+
+
+def _deep(x: Any, normalize: _Layer, depth: int) -> Any:
+    """`depth` convolutions one after the other: the first two strided by 2 at the start and half-way."""
+    x = layers.Conv2D(_WIDTHS[0], 5, strides=2, padding="same")(x)
+    for k in range(depth - 1):
+        x = layers.ReLU()(normalize(x))
+        late = k >= (depth - 1) // 2
+        stride = 2 if k == (depth - 1) // 2 else 1
+        x = layers.Conv2D(_WIDTHS[late], 3, strides=stride, padding="same")(x)
+    return layers.GlobalAveragePooling2D()(layers.ReLU()(normalize(x)))
+
+
+def _res(x: Any, normalize: _Layer, blocks: int, after_addition: bool) -> Any:
+    x = layers.ReLU()(normalize(layers.Conv2D(_WIDTHS[0], 5, strides=2, padding="same", use_bias=False)(x)))
+    for stage, width in enumerate(_WIDTHS):
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            inner = layers.Conv2D(width, 3, strides=stride, padding="same", use_bias=False)(x)
+            inner = layers.ReLU()(normalize(inner))
+            inner = normalize(layers.Conv2D(width, 3, padding="same", use_bias=False)(inner))
+            if stride != 1:
+                x = normalize(layers.Conv2D(width, 1, strides=stride, use_bias=False)(x))
+            x = layers.Add()([inner, x])
+            x = layers.ReLU()(normalize(x) if after_addition else x)
+    return layers.GlobalAveragePooling2D()(x)

