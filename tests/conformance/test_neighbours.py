@@ -1,6 +1,7 @@
 """Neighbouring batches: adding or removing one example moves the clipped sum by at most l2_norm_clip."""
 
 import functools
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, zoo
 from tf_dpbn._keras import keras
+from tf_dpbn.clipping import Batch
 
 layers = keras.layers
 PAIRS_PER_NET = 60
@@ -125,6 +127,78 @@ def test_a_planted_use_of_private_statistics_is_caught():
     y = targets(6)
     moved = helpers.flat(run(x, y, weight)[0]) - helpers.flat(run(x, y, without)[0])
     assert np.linalg.norm(moved) > 1.2
+
+
+def net_of_modes(*modes):
+    """Normalizations of several modes: after convolutions, an addition, a nested model, and one called twice."""
+
+    def build():
+        norm = [functools.partial(tf_dpbn.DPBatchNormalization, statistics=mode) for mode in modes]
+        inputs = keras.Input((6, 6, 2))
+        x = layers.ReLU()(norm[0]()(layers.Conv2D(4, 3, padding="same")(inputs)))
+        x = layers.Add()([x, layers.DepthwiseConv2D(3, padding="same")(x)])
+        x = layers.Flatten()(norm[1 % len(norm)](axis=-1)(x))
+        inside = keras.Input((144,))
+        nested = keras.Model(inside, norm[2 % len(norm)]()(layers.Dense(5)(inside)))
+        x = layers.Activation("tanh")(nested(x))
+        twice, dense = norm[0](), layers.Dense(5)
+        return tf_dpbn.DPModel(inputs, layers.Dense(3)(twice(dense(twice(dense(x))))))
+
+    return build
+
+
+MODES = [("noised",), ("anchored",), ("noised", "public", "anchored"), ("anchored", "noised", "public")]
+
+
+@pytest.mark.filterwarnings("ignore:DPBatchNormalization .* gets no gradient:UserWarning")
+@pytest.mark.parametrize("modes", MODES, ids="-".join)
+@pytest.mark.parametrize("engine", ["book_keeping", "vectorized"])
+def test_one_example_moves_every_release_by_at_most_its_bound(modes, engine):
+    rng = np.random.default_rng(len(modes))
+    shape, clip = (6, 6, 2), float(rng.choice([0.1, 1.0, 5.0]))
+    model = net_of_modes(*modes)()
+    helpers.randomize(model, 0, scale=0.7)
+    model.set_public_batch(rng.normal(size=(5, *shape)).astype("float32"))
+    helpers.compiled(model, None, helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=4)
+    run = helpers.clipped_sum_function(model, all_releases=True)
+    moves = []
+    for _ in range(PAIRS_PER_NET):
+        x, y, weight, without = neighbours(rng, shape, lambda n: rng.integers(0, 3, n))
+        pair = run(x, y, weight)[0], run(x, y, without)[0]
+        moves.append([np.linalg.norm(helpers.flat(a) - helpers.flat(b)) for a, b in zip(*pair, strict=True)])
+    bounds = [clip] + [each.l2_norm_clip for each in released_by(model)]
+    assert len(bounds) == np.shape(moves)[1] > 1
+    assert (np.max(moves, 0) <= np.array(bounds) * SLACK).all()
+    assert (np.median(moves, 0) > 1e-3 * np.array(bounds)).all()  # the batches do differ
+
+
+def released_by(model):
+    """What the model's step releases of statistics."""
+    found = []
+
+    @tf.function(autograph=False)
+    def trace(x, y):
+        found.extend(model._task(model._public_forward(Batch(x, y, None, None))).releases)
+
+    trace.get_concrete_function(tf.TensorSpec((4, 6, 6, 2)), tf.TensorSpec((4,), tf.int64))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["noised", "anchored"])
+def test_an_examples_release_does_not_depend_on_the_others(mode):
+    rng = np.random.default_rng(3)
+    model = net_of_modes(mode)()
+    helpers.randomize(model)
+    model.set_public_batch(rng.normal(size=(5, 6, 6, 2)).astype("float32"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "DPBatchNormalization .* gets no gradient")
+        run = helpers.clipped_sum_function(helpers.compiled(model), all_releases=True)
+        x, y = rng.normal(size=(4, 6, 6, 2)).astype("float32"), rng.integers(0, 3, 4)
+        alone = [run(x, y, np.eye(4, dtype="float32")[i])[0] for i in range(4)]
+    together, _ = run(x, y, np.ones(4, "float32"))
+    for k, release in enumerate(together):
+        expected = sum(helpers.flat(each[k]) for each in alone)
+        np.testing.assert_allclose(helpers.flat(release), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("engine", ["vectorized", "loop"])

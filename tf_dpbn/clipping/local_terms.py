@@ -115,8 +115,8 @@ def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: tf.Te
     """Without public patches: pbar from the released mean of the kernel layer's input, V along the kernel itself.
 
     V_o is 2 v_o K_o / |K_o|^2 plus something orthogonal to K_o, as v_o is a quadratic function of K_o. Keeping only the
-    first part takes from an example's gradient what changes the kernel's length, which normalization undoes. To the same
-    end the part of pbar along K_o is set to what the released mean of the outputs says.
+    first part takes from an example's gradient what changes the kernel's length, which normalization undoes. Likewise
+    pbar's part along K_o is set to what the released mean of the outputs says.
     """
     if mean is None:
         return ()
