@@ -145,9 +145,12 @@ def short_config(tmp_path, **changes) -> mnist.Config:
     return mnist.Config(**{**settings, "output_dir": str(tmp_path / "out"), **changes})
 
 
-@pytest.mark.parametrize("normalization", mnist.NORMALIZATIONS)
-def test_a_short_run_writes_everything(tmp_path, normalization, capsys):
-    config = short_config(tmp_path, normalization=normalization, delta=1e-3, epsilon=3.0)
+@pytest.mark.parametrize(
+    "normalization, statistics",
+    [(each, "public") for each in mnist.NORMALIZATIONS] + [("batch", "noised"), ("batch", "anchored")],
+)
+def test_a_short_run_writes_everything(tmp_path, normalization, statistics, capsys):
+    config = short_config(tmp_path, normalization=normalization, statistics=statistics, delta=1e-3, epsilon=3.0)
     result = json.loads(json.dumps(mnist.run(config)))
     assert list(result) == [
         *("dataset", "normalization", "test_accuracy", "epsilon"),
