@@ -195,7 +195,7 @@ class DPModel(BookkeepingModel):
         """Noise, post-processing, update: what follows once a logical batch is complete."""
         optimizer = self._compiled_dp_optimizer()
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
-            noised, *residuals = optimizer.privatize(clipped)  # the privacy boundary
+            noised, *residuals = optimizer.privatize_all(clipped)  # the privacy boundary
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
         noised = noised.plus(penalty_gradients)

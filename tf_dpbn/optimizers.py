@@ -171,7 +171,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """expected_batch_size / num_examples, or None if num_examples was not given."""
         return None if self.num_examples is None else self.expected_batch_size / self.num_examples
 
-    def privatize(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
+    def privatize(self, clipped: ClippedSum) -> NoisedGradients:
+        """Releases the clipped sum of a step that releases nothing else; see `privatize_all`."""
+        return self.privatize_all((clipped,))[0]
+
+    def privatize_all(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
         """Releases the clipped sums of one step: its privacy boundary.
 
         Args:
