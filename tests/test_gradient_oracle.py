@@ -191,11 +191,6 @@ def test_transposed_square_kernel_is_not_taken_for_a_dense_layer(shape):
         x = layers.Activation("tanh")(normalization()(TransposedDense()(inputs)))
         return model(inputs, layers.Dense(3)(layers.Flatten()(x)))
 
-    # About one trace in ten of this net is off by 0.4 % in the kernel, for a reason not found yet (it looks like
-    # bfloat16 rounding, TensorFlow 2.21). What this test guards against would be wrong every time, and by far more.
-    errors = []
-    for _ in range(3):
-        stock, ours = pair_of_models(build)
-        x, y = helpers.images(16, shape)
-        errors.append(helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)))
-    assert min(errors) < 1e-4 and max(errors) < 1e-2
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4

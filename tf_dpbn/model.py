@@ -199,9 +199,10 @@ class DPModel(BookkeepingModel):
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised))
         noised = noised.plus(penalty_gradients)
-        optimizer.apply_gradients(noised, self.trainable_variables)
-        if public is not None:
-            public.update_statistics([each.tensors[0] for each in residuals])
+        with tf.control_dependencies(noised.tensors):  # no variable changes while another's update still reads it
+            optimizer.apply_gradients(noised, self.trainable_variables)
+            if public is not None:
+                public.update_statistics([each.tensors[0] for each in residuals])
 
     def _read_batch(self, data: Any) -> Batch:
         _checks.check_replicas(tf.distribute.get_strategy())
