@@ -58,7 +58,7 @@ def best(row: Row, results: Results) -> training.Setting | None:
     """The setting of a row that did best on held-out data; None while runs are missing."""
     if len(row.settings) == 1:
         return row.settings[0]
-    runs = [results.get(key_of(setting, TUNING_SEED, "validation")) for setting in row.settings]
+    runs = [results.get(key_of(row.tuning(setting), TUNING_SEED, "validation")) for setting in row.settings]
     if None in runs:
         return None
     return max(zip(row.settings, runs, strict=True), key=lambda pair: pair[1]["accuracy"])[0]  # type: ignore[index]
@@ -68,7 +68,7 @@ def missing(row: Row, seeds: int, results: Results) -> list[tuple[training.Setti
     """The runs that a row needs next: those of its grid, then those of its seeds."""
     chosen = best(row, results)
     if chosen is None:
-        wanted = [(setting, TUNING_SEED, "validation") for setting in row.settings]
+        wanted = [(row.tuning(setting), TUNING_SEED, "validation") for setting in row.settings]
     else:
         wanted = [(chosen, seed, "test") for seed in range(seeds)]
     return [run for run in wanted if key_of(*run) not in results]

@@ -6,7 +6,8 @@ import tensorflow as tf
 
 from tests import helpers, zoo
 from tf_dpbn._keras import raw
-from tf_dpbn.clipping import Batch
+from tf_dpbn.clipping import Batch, Task
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.registry import ENGINES
 
 PLAIN = [name for name in zoo.BODIES if not name.startswith("batch_normalization")]
@@ -59,6 +60,51 @@ def test_engines_and_microbatches_agree_for_batch_normalization(name, engine, mi
     assert helpers.relative_error(found, expected) < 1e-5
     np.testing.assert_allclose(other.loss, one.loss, rtol=1e-5)
     np.testing.assert_allclose(other.y_pred, one.y_pred, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("examples", [(), (6,), (1, 4, 5, 8, 9)])
+def test_padding_anywhere_in_a_batch_changes_nothing(engine, jit_compile, examples):
+    model = zoo.build("batch_normalization")
+    helpers.randomize(model)
+    x, y = zoo.data("batch_normalization", 10)
+    model.set_public_batch(zoo.data("batch_normalization", 6, seed=1)[0])
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=0.5), engine=engine, microbatch_size=2)
+    weights = np.zeros(10, "float32")
+    weights[list(examples)] = 1.0
+    found, padded = helpers.clipped_sum_function(model, jit_compile)(x, y, weights)
+    if not examples:
+        assert not np.any(helpers.flat(found))
+        return
+    chosen = np.array(examples)
+    expected, alone = helpers.clipped_sum_function(model)(x[chosen], y[chosen])
+    assert helpers.relative_error(found, expected) < 1e-5
+    np.testing.assert_allclose(padded.loss.numpy()[chosen], alone.loss, rtol=1e-5)
+    np.testing.assert_allclose(padded.y_pred.numpy()[chosen], alone.y_pred, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_of_padding_alone_are_not_worked_on():
+    worked_on = tf.Variable(0)
+
+    class Counting(MicrobatchedEngine):
+        def sum_slice(self, task, rows, l2_norm_clip):
+            x, _, _, _, mask = rows
+            worked_on.assign_add(1)
+            kept = tf.where(mask, x, tf.zeros_like(x))
+            return (tf.reduce_sum(kept)[None],), (x, (), x, tf.zeros_like(mask))
+
+    @tf.function(autograph=False)
+    def run(x, mask):
+        task = Task(None, (tf.zeros([1]),), (), ())
+        (total,), result = Counting(microbatch_size=3)(task, Batch(x, (), None, mask), 1.0)
+        return total.tensors[0], result.loss
+
+    mask = np.isin(np.arange(14), [2, 7, 11, 13])
+    total, loss = run(tf.range(14.0), tf.constant(mask))
+    assert float(total[0]) == 2 + 7 + 11 + 13
+    np.testing.assert_array_equal(loss.numpy()[mask], [2, 7, 11, 13])
+    assert int(worked_on) == 2  # of the five slices
 
 
 def test_local_term_is_the_derivative_of_each_examples_loss_through_the_statistics():

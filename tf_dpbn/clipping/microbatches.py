@@ -16,6 +16,8 @@ from tf_dpbn.mechanisms import ClippedSum, clip_weights
 # working set costs no time, but fewer than 64 examples at a time do.
 _CPU_MEMORY, _ACCELERATOR_MEMORY = 2**24, 2**30
 _FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
+# Slices of padding alone are skipped, so where a batch may hold padding they are kept small.
+_MOST_IF_PADDED = 128
 
 
 class MicrobatchedEngine:
@@ -53,33 +55,38 @@ class MicrobatchedEngine:
     def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
         """See `clipping.Engine`."""
         rows, count = to_rows(batch), _batch_size(batch)
-        size = self._slice_size(task, rows, count)
+        size = self._slice_size(task, rows, count, batch.mask is not None)
         slices = _ceil_divide(count, size)
         shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
         sums = tuple(tf.zeros(shape, tf.float32) for shape in shapes)
-        padded = tf.nest.map_structure(lambda t: _pad(t, slices * size), rows)
-
-        def clipped_slice(i: Any) -> Any:
-            rows = tf.nest.map_structure(lambda t: _slice(t, i * size, size), padded)
-            return self.sum_slice(task, rows, l2_norm_clip)
-
         if isinstance(slices, int) and slices == 1:
             sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
         else:
-            sums, by_products = _accumulate(clipped_slice, slices, sums)
+            order = _examples_first(batch.mask, count)
+            examples = count if batch.mask is None else tf.reduce_sum(tf.cast(batch.mask, tf.int32))
 
-        def without_filler(values: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(values[:count], [_static(count), *values.shape[1:]])
+            def clipped_slice(i: Any) -> Any:
+                return self.sum_slice(task, _take(rows, order, i * size, size, examples), l2_norm_clip)
 
-        loss, parts, y_pred = tf.nest.map_structure(without_filler, by_products[:3])
+            sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
+            by_products = tf.nest.map_structure(lambda t: tf.gather(t, tf.math.invert_permutation(order)), by_products)
+
+        def of_batch(values: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(values, [_static(count), *values.shape[1:]])
+
+        loss, parts, y_pred = tf.nest.map_structure(of_batch, by_products[:3])
         not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
         clipped = [ClippedSum(tuple(sums[: len(task.variables)]), float(l2_norm_clip))]
         for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
             clipped.append(ClippedSum((total,), release.l2_norm_clip))
         return tuple(clipped), BatchResult(loss, parts, y_pred, not_finite)
 
-    def _slice_size(self, task: Task, rows: Any, count: Any) -> Any:
-        limit = self._microbatch_size or self._choose_size(max(1, self.bytes_per_example(task, rows)))
+    def _slice_size(self, task: Task, rows: Any, count: Any, padded: bool) -> Any:
+        limit = self._microbatch_size
+        if limit is None:
+            limit = self._choose_size(max(1, self.bytes_per_example(task, rows)))
+            if padded and not has_accelerator():
+                limit = min(limit, _MOST_IF_PADDED)
         if not isinstance(count, int):
             return tf.clip_by_value(count, 1, limit)
         count = max(1, count)
@@ -135,29 +142,38 @@ def _ceil_divide(count: Any, size: Any) -> Any:
     return -(-count // size)
 
 
-def _pad(rows: tf.Tensor, count: Any) -> tf.Tensor:
-    missing = count - (rows.shape[0] if rows.shape[0] is not None else tf.shape(rows)[0])
-    if isinstance(missing, int) and missing == 0:
-        return rows
-    filler = tf.zeros(tf.concat([[missing], tf.shape(rows)[1:]], 0), rows.dtype)
-    return tf.concat([rows, filler], 0)
+def _examples_first(mask: tf.Tensor | None, count: Any) -> tf.Tensor:
+    """The order of rows in which padding comes last: its slices need not be worked on."""
+    if mask is None:
+        return tf.range(count)
+    return tf.argsort(tf.cast(tf.logical_not(mask), tf.int32), stable=True)
 
 
-def _slice(rows: tf.Tensor, start: Any, size: Any) -> tf.Tensor:
-    rank = rows.shape.rank
-    begin = tf.concat([[start], tf.zeros([rank - 1], tf.int32)], 0)
-    if isinstance(size, int) and rows.shape[1:].is_fully_defined():
-        return tf.slice(rows, begin, [size, *rows.shape[1:]])
-    out = tf.slice(rows, begin, tf.concat([[size], tf.shape(rows)[1:]], 0))
-    return tf.ensure_shape(out, [_static(size), *rows.shape[1:]])
+def _take(rows: Any, order: tf.Tensor, start: Any, size: Any, examples: Any) -> Any:
+    """A slice of the rows in that order; the mask is False from the number of examples on, and beyond the last row."""
+    positions = start + tf.range(size)
+    last = tf.shape(order)[0] - 1
+    chosen = tf.gather(order, tf.minimum(positions, last))
+    *data, _ = tf.nest.map_structure(lambda t: tf.gather(t, chosen), rows)
+    return (*data, positions < examples)
 
 
-def _accumulate(clipped_slice: Any, slices: Any, zero: tuple[tf.Tensor, ...]) -> Any:
-    """Loops over slices: adds up their sums, concatenates their by-products."""
+def _accumulate(clipped_slice: Any, slices: Any, needed: Any, zero: tuple[tf.Tensor, ...]) -> Any:
+    """Loops over slices: adds up their sums, concatenates their by-products.
+
+    Args:
+      clipped_slice: maps the number of a slice to its sums and by-products.
+      slices: how many there are.
+      needed: how many hold examples; the by-products of the others are zeros.
+      zero: what the sums begin with.
+    """
     # Traced once, for the loop and for the shapes of what it yields.
     traced = tf.function(clipped_slice, autograph=False).get_concrete_function(tf.TensorSpec([], tf.int32))
     like = traced.structured_outputs[1]
-    arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in tf.nest.flatten(like)]
+    specs = tf.nest.flatten(like)
+    if not all(spec.shape.is_fully_defined() for spec in specs):
+        needed = slices  # nobody knows the shape of the zeros
+    arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in specs]
 
     def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:
         added, by_products = traced(i)
@@ -165,7 +181,7 @@ def _accumulate(clipped_slice: Any, slices: Any, zero: tuple[tf.Tensor, ...]) ->
         flat = tf.nest.flatten(by_products)
         return i + 1, sums, [a.write(i, t) for a, t in zip(arrays, flat, strict=True)]
 
-    _, sums, arrays = tf.while_loop(lambda i, *_: i < slices, body, (0, zero, arrays), parallel_iterations=1)
+    _, sums, arrays = tf.while_loop(lambda i, *_: i < needed, body, (0, zero, arrays), parallel_iterations=1)
     joined = [_join(array.stack()) for array in arrays]
     return sums, tf.nest.pack_sequence_as(like, joined)
 
