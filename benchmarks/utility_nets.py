@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import tf_dpbn
 
 layers = tf.keras.layers
 
-NORMALIZATIONS = ("none", "group", "layer", "scale", "batch")
+NORMALIZATIONS = ("none", "group", "standardized", "layer", "scale", "batch")
 NETS = ("cnn", "wide_cnn", "deep<number of convolutions>", "res<blocks a stage>")
 _WIDTHS = (16, 32)
 _Layer = Callable[[Any], Any]
+_Layers = Callable[..., _Layer]
 
 
 def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 10, **batch: Any) -> tf_dpbn.DPModel:
@@ -24,8 +26,8 @@ def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 1
       net: one of NETS.
       image: height, width, channels.
       normalization: one of NORMALIZATIONS. "group": groups of 4 channels or more, at most 8; "layer": one group;
-        "scale": "group", and once more after each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch":
-        ours.
+        "standardized": "group" with weight standardization of all convolutions; "scale": "group", and once more after
+        each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch": ours.
       classes: how many.
       **batch: arguments of DPBatchNormalization.
 
@@ -38,15 +40,17 @@ def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 1
     def normalize(x: Any) -> Any:
         return _normalization(normalization, x, batch)(x)
 
+    standardize = tf_dpbn.constraints.WeightStandardization() if normalization == "standardized" else None
+    convolve = functools.partial(layers.Conv2D, padding="same", kernel_constraint=standardize)
     inputs = layers.Input(image)
     if net == "cnn":
-        outputs = _cnn(inputs, normalize, 16, 32)
+        outputs = _cnn(inputs, convolve, normalize)
     elif net == "wide_cnn":
-        outputs = _wide_cnn(inputs, normalize)
+        outputs = _wide_cnn(inputs, convolve, normalize)
     elif net.startswith("deep"):
-        outputs = _deep(inputs, normalize, int(net[4:]))
+        outputs = _deep(inputs, convolve, normalize, int(net[4:]))
     elif net.startswith("res"):
-        outputs = _res(inputs, normalize, int(net[3:]), after_addition=normalization == "scale")
+        outputs = _res(inputs, convolve, normalize, int(net[3:]), after_addition=normalization == "scale")
     else:
         raise ValueError(f"`net` must be one of {NETS}. Received: {net!r}")
     return tf_dpbn.DPModel(inputs, layers.Dense(classes)(outputs))
@@ -62,45 +66,45 @@ def _normalization(kind: str, x: Any, batch: dict[str, Any]) -> _Layer:
     return layers.GroupNormalization(1 if kind == "layer" else max(1, min(8, x.shape[-1] // 4)))
 
 
-def _cnn(x: Any, normalize: _Layer, first: int, second: int) -> Any:
+def _cnn(x: Any, convolve: _Layers, normalize: _Layer) -> Any:
     """The MNIST tutorial of tensorflow-privacy, with normalization after each hidden layer."""
-    x = layers.Conv2D(first, 8, strides=2, padding="same")(x)
+    x = convolve(16, 8, strides=2)(x)
     x = layers.MaxPool2D(2, strides=1)(layers.ReLU()(normalize(x)))
-    x = layers.Conv2D(second, 4, strides=2)(x)
+    x = convolve(32, 4, strides=2, padding="valid")(x)
     x = layers.MaxPool2D(2, strides=1)(layers.ReLU()(normalize(x)))
     x = layers.Dense(32)(layers.Flatten()(x))
     return layers.ReLU()(normalize(x))
 
 
-def _wide_cnn(x: Any, normalize: _Layer) -> Any:
+def _wide_cnn(x: Any, convolve: _Layers, normalize: _Layer) -> Any:
     """Three convolutions of 32 to 64 channels, and a dense layer."""
     for width, size in ((32, 5), (48, 3), (64, 3)):
-        x = layers.ReLU()(normalize(layers.Conv2D(width, size, strides=2, padding="same")(x)))
+        x = layers.ReLU()(normalize(convolve(width, size, strides=2)(x)))
     x = layers.Dense(64)(layers.Flatten()(x))
     return layers.ReLU()(normalize(x))
 
 
-def _deep(x: Any, normalize: _Layer, depth: int) -> Any:
+def _deep(x: Any, convolve: _Layers, normalize: _Layer, depth: int) -> Any:
     """`depth` convolutions one after the other: the first two strided by 2 at the start and half-way."""
-    x = layers.Conv2D(_WIDTHS[0], 5, strides=2, padding="same")(x)
+    x = convolve(_WIDTHS[0], 5, strides=2)(x)
     for k in range(depth - 1):
         x = layers.ReLU()(normalize(x))
         late = k >= (depth - 1) // 2
         stride = 2 if k == (depth - 1) // 2 else 1
-        x = layers.Conv2D(_WIDTHS[late], 3, strides=stride, padding="same")(x)
+        x = convolve(_WIDTHS[late], 3, strides=stride)(x)
     return layers.GlobalAveragePooling2D()(layers.ReLU()(normalize(x)))
 
 
-def _res(x: Any, normalize: _Layer, blocks: int, after_addition: bool) -> Any:
-    x = layers.ReLU()(normalize(layers.Conv2D(_WIDTHS[0], 5, strides=2, padding="same", use_bias=False)(x)))
+def _res(x: Any, convolve: _Layers, normalize: _Layer, blocks: int, after_addition: bool) -> Any:
+    x = layers.ReLU()(normalize(convolve(_WIDTHS[0], 5, strides=2, use_bias=False)(x)))
     for stage, width in enumerate(_WIDTHS):
         for block in range(blocks):
             stride = 2 if stage and not block else 1
-            inner = layers.Conv2D(width, 3, strides=stride, padding="same", use_bias=False)(x)
+            inner = convolve(width, 3, strides=stride, use_bias=False)(x)
             inner = layers.ReLU()(normalize(inner))
-            inner = normalize(layers.Conv2D(width, 3, padding="same", use_bias=False)(inner))
+            inner = normalize(convolve(width, 3, use_bias=False)(inner))
             if stride != 1:
-                x = normalize(layers.Conv2D(width, 1, strides=stride, use_bias=False)(x))
+                x = normalize(convolve(width, 1, strides=stride, use_bias=False)(x))
             x = layers.Add()([inner, x])
             x = layers.ReLU()(normalize(x) if after_addition else x)
     return layers.GlobalAveragePooling2D()(x)

@@ -15,7 +15,7 @@ LEVELS = (
     ("_validate", "version"),
     ("_ledger", "_dead_leaves", "_reports", "accounting", "augmentation"),
     ("sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
-    ("layers",),
+    ("layers", "constraints"),
     ("clipping", "clipping.rows", "clipping.local_terms", "clipping.vectorization"),
     ("clipping.rules.base",),
     (

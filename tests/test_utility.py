@@ -40,6 +40,18 @@ def test_rows_are_tuned_on_held_out_data_and_then_trained_with_each_seed(trained
     assert trained == [*tuned, (0.2, 0, "test"), (0.2, 1, "test"), (0.1, 0, "test"), (0.1, 1, "test")]
 
 
+def test_grids_can_be_trained_more_shortly(trained, tmp_path):
+    table = Table("A table", (Row("one", "tuned", GRID, tuning_epochs=1),), seeds=1)
+    path = tmp_path / "runs.jsonl"
+    utility.work([table], path, None, (0, 1))
+    assert [json.loads(line)["setting"]["epochs"] for line in path.read_text().splitlines()] == [
+        1,
+        1,
+        1,
+        GRID[0].epochs,
+    ]
+
+
 def test_goes_on_where_it_stopped(trained, tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
     utility.work([TABLE], path, None, (0, 1))

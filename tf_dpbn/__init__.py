@@ -7,6 +7,7 @@ The map, in the order data flows:
 - `layers`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
 - `clipping`: per-example gradients, with the gradient through the statistics, clipped and summed.
 - `mechanisms`: the privacy boundary, where noise is added.
+- `constraints`: weight standardization.
 - `optimizers`: Keras optimizers behind that boundary.
 - `model`: `DPModel` and `DPSequential`, whose train step puts it together.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
@@ -18,6 +19,7 @@ from tf_dpbn import (
     augmentation,
     callbacks,
     clipping,
+    constraints,
     layers,
     mechanisms,
     model,
@@ -46,6 +48,7 @@ __all__ = [
     "augmentation",
     "callbacks",
     "clipping",
+    "constraints",
     "layers",
     "mechanisms",
     "model",
