@@ -140,3 +140,20 @@ def test_a_draw_is_split_into_batches_of_equal_size_without_loss():
 def test_refuses_bad_numbers_of_parts(value):
     with pytest.raises(ValueError, match="accumulation_steps"):
         helpers.compiled(network(normalized=False), accumulation_steps=value)
+
+
+@pytest.mark.parametrize("steps, together", [(4, 1), (3, 2), (5, 3)])
+def test_refuses_epochs_that_end_within_a_logical_batch(steps, together):
+    """The next epoch would go on in the middle of a draw, so that an example could enter a logical batch twice."""
+    inputs = keras.Input((1,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1)(inputs))
+    optimizer = helpers.dp_optimizer(expected_batch_size=1)
+    helpers.compiled(model, "mse", optimizer, accumulation_steps=3, steps_per_execution=together)
+    x = np.ones((1, 1), "float32")
+    dataset = tf_dpbn.sampling.poisson_dataset(
+        x, x, expected_batch_size=1, max_batch_size=3, steps_per_epoch=4, accumulation_steps=3
+    )
+    with pytest.raises(ValueError, match=f"steps_per_epoch={steps}"):
+        model.fit(dataset, steps_per_epoch=steps, epochs=3, verbose=0)
+    model.fit(dataset, steps_per_epoch=6, epochs=2, verbose=0)
+    assert model.ledger.steps == 4

@@ -120,3 +120,60 @@ def test_refuses_misuse():
     added = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
     with pytest.raises(ValueError, match="not add up the batch"):
         helpers.compiled(network(), added, augmentation_multiplicity=2)
+
+
+def test_segment_sums_do_not_reach_another_example():
+    """Vectorized, an id past the last segment would land in the next example."""
+
+    def augment(row):
+        with tf.device("CPU:0"):
+            ids = tf.cast(row[0], tf.int32)[None]
+            return tf.reshape(tf.math.unsorted_segment_sum(row[1:], ids, 1), [1]) * tf.ones([2])
+
+    rows = tf.constant([[0.0, 5.0], [0.0, 7.0]])
+    made = augmentation.copies(augment, 2, rows)
+    np.testing.assert_array_equal(made[:, :, 0], [[5.0, 5.0], [7.0, 7.0]])
+
+
+@pytest.mark.parametrize("kind", ["python", "variable"])
+def test_refuses_augmentation_with_state(kind):
+    total = tf.Variable(tf.zeros([2]))
+
+    def augment(row):
+        if kind == "python":
+            return tf.reshape(tf.numpy_function(lambda value: value, [row], tf.float32), [2])
+        return row + total.assign_add(row)
+
+    x = np.ones((4, 2), "float32")
+    with pytest.raises(ValueError, match="`augment` must keep no state"):
+        tf_dpbn.sampling.poisson_dataset(
+            x, x, expected_batch_size=2, max_batch_size=4, augment=augment, augmentation_multiplicity=2
+        )
+
+
+def test_losses_by_output_do_not_depend_on_the_number_of_copies():
+    inputs = keras.Input((3,))
+    outputs = {"a": layers.Dense(1, name="a")(inputs), "b": layers.Dense(2, name="b")(inputs)}
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    y = {"a": x[:, :1], "b": x[:, :2]}
+    logged = []
+    weights = None
+    for copies in (1, 3):
+        model = tf_dpbn.DPModel(inputs, outputs)
+        weights = weights or model.get_weights()
+        model.set_weights(weights)
+        losses = {"a": "mse", "b": "mse"}
+        helpers.compiled(model, losses, helpers.dp_optimizer(), augmentation_multiplicity=copies)
+        data = x if copies == 1 else np.repeat(x[:, None], copies, 1)
+        model.train_on_batch(data, y)
+        logged.append(model.get_metrics_result() if hasattr(model, "get_metrics_result") else {})
+    assert set(logged[0]) >= {"loss", "a_loss", "b_loss"}
+    for name, value in logged[0].items():
+        np.testing.assert_allclose(value, logged[1][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 6, 6, 2), (8, 1, 6, 6, 2), (8, 6, 6, 2)])
+def test_refuses_inputs_without_the_copies(shape):
+    model = helpers.compiled(network(), augmentation_multiplicity=3)
+    with pytest.raises(ValueError, match=r"have shape \[batch, 3, ...\]"):
+        model.train_on_batch(np.zeros(shape, "float32"), np.zeros(8, "int64"))

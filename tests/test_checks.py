@@ -167,6 +167,22 @@ def test_refuses_unknown_options(option, value):
         helpers.compiled(network(), **{option: value})
 
 
+def test_a_compile_that_fails_leaves_nothing_that_trains():
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1)(inputs))
+    x, y = np.ones((6, 3), "float32"), np.ones((6, 1), "float32")
+    optimizer = helpers.dp_optimizer(expected_batch_size=6)
+    helpers.compiled(model, "mse", optimizer, accumulation_steps=2)
+    batches = {"expected_batch_size": 6, "max_batch_size": 6}
+    model.fit(poisson_dataset(x, y, accumulation_steps=2, **batches), verbose=0)
+    before = model.get_weights()
+    with pytest.raises((ValueError, TypeError)):
+        model.compile(optimizer, "mse", correction="nonsense")
+    with pytest.raises(RuntimeError, match="compile"):
+        model.fit(poisson_dataset(x, y, **batches), verbose=0)
+    np.testing.assert_array_equal(before[0], model.get_weights()[0])
+
+
 def test_refuses_to_fit_before_compile():
     with pytest.raises(RuntimeError, match="Call compile"):
         fit(network())
@@ -356,7 +372,7 @@ MULTI_REPLICA = """
     import tf_dpbn
     from tf_dpbn._keras import keras
     from tf_dpbn.sampling import poisson_dataset
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0").scope():
         inputs = keras.Input((5,))
         model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(inputs))
         optimizer = tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8)
@@ -369,12 +385,14 @@ MULTI_REPLICA = """
 """
 
 
-def test_refuses_several_replicas():
+def test_refuses_replicas_without_mirrored_variables():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", textwrap.dedent(MULTI_REPLICA)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "refused: DPModel trains on one replica" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert "num_replicas_in_sync=2" in done.stdout
+    assert "refused: DPModel trains on several replicas under Mirrored" in done.stdout, (
+        done.stdout + done.stderr[-3000:]
+    )
+    assert "CentralStorageStrategy with 2 replicas" in done.stdout
 
 
 def test_ids_outside_the_vocabulary_do_not_reach_another_example_under_xla():

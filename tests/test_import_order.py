@@ -13,8 +13,8 @@ ROOT = pathlib.Path(tf_dpbn.__file__).parent
 # Modules may import from lower levels, and within their own where that is not a circle.
 LEVELS = (
     ("_validate", "version"),
-    ("_ledger", "_dead_leaves", "_reports", "accounting", "augmentation"),
-    ("sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
+    ("_ledger", "_dead_leaves", "_reports", "accounting"),
+    ("augmentation", "sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
     ("layers", "constraints"),
     ("clipping", "clipping.rows", "clipping.local_terms", "clipping.vectorization"),
     ("clipping.rules.base",),

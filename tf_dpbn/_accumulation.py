@@ -94,3 +94,4 @@ class EpochBoundaries(keras.callbacks.Callback):
                 PrivacyWarning,
                 stacklevel=2,
             )
+            self._accumulator.reset()

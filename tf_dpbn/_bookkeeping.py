@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _checks, public_data
-from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn._keras import IS_KERAS_3, count_of, keras
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
 from tf_dpbn.layers import current_scope
@@ -48,8 +48,8 @@ class Books(tf.train.experimental.PythonState):
         self._input_means: dict[str, tf.Variable] = {}
         self._saved_input_means: dict[str, list[float]] = {}
         with tf.init_scope():
-            self.steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="privacy_steps")
-            self.not_finite = tf.Variable(0, dtype=tf.int64, trainable=False, name="not_finite")
+            self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
 
     @property
     def has_state(self) -> bool:
@@ -96,7 +96,11 @@ class Books(tf.train.experimental.PythonState):
             value = self._saved_input_means.get(call, [])
             with tf.init_scope():
                 variable = tf.Variable(
-                    value if len(value) == size else [0.0] * size, dtype=tf.float32, trainable=False, name="input_mean"
+                    value if len(value) == size else [0.0] * size,
+                    dtype=tf.float32,
+                    trainable=False,
+                    name="input_mean",
+                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
                 )
             self._input_means[call] = variable
         return variable
@@ -104,13 +108,13 @@ class Books(tf.train.experimental.PythonState):
     def ledger(self) -> Ledger:
         """Everything that ran, the open record included."""
         ledger = self._closed.copy()
-        steps = int(self.steps) - self._steps_at_opening
+        steps = count_of(self.steps) - self._steps_at_opening
         if self.configuration is not None and steps:
             ledger.record(dataclasses.replace(self.configuration, steps=steps))
         return ledger
 
     def _close(self, ledger: Ledger) -> None:
-        self._closed, self._steps_at_opening = ledger, int(self.steps)
+        self._closed, self._steps_at_opening = ledger, count_of(self.steps)
         self.version += 1
 
     def serialize(self) -> str:
@@ -137,6 +141,10 @@ class Books(tf.train.experimental.PythonState):
         else:
             self._run = saved["run"]
         self._close(theirs)
+
+
+def _counter(name: str, aggregation: tf.VariableAggregation) -> tf.Variable:
+    return tf.Variable(0, dtype=tf.int64, trainable=False, name=name, aggregation=aggregation)
 
 
 class BookkeepingModel(keras.Model):
@@ -227,18 +235,18 @@ class BookkeepingModel(keras.Model):
                     lambda: refresh_moving_statistics(self, batch, active), autograph=False
                 )
             self._books.functions["refresh"]()
-        self._books.statistics_are_of = int(self.optimizer.iterations)
+        self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
     def _watch_statistics(self) -> None:
         """From here on steps make the moving statistics stale."""
         if self._books.statistics_are_of is None:
-            self._books.statistics_are_of = int(self.optimizer.iterations)
+            self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
     def _refresh_if_stale(self) -> None:
         books = getattr(self, "_books", None)
         if books is None or books.statistics_are_of is None or current_scope() is not None:
             return
-        if tf.executing_eagerly() and int(self.optimizer.iterations) != books.statistics_are_of:
+        if tf.executing_eagerly() and count_of(self.optimizer.iterations) != books.statistics_are_of:
             self.refresh_statistics()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -309,7 +317,7 @@ class BookkeepingModel(keras.Model):
     @property
     def private_steps(self) -> int:
         """How many private steps this process has taken with this model."""
-        return int(self._books.steps)
+        return count_of(self._books.steps)
 
     def epsilon(self, delta: float, accountant: str = "rdp") -> float:
         """The epsilon, at `delta`, of everything that ran.
@@ -327,7 +335,7 @@ class BookkeepingModel(keras.Model):
     @property
     def debug_not_finite_examples(self) -> int:
         """How many examples were dropped because their gradient was not finite: private, not to be released."""
-        return int(self._books.not_finite)
+        return count_of(self._books.not_finite)
 
     # ------------------------------------------------------------------ saving
 

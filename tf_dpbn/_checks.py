@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import warnings
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _graph, _validate
 from tf_dpbn._keras import (
+    IS_KERAS_3,
     BatchNormalizationBase,
     build_compiled_loss,
     call_model,
@@ -26,7 +29,7 @@ from tf_dpbn._keras import (
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.layers import DPBatchNormalization, PublicPass
 from tf_dpbn.optimizers import DPOptimizer
-from tf_dpbn.sampling import PoissonSampling
+from tf_dpbn.sampling import PoissonSampling, PoissonSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +65,40 @@ def check_layers(model: Any) -> None:
             _refuse_call_time_loss(layer)
 
 
-def check_replicas(strategy: tf.distribute.Strategy) -> None:
-    """Refuses several replicas.
+_REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)
+
+
+def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, accumulation_steps: int) -> None:
+    """Refuses what several replicas cannot do alike.
 
     Raises:
-      NotImplementedError: with their number.
+      NotImplementedError: for a strategy without mirrored variables, or gradient accumulation on several replicas.
+      ValueError: for an optimizer that was built outside the strategy's scope.
     """
-    replicas = strategy.num_replicas_in_sync
-    if replicas != 1:
+    if isinstance(strategy, _REPLICATED) and not optimizer.is_built_in(strategy):
+        raise _validate.argument_error(
+            "optimizer",
+            type(optimizer).__name__,
+            f"be built within the scope of the model's {type(strategy).__name__}",
+            "Build model and optimizer within `with strategy.scope():`, so that all replicas draw the same noise.",
+        )
+    if IS_KERAS_3 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise NotImplementedError(
-            "DPModel trains on one replica: with several, noise would be added once for each. Leave the strategy "
-            f"out. Received: num_replicas_in_sync={replicas}"
+            "Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (github.com/keras-team/keras/issues/20585). Set "
+            "TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported, which selects tf_keras."
+        )
+    replicas = strategy.num_replicas_in_sync
+    if replicas == 1:
+        return
+    if not isinstance(strategy, _REPLICATED):
+        raise NotImplementedError(
+            "DPModel trains on several replicas under MirroredStrategy, MultiWorkerMirroredStrategy and TPUStrategy. "
+            f"Use one of these. Received: {type(strategy).__name__} with {replicas} replicas"
+        )
+    if accumulation_steps > 1:
+        raise NotImplementedError(
+            "`accumulation_steps` must be 1 on several replicas, which already share a batch. Pass microbatch_size to "
+            f"compile to save memory. Received: accumulation_steps={accumulation_steps}, {replicas} replicas"
         )
 
 
@@ -159,12 +185,19 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
-def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int) -> None:
-    """Refuses a data set of draws that the optimizer's denominator, accounting or accumulation does not fit.
+def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int, replicas: int) -> None:
+    """Refuses a data set of draws that the optimizer's denominator, accounting, accumulation or replicas do not fit.
 
     Raises:
       ValueError: naming both numbers.
     """
+    if sampling.rows % replicas:
+        raise _validate.argument_error(
+            "x",
+            f"a Poisson data set of {sampling.rows} rows",
+            f"have equally many rows for each of the {replicas} replicas",
+            "Build it within `with strategy.scope():`, or choose another max_batch_size.",
+        )
     if sampling.batches_per_draw != accumulation_steps:
         raise _validate.argument_error(
             "accumulation_steps",
@@ -186,6 +219,37 @@ def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulati
             )
 
 
+def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:
+    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in public data.
+
+    Args:
+      strategy: the model's.
+      source: of the data set, or None if it is not from the Poisson sampler.
+      public_batch: nest of arrays, or None.
+
+    Raises:
+      ValueError: on every worker.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return
+    if source is not None and not source.is_shared:
+        raise _validate.argument_error(
+            "x",
+            "a Poisson data set that was built outside the strategy's scope",
+            "be drawn alike by all workers, each of which takes its share of the rows",
+            "Build it within `with strategy.scope():`.",
+        )
+    digest = hashlib.sha256()
+    for array in tf.nest.flatten(public_batch):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    ours = int.from_bytes(digest.digest()[:4], "big")
+    total = strategy.reduce("SUM", strategy.run(lambda: tf.constant(ours, tf.int64)), axis=None)
+    if int(total) != ours * strategy.num_replicas_in_sync:
+        raise _validate.argument_error(
+            "public_batch", "other examples than on another worker", "be the same on all workers", "Use one seed."
+        )
+
+
 def check_multiplicity(made: int, averaged: int) -> None:
     """Refuses a data set with another number of augmented copies than the model averages over.
 
@@ -198,6 +262,41 @@ def check_multiplicity(made: int, averaged: int) -> None:
             averaged,
             f"equal that of the Poisson data set, {made}",
             "Pass the same augmentation_multiplicity to compile and to poisson_dataset.",
+        )
+
+
+def check_copies(x: Any, multiplicity: int) -> None:
+    """Refuses inputs that do not hold the augmented copies that the model averages over.
+
+    Raises:
+      ValueError: with the shape.
+    """
+    for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
+        if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
+            raise _validate.argument_error(
+                "x",
+                tensor.shape,
+                f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile",
+                "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs.",
+            )
+
+
+def check_steps(steps_per_epoch: int | None, steps_per_execution: int, accumulation_steps: int) -> None:
+    """Refuses epochs that end within a logical batch: the next one would be made of parts of two draws.
+
+    Raises:
+      ValueError: with the number of steps.
+    """
+    if steps_per_epoch is None:
+        return  # each epoch makes draws of its own
+    executed = -(-steps_per_epoch // steps_per_execution) * steps_per_execution
+    if steps_per_epoch % accumulation_steps or executed % accumulation_steps:
+        raise _validate.argument_error(
+            "steps_per_epoch",
+            steps_per_epoch,
+            f"be a multiple of accumulation_steps={accumulation_steps}, and stay one when rounded up to a multiple of "
+            f"steps_per_execution={steps_per_execution}",
+            "Leave it out: a data set of poisson_dataset knows how long an epoch is.",
         )
 
 

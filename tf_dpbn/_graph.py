@@ -33,6 +33,11 @@ def captured_variables(graph: Any, variables: Iterable[tf.Variable]) -> dict[int
     return {id(inside): by_handle[id(outside)] for outside, inside in pairs}
 
 
+def has_segment_sums(graph: tf.Graph) -> bool:
+    """Whether `graph` sums segments: vectorized over rows, ids outside their range would reach another row."""
+    return any(op.type.startswith(("UnsortedSegment", "SparseSegment", "SegmentSum")) for op in graph.get_operations())
+
+
 def state_changes(graph: tf.Graph) -> list[tf.Operation]:
     """The operations of `graph` that may change state: a variable, a table, or Python's.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _validate
+from tf_dpbn import _graph, _validate
 
 
 def random_shift(pixels: int, *, flip: bool = False) -> Callable[[tf.Tensor], tf.Tensor]:
@@ -61,10 +61,20 @@ def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
       Nest of tensors [rows, multiplicity, ...].
 
     Raises:
-      ValueError: if `augment` changes shapes or types.
+      ValueError: if `augment` changes shapes or types, or keeps state.
     """
     repeated = tf.nest.map_structure(lambda t: tf.repeat(t, multiplicity, 0), rows)
-    made = tf.vectorized_map(augment, repeated)
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
+    graph = tf.function(augment, autograph=False).get_concrete_function(specs).graph
+    changes = _graph.state_changes(graph)
+    if changes:
+        raise _validate.argument_error(
+            "augment", changes[0].type, "keep no state, and run no Python code", "State would couple private examples."
+        )
+    if _graph.has_segment_sums(graph):
+        made = tf.map_fn(augment, repeated, fn_output_signature=specs)
+    else:
+        made = tf.vectorized_map(augment, repeated)
 
     def split(copy: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         if copy.dtype != row.dtype or copy.shape[1:] != row.shape[1:]:

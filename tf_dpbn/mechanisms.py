@@ -16,6 +16,8 @@ from tf_dpbn import _validate
 
 # Squares of norms outside this range leave that of float32: clipping would then bound nothing.
 SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
+# Replicas change a variable alike; the first one's value is taken for all.
+_SAME = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
 
 def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
@@ -61,6 +63,20 @@ class ClippedSum:
         return f"ClippedSum({len(self.tensors)} tensors, l2_sensitivity={self.l2_sensitivity})"
 
 
+def summed_over_replicas(clipped: tuple[ClippedSum, ...]) -> tuple[ClippedSum, ...]:
+    """Adds up the sums of all replicas of the current distribution strategy; the result is the same on each.
+
+    Replicas hold different examples, so that the sensitivity of their sum is that of each.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return clipped
+    tensors = [each.tensors for each in clipped]
+    flat = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.nest.flatten(tensors))
+    totals = tf.nest.pack_sequence_as(tensors, flat)
+    return tuple(ClippedSum(tuple(t), each.l2_sensitivity) for t, each in zip(totals, clipped, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class NoisedGradients:
     """Gradients that may leave the privacy boundary: a noised clipped sum over the expected batch size.
@@ -83,7 +99,9 @@ class NoiseSource:
     The key comes from the operating system's entropy, so that `keras.utils.set_random_seed` and
     `tf.random.set_seed` do not make privacy noise predictable. The object is deliberately not trackable: a key
     and counter restored from a checkpoint would repeat noise that was already used, so a loaded model draws a new key.
-    Draws are stateless (Philox, keyed by (key, counter)): equal on all replicas that share key and counter.
+    Draws are stateless (Philox, keyed by (key, counter)), so replicas that share key and counter draw the same: the
+    noise of one mechanism, on each. Built within the scope of a distribution strategy, a source is shared; the key is
+    that of the first worker.
 
     Args:
       seed: for tests only: an int that fixes the key. Noise from a known seed protects nothing.
@@ -95,8 +113,12 @@ class NoiseSource:
         else:
             key = [int(seed), 0]
         with tf.init_scope():
-            self._key = tf.Variable(key, dtype=tf.int64, trainable=False, name="key")
-            self._draws = tf.Variable(0, dtype=tf.int64, trainable=False, name="draws")
+            self._key = tf.Variable(key, dtype=tf.int64, trainable=False, name="key", aggregation=_SAME)
+            self._draws = tf.Variable(0, dtype=tf.int64, trainable=False, name="draws", aggregation=_SAME)
+
+    def is_shared_in(self, strategy: tf.distribute.Strategy) -> bool:
+        """Whether all replicas of `strategy` draw the same noise."""
+        return strategy.extended.variable_created_in_scope(self._draws)
 
     def standard_normal(self, shapes: list[tf.TensorShape]) -> list[tf.Tensor]:
         """One fresh float32 N(0, 1) tensor for each shape; advances the counter by one."""

@@ -30,6 +30,7 @@ from tf_dpbn._keras import (
     loss_trackers,
     raw,
     regularization_losses,
+    steps_per_execution,
     tracker_variables,
     update_compiled_metrics,
     with_callback,
@@ -39,7 +40,7 @@ from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
 from tf_dpbn.layers import GivenStatistics
-from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_of
 
@@ -130,7 +131,8 @@ class DPModel(BookkeepingModel):
                 "expected_batch_size=256).",
                 TypeError,
             )
-        _checks.check_replicas(self.distribute_strategy)
+        self._compiled_optimizer = None  # what fails below must not leave a mixture that trains
+        _checks.check_replicas(self.distribute_strategy, optimizer, accumulation_steps)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
         self._accumulator = Accumulator(accumulation_steps)
@@ -167,7 +169,8 @@ class DPModel(BookkeepingModel):
         """Compiles from `get_compile_config`."""
         self.compile(**deserialize(config))
         if self.built:
-            self.optimizer.build(self.trainable_variables)
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
 
     # ------------------------------------------------------------------ the train step
 
@@ -187,6 +190,7 @@ class DPModel(BookkeepingModel):
             clipped, result = self._engine(task, batch, self.optimizer.l2_norm_clip)
         self._books.set_releases(self.optimizer, len(task.releases))
         penalty, penalty_gradients = self._regularization()
+        clipped = summed_over_replicas(clipped)
         self._accumulator.add(clipped, lambda total: self._release(total, public, penalty_gradients))
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
@@ -205,8 +209,8 @@ class DPModel(BookkeepingModel):
                 public.update_statistics([each.tensors[0] for each in residuals])
 
     def _read_batch(self, data: Any) -> Batch:
-        _checks.check_replicas(tf.distribute.get_strategy())
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        _checks.check_copies(x, self._dp_options["augmentation_multiplicity"])
         if weight is None:
             return Batch(x, y, None, None)
         masks = [real_example_mask(each) for each in tf.nest.flatten(weight)]
@@ -358,17 +362,21 @@ class DPModel(BookkeepingModel):
             held_out = options.get("validation_split", 0.0)
             _checks.check_batches(x, options.get("batch_size"), held_out, optimizer, self._accumulator.parts)
         else:
-            _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts)
+            replicas = self.distribute_strategy.num_replicas_in_sync
+            _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts, replicas)
             _checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
+        _checks.check_workers(self.distribute_strategy, source, self.public_batch)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
         _checks.check_callbacks(options.get("callbacks"))
         if self._accumulator.parts > 1:
+            _checks.check_steps(options.get("steps_per_epoch"), steps_per_execution(self), self._accumulator.parts)
             options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
         self._books.open_record(optimizer, source.sampling if source else None)
         if self.built:  # created in the step they would have it traced twice
-            optimizer.build(self.trainable_variables)
+            with self.distribute_strategy.scope():
+                optimizer.build(self.trainable_variables)
         self._watch_statistics()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import tensorflow as tf
+
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
@@ -201,7 +203,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """
         if not isinstance(gradients, NoisedGradients):
             raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
-        return self.inner.apply_gradients(list(zip(gradients.tensors, variables, strict=True)))
+        tensors = _of_first_replica(gradients.tensors)
+        return self.inner.apply_gradients(list(zip(tensors, variables, strict=True)))
+
+    def is_built_in(self, strategy: tf.distribute.Strategy) -> bool:
+        """Whether the optimizer belongs to `strategy`, so that its replicas draw the same noise."""
+        return self._noise_source.is_shared_in(strategy)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS}")
@@ -355,3 +362,12 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     """
 
     inner_class = keras.optimizers.Adagrad
+
+
+def _of_first_replica(tensors: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:
+    """Zeros on all replicas but the first: Keras adds up what is the same on each."""
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return tensors
+    first = tf.equal(context.replica_id_in_sync_group, 0)
+    return [tf.where(first, tensor, tf.zeros_like(tensor)) for tensor in tensors]

@@ -48,6 +48,7 @@ class PoissonSampling:
       max_batch_size: M, how many examples a draw holds at most.
       steps_per_epoch: number of draws in one pass over the dataset.
       batches_per_draw: in how many consecutive batches of equal size a draw is handed out (gradient accumulation).
+      replicas: among how many replicas each of these batches is split by rows.
 
     Raises:
       ValueError: a count is not a whole number of at least 1, or q is outside (0, 1].
@@ -58,9 +59,10 @@ class PoissonSampling:
     max_batch_size: int
     steps_per_epoch: int
     batches_per_draw: int = 1
+    replicas: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("num_examples", "max_batch_size", "steps_per_epoch", "batches_per_draw"):
+        for name in ("num_examples", "max_batch_size", "steps_per_epoch", "batches_per_draw", "replicas"):
             object.__setattr__(self, name, _validate.positive_int(name, getattr(self, name)))
         rate = _validate.positive("sampling_probability", self.sampling_probability)
         if rate > 1:
@@ -69,8 +71,9 @@ class PoissonSampling:
 
     @property
     def rows(self) -> int:
-        """Rows of a draw, padding included: M, rounded up to a multiple of batches_per_draw."""
-        return -(-self.max_batch_size // self.batches_per_draw) * self.batches_per_draw
+        """Rows of a draw, padding included: M, rounded up so that all batches and replicas get equally many."""
+        parts = self.batches_per_draw * self.replicas
+        return -(-self.max_batch_size // parts) * parts
 
     @property
     def expected_batch_size(self) -> float:
@@ -87,11 +90,13 @@ class PoissonSource:
       labels: the private labels as they were given to `poisson_dataset`.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
+      is_shared: whether all workers of a distribution strategy make the same draws, of which each takes its rows.
     """
 
     sampling: PoissonSampling
     labels: Any
     augmentation_multiplicity: int = 1
+    is_shared: bool = False
 
 
 def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -128,7 +133,8 @@ def poisson_dataset(
 ) -> tf.data.Dataset:
     """Builds a dataset of Poisson-sampled batches of one fixed shape.
 
-    Every iteration over the dataset makes fresh draws. The dataset carries what it is, readable by
+    Build it within the scope of the distribution strategy it is for, if any. Every iteration over the dataset makes
+    fresh draws. The dataset carries what it is, readable by
     `source_of`; a dataset derived from it (cache, map, repeat) does not, since it may have another
     law.
 
@@ -177,18 +183,23 @@ def poisson_dataset(
         max_batch_size=max_batch_size,
         steps_per_epoch=steps_per_epoch,
         batches_per_draw=_validate.positive_int("accumulation_steps", accumulation_steps),
+        replicas=tf.distribute.get_strategy().num_replicas_in_sync,
     )
     multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
     if multiplicity > 1 and augment is None:
         remedy = "Without it all copies would be the same: see tf_dpbn.augmentation."
         raise _validate.argument_error("augment", None, "be given with augmentation_multiplicity", remedy)
     weights = _weights(sample_weight, num_examples)
-    dataset = _index_dataset(sampling, _checked_seed(seed))
+    workers = _is_multi_worker(tf.distribute.get_strategy())
+    seed = _shared_seed() if workers and seed is None else _checked_seed(seed)
+    dataset = _index_dataset(sampling, seed)
     dataset = dataset.map(_row_gatherer(*data, weights), num_parallel_calls=tf.data.AUTOTUNE)
     if augment is not None:
         dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
-    dataset = dataset.prefetch(tf.data.AUTOTUNE)
-    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity)
+    options = tf.data.Options()  # of one draw, each worker takes its own rows
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
+    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, is_shared=workers)
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
@@ -274,6 +285,22 @@ def _draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tupl
         indices = np.full(rows, -1, dtype=np.int64)
         indices[rng.choice(rows, size=drawn.size, replace=False)] = drawn
         yield indices, (indices >= 0).astype(np.float32)
+
+
+def _is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def _shared_seed() -> int:
+    """A secret seed that all workers of the current strategy share: that of the first."""
+    words = tf.Variable(
+        [secrets.randbits(63), secrets.randbits(63)],
+        dtype=tf.int64,
+        trainable=False,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # created with the first worker's value
+    )
+    high, low = tf.distribute.get_strategy().experimental_local_results(words)[0].numpy().tolist()
+    return high << 63 | low
 
 
 def _seed_sequence(seed: int | None, iteration: int) -> np.random.SeedSequence:

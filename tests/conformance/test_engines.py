@@ -84,6 +84,25 @@ def test_padding_anywhere_in_a_batch_changes_nothing(engine, jit_compile, exampl
     np.testing.assert_allclose(padded.y_pred.numpy()[chosen], alone.y_pred, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_batch_of_no_rows_and_unknown_size_contributes_nothing(engine):
+    model = helpers.compiled(zoo.build("conv2d"), engine=engine)
+    x, y = zoo.data("conv2d", 3)
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in (x, y)])
+    def run(x, y):
+        (clipped,), result = model._engine(
+            model._task(model._public_forward(Batch(x, y, None, None))), Batch(x, y, None, None), 1.0
+        )
+        return clipped.tensors, result.loss, result.y_pred
+
+    sums, loss, y_pred = run(x[:0], y[:0])
+    assert not np.any(helpers.flat(sums)) and loss.shape == (0,) and y_pred.shape[0] == 0
+    sums, loss, _ = run(x, y)
+    expected, _ = naive_clipped_sum(model, x, y, np.ones(3), 1.0)
+    assert helpers.relative_error(sums, expected) < 1e-4 and loss.shape == (3,)
+
+
 def test_slices_of_padding_alone_are_not_worked_on():
     worked_on = tf.Variable(0)
 

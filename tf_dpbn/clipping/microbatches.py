@@ -55,21 +55,24 @@ class MicrobatchedEngine:
     def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
         """See `clipping.Engine`."""
         rows, count = to_rows(batch), _batch_size(batch)
+        if not isinstance(count, int):  # may be 0, and a slice needs a row to read
+            rows = tf.nest.map_structure(_with_spare_row, rows)
         size = self._slice_size(task, rows, count, batch.mask is not None)
-        slices = _ceil_divide(count, size)
+        slices = _ceil_divide(count, size) if isinstance(count, int) else tf.maximum(1, _ceil_divide(count, size))
         shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
         sums = tuple(tf.zeros(shape, tf.float32) for shape in shapes)
         if isinstance(slices, int) and slices == 1:
             sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
         else:
             order = _examples_first(batch.mask, count)
+            positions = tf.math.invert_permutation(order)
             examples = count if batch.mask is None else tf.reduce_sum(tf.cast(batch.mask, tf.int32))
 
             def clipped_slice(i: Any) -> Any:
                 return self.sum_slice(task, _take(rows, order, i * size, size, examples), l2_norm_clip)
 
             sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
-            by_products = tf.nest.map_structure(lambda t: tf.gather(t, tf.math.invert_permutation(order)), by_products)
+            by_products = tf.nest.map_structure(lambda t: tf.gather(t, positions), by_products)
 
         def of_batch(values: tf.Tensor) -> tf.Tensor:
             return tf.ensure_shape(values, [_static(count), *values.shape[1:]])
@@ -124,9 +127,12 @@ def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -
 def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:
     """(x, y, weight, index, mask): everything with a batch axis. A missing weight is an empty tuple."""
     count = tf.shape(tf.nest.flatten(batch.x)[0])[0]
+    context = tf.distribute.get_replica_context()
+    replica = 0 if context is None else tf.cast(context.replica_id_in_sync_group, tf.int32)
+    index = replica * count + tf.range(count)  # no two examples of a step share one, on whatever replica
     mask = tf.ones([_batch_size(batch)], tf.bool) if batch.mask is None else batch.mask
     weight = () if batch.sample_weight is None else batch.sample_weight
-    return batch.x, batch.y, weight, tf.range(count), mask
+    return batch.x, batch.y, weight, index, mask
 
 
 def _batch_size(batch: Batch) -> Any:
@@ -142,6 +148,10 @@ def _ceil_divide(count: Any, size: Any) -> Any:
     return -(-count // size)
 
 
+def _with_spare_row(rows: tf.Tensor) -> tf.Tensor:
+    return tf.concat([rows, tf.zeros(tf.concat([[1], tf.shape(rows)[1:]], 0), rows.dtype)], 0)
+
+
 def _examples_first(mask: tf.Tensor | None, count: Any) -> tf.Tensor:
     """The order of rows in which padding comes last: its slices need not be worked on."""
     if mask is None:
@@ -153,7 +163,7 @@ def _take(rows: Any, order: tf.Tensor, start: Any, size: Any, examples: Any) -> 
     """A slice of the rows in that order; the mask is False from the number of examples on, and beyond the last row."""
     positions = start + tf.range(size)
     last = tf.shape(order)[0] - 1
-    chosen = tf.gather(order, tf.minimum(positions, last))
+    chosen = tf.gather(tf.concat([order, [0]], 0), tf.minimum(positions, tf.maximum(last, 0)))
     *data, _ = tf.nest.map_structure(lambda t: tf.gather(t, chosen), rows)
     return (*data, positions < examples)
 

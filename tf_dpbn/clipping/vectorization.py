@@ -62,7 +62,7 @@ def loop(function: _RowFunction, rows: Any) -> Any:
 
 def _unsafe(graph: tf.Graph) -> str:
     """Why examples must not be vectorized, or an empty string."""
-    if any(op.type.startswith(("UnsortedSegment", "SparseSegment", "SegmentSum")) for op in graph.get_operations()):
+    if _graph.has_segment_sums(graph):
         return "vectorized segment sums mix examples where ids lie outside their range"
     if any(_is_unsafe_product(op) and op.outputs[0].consumers() for op in graph.get_operations()):
         return "broadcast matrix products corrupt memory on CPUs"
