@@ -2,6 +2,7 @@
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
+# make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
 EPSILON ?= 8
@@ -30,7 +31,7 @@ SOURCES := setup.py tf_dpbn/version.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format bench bench-peers utility clean check-python
+.PHONY: demo test lint format bench bench-peers utility build-files clean check-python
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
@@ -58,6 +59,9 @@ bench-peers: $(TEST_VENV)/.installed $(PEERS:%=.venv-peer-%/.installed)
 
 utility: $(TEST_VENV)/.installed
 	PYTHONPATH=examples $(TEST_BIN)/python benchmarks/utility.py $(UTILITY_FLAGS)
+
+build-files: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m tests.build_files
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) build dist *.egg-info
