@@ -2,6 +2,7 @@
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
+# make check-wheel  runs the quick start from the built wheel in a fresh environment
 # make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
@@ -31,7 +32,7 @@ SOURCES := setup.py tf_dpbn/version.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format bench bench-peers utility build-files clean check-python
+.PHONY: demo test lint format bench bench-peers utility build-files check-wheel clean check-python
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
@@ -62,6 +63,15 @@ utility: $(TEST_VENV)/.installed
 
 build-files: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m tests.build_files
+
+# Builds the wheel, installs it into a fresh environment, and runs the quick start of the README there.
+check-wheel: | check-python
+	rm -rf build/wheel
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv --clear build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
+	sed -n '/^```python/,/^```$$/p' README.md | sed '/^```/d' > build/wheel/quick_start.py
+	cd build/wheel && venv/bin/python quick_start.py
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) build dist *.egg-info

@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import h5py
@@ -315,6 +316,7 @@ def test_loading_in_the_middle_of_fit_works_even_with_another_public_batch(train
 
 _SERVE = """
 import sys
+import warnings
 for name in ("tf_dpbn", "keras", "tf_keras"):
     sys.modules[name] = None
 import numpy as np
@@ -344,3 +346,22 @@ def test_an_exported_model_needs_tensorflow_alone_and_has_final_statistics(tmp_p
     )
     assert done.stdout.strip().endswith("reproduced"), done.stderr
     np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_model_converts_to_tflite(tmp_path):
+    model = helpers.bn_stack(2, tf_dpbn.DPBatchNormalization, model=tf_dpbn.DPModel)
+    helpers.randomize(model)
+    model.set_public_batch(helpers.images(6, seed=1)[0])
+    x, y = helpers.images(8)
+    helpers.compiled(model).train_on_batch(x, y)
+    model.export(str(tmp_path / "served"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter is moving to a package of its own
+        content = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "served")).convert()
+        interpreter = tf.lite.Interpreter(model_content=content)
+    inputs, outputs = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    interpreter.resize_tensor_input(inputs, x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(inputs, x)
+    interpreter.invoke()
+    np.testing.assert_allclose(interpreter.get_tensor(outputs), model.predict(x, verbose=0), atol=1e-5)
