@@ -132,12 +132,14 @@ def refusals() -> list[str]:
     """The messages of what is refused."""
     messages = []
     strategy = strategy_of(2)
-    outside = helpers.dp_optimizer()
+    outside, plain = helpers.dp_optimizer(), keras.optimizers.SGD(1.0)
     with strategy.scope():
         inputs = keras.Input((3,))
         model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
         inside = helpers.dp_optimizer(expected_batch_size=5)
-    for optimizer, options in ((outside, {}), (inside, {"accumulation_steps": 2})):
+        mixed = helpers.dp_optimizer(inner=plain)
+    accumulating, eager = {"accumulation_steps": 2}, {"run_eagerly": True}
+    for optimizer, options in ((outside, {}), (mixed, {}), (inside, accumulating), (inside, eager)):
         try:
             helpers.compiled(model, "mse", optimizer, **options)
         except (ValueError, NotImplementedError) as error:
@@ -161,6 +163,7 @@ def main() -> None:
         "anchored": comparison("anchored", (2,)),
         "noised": comparison("noised", (2,)),
         "sum": comparison("public", (2,), "sum"),
+        "none": comparison("public", (2,), "none"),
         "noise": [noise_scale(1), noise_scale(2)],
         "dropout": dropout_agreement(),
         "refusals": refusals(),

@@ -11,7 +11,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn import optimizers
-from tf_dpbn._keras import deserialize, keras, raw, serialize
+from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, raw, serialize
 from tf_dpbn.mechanisms import ClippedSum, NoisedGradients
 
 SGD = keras.optimizers.SGD
@@ -373,3 +373,9 @@ def test_microbatches_may_equal_the_batch_size():
     optimizer = OPTIMIZERS["sgd"](**{**PRIVACY, "num_microbatches": 8})
     assert optimizer.expected_batch_size == 8.0
     assert "num_microbatches" not in optimizer.get_config()
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras optimizers do not accumulate")
+def test_refuses_an_inner_optimizer_that_accumulates():
+    with pytest.raises(ValueError, match="Pass accumulation_steps to DPModel.compile"):
+        helpers.dp_optimizer(inner=keras.optimizers.SGD(1.0, gradient_accumulation_steps=2))

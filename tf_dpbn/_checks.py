@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import functools
 import warnings
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _graph, _validate
+from tf_dpbn import _graph, _validate, sampling
 from tf_dpbn._keras import (
     IS_KERAS_3,
     BatchNormalizationBase,
@@ -68,19 +67,28 @@ def check_layers(model: Any) -> None:
 _REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)
 
 
-def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, accumulation_steps: int) -> None:
+def check_replicas(
+    strategy: tf.distribute.Strategy, optimizer: DPOptimizer, accumulation_steps: int, run_eagerly: bool
+) -> None:
     """Refuses what several replicas cannot do alike.
 
     Raises:
-      NotImplementedError: for a strategy without mirrored variables, or gradient accumulation on several replicas.
-      ValueError: for an optimizer that was built outside the strategy's scope.
+      NotImplementedError: for a strategy without mirrored variables, or on several replicas gradient accumulation or
+        eager steps.
+      ValueError: for an optimizer that was built in another scope than the model.
     """
-    if isinstance(strategy, _REPLICATED) and not optimizer.is_built_in(strategy):
+    single = isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__.startswith("_Default")
+    if not single and not isinstance(strategy, _REPLICATED):
+        raise NotImplementedError(
+            "DPModel trains under MirroredStrategy, MultiWorkerMirroredStrategy, TPUStrategy and OneDeviceStrategy. "
+            f"Use one of these. Received: {type(strategy).__name__}"
+        )
+    if not optimizer.is_built_in(strategy):
         raise _validate.argument_error(
             "optimizer",
             type(optimizer).__name__,
-            f"be built within the scope of the model's {type(strategy).__name__}",
-            "Build model and optimizer within `with strategy.scope():`, so that all replicas draw the same noise.",
+            "be built, with the optimizer it wraps, in the same strategy's scope as the model",
+            "Build all of them within `with strategy.scope():`, so that all replicas draw the same noise.",
         )
     if IS_KERAS_3 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise NotImplementedError(
@@ -88,17 +96,14 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, acc
             "TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported, which selects tf_keras."
         )
     replicas = strategy.num_replicas_in_sync
-    if replicas == 1:
-        return
-    if not isinstance(strategy, _REPLICATED):
-        raise NotImplementedError(
-            "DPModel trains on several replicas under MirroredStrategy, MultiWorkerMirroredStrategy and TPUStrategy. "
-            f"Use one of these. Received: {type(strategy).__name__} with {replicas} replicas"
-        )
-    if accumulation_steps > 1:
+    if replicas > 1 and accumulation_steps > 1:
         raise NotImplementedError(
             "`accumulation_steps` must be 1 on several replicas, which already share a batch. Pass microbatch_size to "
             f"compile to save memory. Received: accumulation_steps={accumulation_steps}, {replicas} replicas"
+        )
+    if replicas > 1 and run_eagerly:
+        raise NotImplementedError(
+            f"`run_eagerly` must be False on several replicas. Leave it out. Received: True, {replicas} replicas"
         )
 
 
@@ -185,29 +190,29 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
-def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int, replicas: int) -> None:
+def check_sampling(law: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int, replicas: int) -> None:
     """Refuses a data set of draws that the optimizer's denominator, accounting, accumulation or replicas do not fit.
 
     Raises:
       ValueError: naming both numbers.
     """
-    if sampling.rows % replicas:
+    if law.rows % replicas:
         raise _validate.argument_error(
             "x",
-            f"a Poisson data set of {sampling.rows} rows",
+            f"a Poisson data set of {law.rows} rows",
             f"have equally many rows for each of the {replicas} replicas",
             "Build it within `with strategy.scope():`, or choose another max_batch_size.",
         )
-    if sampling.batches_per_draw != accumulation_steps:
+    if law.batches_per_draw != accumulation_steps:
         raise _validate.argument_error(
             "accumulation_steps",
             accumulation_steps,
-            f"equal that of the Poisson data set, {sampling.batches_per_draw}",
+            f"equal that of the Poisson data set, {law.batches_per_draw}",
             "Pass the same accumulation_steps to compile and to poisson_dataset.",
         )
     pairs = [
-        ("expected_batch_size", optimizer.expected_batch_size, sampling.expected_batch_size),
-        ("num_examples", optimizer.num_examples or sampling.num_examples, sampling.num_examples),
+        ("expected_batch_size", optimizer.expected_batch_size, law.expected_batch_size),
+        ("num_examples", optimizer.num_examples or law.num_examples, law.num_examples),
     ]
     for name, given, drawn in pairs:
         if abs(given - drawn) > 1e-6 * drawn:
@@ -220,7 +225,7 @@ def check_sampling(sampling: PoissonSampling, optimizer: DPOptimizer, accumulati
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:
-    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in public data.
+    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in their data.
 
     Args:
       strategy: the model's.
@@ -232,22 +237,23 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
     """
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
-    if source is not None and not source.is_shared:
+    if source is None or source.draws is None:
         raise _validate.argument_error(
             "x",
-            "a Poisson data set that was built outside the strategy's scope",
+            "data of this worker's own" if source is None else "a Poisson data set built outside the strategy's scope",
             "be drawn alike by all workers, each of which takes its share of the rows",
-            "Build it within `with strategy.scope():`.",
+            "Build it within `with strategy.scope():` by plan.poisson_dataset, and train it with `fit`.",
         )
-    digest = hashlib.sha256()
-    for array in tf.nest.flatten(public_batch):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    ours = int.from_bytes(digest.digest()[:4], "big")
-    total = strategy.reduce("SUM", strategy.run(lambda: tf.constant(ours, tf.int64)), axis=None)
-    if int(total) != ours * strategy.num_replicas_in_sync:
-        raise _validate.argument_error(
-            "public_batch", "other examples than on another worker", "be the same on all workers", "Use one seed."
-        )
+    arrays = [] if public_batch is None else tf.nest.flatten(public_batch)
+    for name, ours in (("x, y", source.draws.digest), ("public_batch", sampling.digest_of(arrays))):
+        total = strategy.reduce("SUM", strategy.run(functools.partial(tf.constant, ours, tf.int64)), axis=None)
+        if int(total) != ours * strategy.num_replicas_in_sync:
+            raise _validate.argument_error(
+                name,
+                "other values than on another worker",
+                "be the same on all workers, in the same order",
+                "Use one seed.",
+            )
 
 
 def check_multiplicity(made: int, averaged: int) -> None:

@@ -204,37 +204,28 @@ def compiled_data_loss(
     Nothing is tracked: on Keras 3 the trackers' updates go to `scope` (see `loss_trackers`).
     """
     if IS_KERAS_3:
-        loss = model._compile_loss(y, y_pred, sample_weight)
+        with _without_scaling_for_distribution():
+            loss = model._compile_loss(y, y_pred, sample_weight)
         trackers = model._compile_loss.metrics  # weighted by the number of rows
         values = [[scope.get_current_value(v) for v in (m.total, m.count)] for m in trackers]
         parts = [tf.math.divide_no_nan(total, count) for total, count in values]
-        return _unscaled_for_distribution(model.loss, loss, parts)
+        return loss, tuple(parts)
     return _legacy_data_loss(model.compiled_loss, y, y_pred, sample_weight)
 
 
-def _unscaled_for_distribution(loss: Any, total: Any, parts: list[Any]) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
-    """Undoes on several replicas Keras 3's division of a mean, not of a sum, by their number."""
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas == 1:
-        return total, tuple(parts)
-    if adds_up_batch(loss):  # parts were multiplied back all the same
-        return total, tuple(part / replicas for part in parts)
-    return total * replicas, tuple(parts)
-
-
-def adds_up_batch(loss: Any) -> bool:
-    """Whether a compiled loss adds up the examples of a batch, rather than average over them.
-
-    Raises:
-      ValueError: if some losses of several outputs do and others do not.
-    """
-    sums = {getattr(each, "reduction", None) == "sum" for each in tf.nest.flatten(loss) if each is not None}
-    if len(sums) > 1:
-        raise ValueError(
-            "`loss` must add up a batch (reduction='sum') for all outputs or for none on several replicas: Keras "
-            f"divides the others by their number. Received: loss={loss!r}"
-        )
-    return sums == {True}
+@contextlib.contextmanager
+def _without_scaling_for_distribution() -> Iterator[None]:
+    """Keeps Keras 3 from dividing losses by the number of replicas, which it does in some reductions only."""
+    module = importlib.import_module("keras.src.losses.loss")
+    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+    kept = [getattr(module, name) for name in names]
+    try:
+        for name in names:
+            setattr(module, name, lambda value: value)
+        yield
+    finally:
+        for name, function in zip(names, kept, strict=True):
+            setattr(module, name, function)
 
 
 def _legacy_data_loss(

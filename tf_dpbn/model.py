@@ -120,7 +120,8 @@ class DPModel(BookkeepingModel):
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
           ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
-          NotImplementedError: under a distribution strategy with several replicas.
+          NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
+            replicas cannot combine with.
         """
         if not isinstance(optimizer, DPOptimizer):
             raise _validate.argument_error(
@@ -132,7 +133,8 @@ class DPModel(BookkeepingModel):
                 TypeError,
             )
         self._compiled_optimizer = None  # what fails below must not leave a mixture that trains
-        _checks.check_replicas(self.distribute_strategy, optimizer, accumulation_steps)
+        eagerly = bool(kwargs.get("run_eagerly"))
+        _checks.check_replicas(self.distribute_strategy, optimizer, accumulation_steps, eagerly)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
         self._accumulator = Accumulator(accumulation_steps)
@@ -339,6 +341,7 @@ class DPModel(BookkeepingModel):
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
         self._compiled_dp_optimizer()
+        _checks.check_workers(self.distribute_strategy, None, self.public_batch)
         self._watch_statistics()
         return super().train_on_batch(*args, **kwargs)
 
@@ -366,6 +369,8 @@ class DPModel(BookkeepingModel):
             _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts, replicas)
             _checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
         _checks.check_workers(self.distribute_strategy, source, self.public_batch)
+        if source is not None and source.draws is not None:
+            source.draws.begin(lambda: self.private_steps)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)

@@ -78,6 +78,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
         inner = keras.optimizers.get(inner)
         if isinstance(inner, (DPOptimizer, keras.mixed_precision.LossScaleOptimizer)):
             raise _validate.argument_error("inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps.")
+        if getattr(inner, "gradient_accumulation_steps", None):
+            raise _validate.argument_error(
+                "inner",
+                f"gradient_accumulation_steps={inner.gradient_accumulation_steps}",
+                "not accumulate gradients itself: each would carry noise of its own",
+                "Pass accumulation_steps to DPModel.compile, which draws noise once for all of them.",
+            )
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
@@ -208,7 +215,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def is_built_in(self, strategy: tf.distribute.Strategy) -> bool:
         """Whether the optimizer belongs to `strategy`, so that its replicas draw the same noise."""
-        return self._noise_source.is_shared_in(strategy)
+        inner = getattr(self.inner, "_distribution_strategy", None)
+        belongs = inner is None or strategy.num_replicas_in_sync == 1 or inner is strategy
+        return belongs and self._noise_source.is_shared_in(strategy)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS}")

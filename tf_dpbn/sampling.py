@@ -22,11 +22,13 @@ rows, keep the sensitivity of a single example.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
 import math
 import numbers
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +83,33 @@ class PoissonSampling:
         return self.sampling_probability * self.num_examples
 
 
+class SharedDraws:
+    """Keeps several workers' draws alike: one secret seed, and a stream for each epoch of training.
+
+    Streams are numbered by what all workers count alike, calls of `fit` and private steps, not by iterations of the
+    data set: one more on a single worker, to look at a batch, must not put it out of step with the others.
+
+    Args:
+      seed: of this worker, or None; that of the first worker is taken for all.
+      digest: of the training data, by which workers can tell that they hold the same.
+    """
+
+    def __init__(self, seed: int | None, digest: int) -> None:
+        self.seed = _shared_seed(seed)
+        self.digest = digest
+        self._fits = 0
+        self._steps: Callable[[], int] = int
+
+    def begin(self, steps: Callable[[], int]) -> None:
+        """Notes that `fit` begins; `steps` counts private steps."""
+        self._fits += 1
+        self._steps = steps
+
+    def stream(self) -> tuple[int, int]:
+        """The number of the stream for an iteration that begins now."""
+        return self._fits, self._steps()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PoissonSource:
     """Where the batches of a dataset come from.
@@ -90,13 +119,13 @@ class PoissonSource:
       labels: the private labels as they were given to `poisson_dataset`.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
-      is_shared: whether all workers of a distribution strategy make the same draws, of which each takes its rows.
+      draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
     """
 
     sampling: PoissonSampling
     labels: Any
     augmentation_multiplicity: int = 1
-    is_shared: bool = False
+    draws: SharedDraws | None = None
 
 
 def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -190,16 +219,18 @@ def poisson_dataset(
         remedy = "Without it all copies would be the same: see tf_dpbn.augmentation."
         raise _validate.argument_error("augment", None, "be given with augmentation_multiplicity", remedy)
     weights = _weights(sample_weight, num_examples)
-    workers = _is_multi_worker(tf.distribute.get_strategy())
-    seed = _shared_seed() if workers and seed is None else _checked_seed(seed)
-    dataset = _index_dataset(sampling, seed)
+    seed, draws = _checked_seed(seed), None
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
+        arrays = tf.nest.flatten((*data, weights))
+        draws = SharedDraws(seed, digest_of([*arrays, np.array(dataclasses.astuple(sampling))]))
+    dataset = _index_dataset(sampling, seed, draws)
     dataset = dataset.map(_row_gatherer(*data, weights), num_parallel_calls=tf.data.AUTOTUNE)
     if augment is not None:
         dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
-    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, is_shared=workers)
+    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
@@ -287,36 +318,48 @@ def _draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tupl
         yield indices, (indices >= 0).astype(np.float32)
 
 
-def _is_multi_worker(strategy: tf.distribute.Strategy) -> bool:
-    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+def digest_of(arrays: Sequence[Any]) -> int:
+    """A number of 32 bits that tells nests of arrays apart."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        array = np.asarray(array)
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(array.astype(bytes).tobytes() if array.dtype == object else np.ascontiguousarray(array).tobytes())
+    return int.from_bytes(digest.digest()[:4], "big")
 
 
-def _shared_seed() -> int:
-    """A secret seed that all workers of the current strategy share: that of the first."""
-    words = tf.Variable(
-        [secrets.randbits(63), secrets.randbits(63)],
+def _shared_seed(seed: int | None) -> int:
+    """The first worker's seed, secret unless it was given, on all workers of the current strategy."""
+    mask = 2**63 - 1
+    words = [secrets.randbits(63), secrets.randbits(63)] if seed is None else [seed >> 63 & mask, seed & mask]
+    variable = tf.Variable(
+        words,
         dtype=tf.int64,
         trainable=False,
         aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # created with the first worker's value
     )
-    high, low = tf.distribute.get_strategy().experimental_local_results(words)[0].numpy().tolist()
+    high, low = tf.distribute.get_strategy().experimental_local_results(variable)[0].numpy().tolist()
     return high << 63 | low
 
 
-def _seed_sequence(seed: int | None, iteration: int) -> np.random.SeedSequence:
-    """Returns the seed of one iteration: from `seed`, or new from the operating system."""
+def _seed_sequence(seed: int | None, *stream: int) -> np.random.SeedSequence:
+    """Returns the seed of one iteration: from `seed` and its number, or new from the operating system."""
     # A stream for each iteration: what prefetching draws ahead in one does not shift the next.
     # Without a seed nothing is kept between iterations that a forked process could repeat.
     entropy = secrets.randbits(128) if seed is None else seed
-    return np.random.SeedSequence(entropy, spawn_key=(iteration,))
+    return np.random.SeedSequence(entropy, spawn_key=stream)
 
 
-def _index_dataset(sampling: PoissonSampling, seed: int | None) -> tf.data.Dataset:
+def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDraws | None) -> tf.data.Dataset:
     """Returns a dataset of one epoch of index vectors, int64 [rows / batches_per_draw]."""
     iterations = itertools.count()
 
     def epoch() -> Iterator[np.ndarray]:
-        rng = np.random.default_rng(_seed_sequence(seed, next(iterations)))
+        if shared is None:
+            seeds = _seed_sequence(seed, next(iterations))
+        else:
+            seeds = _seed_sequence(shared.seed, *shared.stream())
+        rng = np.random.default_rng(seeds)
         for indices, _ in itertools.islice(_draws(sampling, rng), sampling.steps_per_epoch):
             yield from np.split(indices, sampling.batches_per_draw)
 

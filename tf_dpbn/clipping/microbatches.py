@@ -128,8 +128,9 @@ def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:
     """(x, y, weight, index, mask): everything with a batch axis. A missing weight is an empty tuple."""
     count = tf.shape(tf.nest.flatten(batch.x)[0])[0]
     context = tf.distribute.get_replica_context()
-    replica = 0 if context is None else tf.cast(context.replica_id_in_sync_group, tf.int32)
-    index = replica * count + tf.range(count)  # no two examples of a step share one, on whatever replica
+    replicas, replica = (1, 0) if context is None else (context.num_replicas_in_sync, context.replica_id_in_sync_group)
+    # No two examples of a step share one, on whatever replica.
+    index = tf.range(count) * replicas + tf.cast(replica, tf.int32)
     mask = tf.ones([_batch_size(batch)], tf.bool) if batch.mask is None else batch.mask
     weight = () if batch.sample_weight is None else batch.sample_weight
     return batch.x, batch.y, weight, index, mask
