@@ -9,6 +9,7 @@ The map, in the order data flows:
 - `mechanisms`: the privacy boundary, where noise is added.
 - `optimizers`: Keras optimizers behind that boundary.
 - `model`: `DPModel` and `DPSequential`, whose train step puts it together.
+- `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
 """
@@ -18,6 +19,7 @@ from tf_dpbn import (
     augmentation,
     callbacks,
     clipping,
+    conversion,
     layers,
     mechanisms,
     model,
@@ -27,6 +29,7 @@ from tf_dpbn import (
     statistics,
 )
 from tf_dpbn.accounting import Ledger, PrivacyWarning
+from tf_dpbn.conversion import convert, to_stock, validate
 from tf_dpbn.layers import DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
 from tf_dpbn.optimizers import DPOptimizer
@@ -46,6 +49,8 @@ __all__ = [
     "augmentation",
     "callbacks",
     "clipping",
+    "conversion",
+    "convert",
     "layers",
     "mechanisms",
     "model",
@@ -53,4 +58,6 @@ __all__ = [
     "public_data",
     "sampling",
     "statistics",
+    "to_stock",
+    "validate",
 ]

@@ -10,6 +10,7 @@ import tensorflow as tf
 _READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarHandleOp"])
 # Stateful only in that two calls differ or that they print: random draws, checks.
 _HARMLESS = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "Assert", "Print", "TensorArray")
+_RANDOM = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "StatelessRandom", "StatelessTruncated")
 # What writes, by the beginning of its name; the bodies of functions are known by operation names alone.
 _WRITERS = tuple(
     "Assign Barrier ConditionalAccumulator EagerPyFunc LookupTableImport LookupTableInsert LookupTableRemove "
@@ -44,6 +45,11 @@ def state_changes(graph: tf.Graph) -> list[tf.Operation]:
         for operation in graph.get_operations()
         if set(_called_functions(operation.node_def)) & changing or _changes_state(operation)
     ]
+
+
+def is_random(operation: tf.Operation) -> bool:
+    """Whether an operation draws random numbers."""
+    return operation.type.startswith(_RANDOM)
 
 
 def _changes_state(operation: tf.Operation) -> bool:
