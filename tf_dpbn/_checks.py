@@ -245,11 +245,13 @@ class StateChange:
     """An operation that writes what depends on examples to state.
 
     Attributes:
-      layers: names of the layers that own the state; empty for state outside the model's weights.
+      layers: names of the layers that own the state, as far as it is among the model's weights.
+      operation: name of the operation.
       reason: what to tell the user.
     """
 
     layers: tuple[str, ...]
+    operation: str
     reason: str
 
 
@@ -310,7 +312,7 @@ def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:
         changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
         if any(id(tensor) in data for tensor in operation.inputs):
             names = [owners.get(id(v), model.name) for v in changed]
-            from_data.append(StateChange(tuple(names), _reason_of_change(operation, changed, names)))
+            from_data.append(StateChange(tuple(names), operation.name, _reason_of_change(operation, changed, names)))
         has_state = has_state or any(id(variable) not in random_states for variable in changed)
     return from_data, has_state
 

@@ -63,11 +63,10 @@ def first_rows(x: Any) -> Any:
     return x
 
 
-def coupling_layers(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> list[str]:
-    """Names of the layers in whose output one example depends on others, the first to be called first.
+def coupling_layer(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> str | None:
+    """Name of the first layer in whose output one example depends on others; None if there is none.
 
-    Only the first of them need be at fault: what follows works on its output. The model's own name stands for
-    operations outside its layers.
+    The model's own name stands for operations outside its layers.
 
     Args:
       model: built.
@@ -77,14 +76,27 @@ def coupling_layers(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> l
     rows = len(tf.nest.flatten(x)[0])
     probe = _Probe(model, calls, rows)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, tf.as_dtype(t.dtype)), x)
-    compare = tf.function(probe.compare, autograph=False).get_concrete_function(specs, specs, tf.TensorSpec([], tf.int32))
-    moved: set[str] = set()
+    row_spec = tf.TensorSpec([], tf.int32)
+    compare = tf.function(probe.compare, autograph=False).get_concrete_function(specs, specs, row_spec)
+    moved = np.zeros(len(probe.names), bool)
     for row in range(rows):
         others = tf.nest.map_structure(lambda t, row=row: _change_others(t, row), x)
-        with kept_state(model):
-            result = compare(*tf.nest.map_structure(tf.constant, (x, others)), tf.constant(row)).numpy()
-        moved |= {name for name, far in zip(probe.names, result, strict=True) if far}
-    return [name for name in dict.fromkeys(probe.names) if name in moved]
+        moved |= compare(*tf.nest.map_structure(tf.constant, (x, others)), tf.constant(row)).numpy()
+    return probe.names[int(np.argmax(moved))] if moved.any() else None
+
+
+def layer_scope(model: Any, operation: str) -> tuple[str, str]:
+    """The innermost name scope of an operation that belongs to a layer, and the layer's name; empty if there is none.
+
+    Layers open a scope of their name, with a number behind it from the second call on, inside that of their parent.
+    """
+    parts, parent, found = operation.split("/")[:-1], model, ("", "")
+    for k, part in enumerate(parts):
+        inside = {layer.name: layer for layer in flatten_layers(parent)}
+        name = part if part in inside else re.sub(r"_\d+$", "", part)
+        if name in inside:
+            parent, found = inside[name], ("/".join(parts[: k + 1]), name)
+    return found
 
 
 def _change_others(values: np.ndarray, row: int) -> np.ndarray:
@@ -107,7 +119,6 @@ class _Probe:
         self._model = model
         self._calls = calls
         self._rows = rows
-        self._layers = {layer.name for layer in flatten_layers(model)}
         self.names: list[str] = []
 
     def compare(self, x: Any, others: Any, row: tf.Tensor) -> tf.Tensor:
@@ -140,10 +151,11 @@ class _Probe:
             for call, pair in zip(self._calls, statistics, strict=True)
         ]
         scope = GivenStatistics(self._calls, statistics) if self._calls else contextlib.nullcontext()
-        with scope, isolated_call([], tf.constant(0)):
+        with scope, isolated_call([], tf.constant(0)), kept_state(self._model):
             outputs = call_model(self._model, x, training=True)
+        # What the first pass captures (as a constant if it is small) is there for the second.
         made = graph.get_operations()[before:]
-        return outputs, [operation for operation in made if operation.type != "Placeholder"]  # captured once
+        return outputs, [operation for operation in made if operation.type not in ("Placeholder", "Const")]
 
     def _layer_outputs(
         self, operations: list[tf.Operation], again: list[tf.Operation], data: set[int]
@@ -151,7 +163,7 @@ class _Probe:
         """(layer, its output in the first pass, in the second), in the order of the calls."""
         found = []
         for one, other in zip(operations, again, strict=True):
-            scope, name = self._layer_scope(one.name)
+            scope, name = layer_scope(self._model, one.name)
             for ours, theirs in zip(one.outputs, other.outputs, strict=True):
                 leaves = any(not consumer.name.startswith(f"{scope}/") for consumer in ours.consumers())
                 if name and leaves and id(ours) in data and self._has_rows(ours):
@@ -161,15 +173,6 @@ class _Probe:
     def _has_rows(self, tensor: tf.Tensor) -> bool:
         comparable = tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool
         return comparable and bool(tensor.shape.rank) and tensor.shape[0] == self._rows
-
-    def _layer_scope(self, operation: str) -> tuple[str, str]:
-        """The innermost name scope of an operation that is a layer's, and the layer's name; empty if there is none."""
-        parts = operation.split("/")[:-1]
-        for k in range(len(parts), 0, -1):
-            for name in (parts[k - 1], re.sub(r"_\d+$", "", parts[k - 1])):
-                if name in self._layers:
-                    return "/".join(parts[:k]), name
-        return "", ""
 
     def _differs(self, a: tf.Tensor, b: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         if not self._has_rows(a):

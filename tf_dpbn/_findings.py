@@ -105,12 +105,14 @@ def inspect_model(model: Any, x: Any) -> Findings:
         reason = "It adds a loss while it is called, which is neither clipped nor noised."
         found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
     for change in trace.changes_from_data:
-        for name in change.layers or (model.name,):
-            found.setdefault(name, _state_finding(name, bool(change.layers)))
+        _, name = _coupling.layer_scope(model, change.operation)
+        for name in change.layers or (name or model.name,):
+            found.setdefault(name, _state_finding(name))
     with frozen(stock):  # the others are judged without them
-        for name in _coupling.coupling_layers(model, x, trace.scope.calls)[:1]:
-            reason = "One example's output moves when only others change: it couples examples."
-            found.setdefault(name, Finding(name, "error", reason, _ALONE))
+        coupling = _coupling.coupling_layer(model, x, trace.scope.calls)
+    if coupling is not None:
+        reason = "One example's output moves when only others change: it couples examples."
+        found.setdefault(coupling, Finding(coupling, "error", reason, _ALONE))
     order = {layer.name: k for k, layer in enumerate(flatten_layers(model))}
     return Findings(sorted(found.values(), key=lambda finding: order.get(finding.layer, len(order))))
 
@@ -130,9 +132,6 @@ def _stock_finding(layer: Any) -> Finding:
     return Finding(layer.name, "error", reason, _CONVERT)
 
 
-def _state_finding(name: str, in_layer: bool) -> Finding:
-    if in_layer:
-        reason = "In training it writes what it saw of the examples, un-noised, to its state."
-    else:
-        reason = "In training the model writes what it saw of the examples to state outside its weights."
+def _state_finding(name: str) -> Finding:
+    reason = "In training it writes what it saw of the examples, un-noised, to its state."
     return Finding(name, "error", reason, "Use a layer without such state (recurrent ones: stateful=False), or freeze it.")
