@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import convert_model
 import datasets
 import mnist
 import plots
@@ -199,16 +201,55 @@ def test_an_unknown_normalization_is_refused():
         mnist.normalization("instance")
 
 
-def test_help_explains_every_flag():
+@pytest.mark.parametrize(
+    "script, promise", [(mnist, "outside the guarantee"), (convert_model, "without noise")], ids=["mnist", "convert"]
+)
+def test_help_explains_every_flag(script, promise):
     environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
-    done = subprocess.run([sys.executable, MNIST, "--help"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr  # absl's status for --help
-    assert "outside the guarantee" in done.stdout
-    fields = {field.name for field in dataclasses.fields(mnist.Config)} - {"max_examples"}
-    assert all(f"--{field}:" in done.stdout for field in fields)
+    assert promise in done.stdout
+    fields = {field.name for field in dataclasses.fields(script.Config)} - {"max_examples"}
+    assert all(re.search(rf"--(\[no\])?{field}:", done.stdout) for field in fields)
 
 
 def test_plots_leave_out_infinite_epsilons(tmp_path):
     path = tmp_path / "plot.png"
     plots.plot_training(path, accuracy=[0.5, 0.6], epsilon=[math.inf] * 2, title="t", delta=1e-5)
     assert path.stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------- convert_model.py
+
+
+def conversion_config(tmp_path, **changes):
+    settings = {"epochs": 1, "batch_size": 20, "max_examples": 40, "public_batch_size": 4, "width": 2, "delta": 1e-3}
+    return convert_model.Config(**{**settings, "output": str(tmp_path / "out" / "private.keras"), **changes})
+
+
+def test_a_built_model_is_converted_trained_and_saved_as_plain_keras(tmp_path, capsys):
+    result = json.loads(json.dumps(convert_model.run(conversion_config(tmp_path))))
+    assert result["findings"] == result["normalizations"] == 9
+    assert result["steps"] == 2 and 7.9 < result["epsilon"] <= 8.0
+    said = capsys.readouterr().out
+    assert "Stock BatchNormalization" in said and "No findings" in said and "differentially private with" in said
+    saved = tf.keras.models.load_model(result["saved_model"], compile=False)
+    assert {type(layer).__module__.split(".")[0] for layer in saved.layers} <= {"keras", "tf_keras"}
+    assert saved(np.zeros((2, 28, 28, 1), "float32")).shape == (2, 10)
+
+
+def test_a_model_of_the_users_own_is_converted(tmp_path):
+    layers = tf.keras.layers
+    model = [layers.Input((28, 28, 1)), layers.Flatten(), layers.BatchNormalization(), layers.Dense(10)]
+    tf.keras.Sequential(model).save(tmp_path / "own.keras")
+    config = conversion_config(tmp_path, model=str(tmp_path / "own.keras"), statistics="anchored")
+    result = convert_model.run(config)
+    assert result["findings"] == result["normalizations"] == 1
+
+
+def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
+    layers = tf.keras.layers
+    model = [layers.Input((28, 28, 1)), layers.Flatten(), layers.Softmax(axis=0), layers.Dense(10)]
+    tf.keras.Sequential(model).save(tmp_path / "own.keras")
+    with pytest.raises(ValueError, match="cannot be trained with privacy.*own.keras"):
+        convert_model.run(conversion_config(tmp_path, model=str(tmp_path / "own.keras")))

@@ -99,20 +99,22 @@ def inspect_model(model: Any, x: Any) -> Findings:
     stock = [layer for layer in flatten_layers(model) if _would_train(layer)]
     found = {layer.name: _stock_finding(layer) for layer in stock}
     for layer in [layer for layer in flatten_layers(model) if getattr(layer, "activity_regularizer", None)]:
-        found.setdefault(layer.name, Finding(layer.name, "error", "It has an activity regularizer, a loss that is "
-                         "neither clipped nor noised.", _LOSS))
+        reason = "It has an activity regularizer, a loss that is neither clipped nor noised."
+        found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
     for layer in trace.layers_with_losses:
         reason = "It adds a loss while it is called, which is neither clipped nor noised."
         found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
     for change in trace.changes_from_data:
-        _, name = _coupling.layer_scope(model, change.operation)
-        for name in change.layers or (name or model.name,):
+        for name in change.layers or (_coupling.layer_scope(model, change.operation)[1] or model.name,):
             found.setdefault(name, _state_finding(name))
     with frozen(stock):  # the others are judged without them
-        coupling = _coupling.coupling_layer(model, x, trace.scope.calls)
+        coupling, unsteady = _coupling.coupling_layer(model, x, trace.scope.calls)
     if coupling is not None:
         reason = "One example's output moves when only others change: it couples examples."
         found.setdefault(coupling, Finding(coupling, "error", reason, _ALONE))
+    if unsteady is not None:
+        reason = "Its random numbers cannot be held fixed: whether examples couple here or behind was not tried."
+        found.setdefault(unsteady, Finding(unsteady, "warning", reason, "Try it without this layer's randomness."))
     order = {layer.name: k for k, layer in enumerate(flatten_layers(model))}
     return Findings(sorted(found.values(), key=lambda finding: order.get(finding.layer, len(order))))
 
@@ -134,4 +136,5 @@ def _stock_finding(layer: Any) -> Finding:
 
 def _state_finding(name: str) -> Finding:
     reason = "In training it writes what it saw of the examples, un-noised, to its state."
-    return Finding(name, "error", reason, "Use a layer without such state (recurrent ones: stateful=False), or freeze it.")
+    remedy = "Use a layer without such state (recurrent ones: stateful=False), or freeze it."
+    return Finding(name, "error", reason, remedy)

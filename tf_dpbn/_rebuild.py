@@ -76,8 +76,8 @@ class Rebuilder:
         own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
         if own:
             raise TypeError(
-                f"Model {model.name!r} is of class {name}, which defines {own[0]!r}: a {self._what} model would lose it. "
-                f"Rebuild it as keras.Model(model.input, model.output) first. Received: model={model!r}"
+                f"Model {model.name!r} is of class {name}, which defines {own[0]!r}, and cannot be {self._what} with "
+                f"it. Rebuild it as keras.Model(model.input, model.output) first. Received: model={model!r}"
             )
 
     def _layer(self, old: Any) -> Any:

@@ -1,9 +1,7 @@
 """Bring your own model: what in it would void the guarantee, its private form, and the way back.
 
-    print(tf_dpbn.validate(model))             # stock BatchNormalization, and whatever else couples examples
-    private = tf_dpbn.convert(model, public_batch=images)
-    ...                                        # compile and fit
-    tf_dpbn.to_stock(private).save("m.keras")  # plain Keras, for serving
+`validate` finds stock batch normalization and whatever else couples examples; `convert` makes a DPModel, to be compiled
+and trained; `to_stock` makes plain Keras of that, for serving.
 """
 
 from __future__ import annotations
@@ -130,7 +128,8 @@ def to_stock(model: Any) -> Any:
     """
 
     def replacement(layer: Any) -> Any:
-        return keras.layers.BatchNormalization(**_plain_config(layer)) if isinstance(layer, DPBatchNormalization) else None
+        private = isinstance(layer, DPBatchNormalization)
+        return keras.layers.BatchNormalization(**_plain_config(layer)) if private else None
 
     if isinstance(model, DPModel):
         model._refresh_if_stale()
@@ -172,9 +171,9 @@ def _plain_config(layer: Any) -> dict[str, Any]:
 
 
 def _check_nothing_is_left(model: Any) -> None:
-    left = [layer for layer in flatten_layers(model) if isinstance(layer, BatchNormalizationBase) and layer.trainable]
-    for layer in left:
-        if not isinstance(layer, DPBatchNormalization):
+    for layer in flatten_layers(model):
+        is_stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
+        if is_stock and layer.trainable:
             raise ValueError(
                 f"Layer {layer.name!r} is still a stock {type(layer).__name__} that would train. Replace it by "
                 f"tf_dpbn.DPBatchNormalization in the model's definition. Received: layer={layer!r}"
