@@ -503,6 +503,7 @@ def trained(model, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, statistics",
     [("tiny_resnet", "public"), ("has_a_dp_model_inside", "anchored"), ("sequential", "noised")],
@@ -545,6 +546,7 @@ print("reproduced", type(model).__module__.split(".")[0])
 """
 
 
+@pytest.mark.slow
 def test_a_stock_file_loads_where_the_package_cannot_be_imported(tmp_path):
     converted = tf_dpbn.convert(random_model("has_a_dp_model_inside"))
     x = example(converted)

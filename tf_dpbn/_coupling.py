@@ -90,12 +90,15 @@ def coupling_layer(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> tu
         return traced(*tf.nest.map_structure(tf.constant, (x, others)), tf.constant(row)).numpy()
 
     moved, unsteady = np.zeros((2, len(probe.names)), bool)
+    unsteady[probe.loops] = True
     for row in range(rows):
         for _ in range(_STEADY_RUNS):
             unsteady |= compare(x, row)
         moved |= compare(tf.nest.map_structure(lambda t, row=row: _change_others(t, row), x), row)
     unsteady[probe.shuffles] = False
-    first, second = (probe.names[int(np.argmax(f))] if f.any() else None for f in (moved & ~unsteady, unsteady))
+    moved[int(np.argmax(unsteady)) if unsteady.any() else len(moved) :] = False
+    unsteady &= not moved.any()  # what follows a coupling need not be judged
+    first, second = (probe.names[int(np.argmax(f))] if f.any() else None for f in (moved, unsteady))
     return first, second
 
 
@@ -135,6 +138,7 @@ class _Probe:
         self._rows = rows
         self.names: list[str] = []
         self.shuffles: list[int] = []
+        self.loops: list[int] = []
 
     def compare(self, x: Any, others: Any, row: tf.Tensor) -> tf.Tensor:
         """For each of `names` whether the given row differs between the passes."""
@@ -155,6 +159,9 @@ class _Probe:
             for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True)
         ]
         self.names = [name for name, *_ in pairs]
+        calls = _graph.calls_with_random_state(graph)
+        drawing = {layer_scope(self._model, operation.name)[1] or self._model.name for operation in calls}
+        self.loops = [k for k, name in enumerate(self.names) if name in drawing]
         self.shuffles = [k for k, (_, tensor, _) in enumerate(pairs) if tensor.op.type == "RandomShuffle"]
         return tf.stack([self._differs(a, b, row) for _, a, b in pairs])
 
