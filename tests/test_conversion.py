@@ -253,6 +253,18 @@ def test_validate_finds_all_that_is_wrong_in_the_order_of_the_layers():
     assert findings[0].remedy.startswith("tf_dpbn.convert(model)")
 
 
+def test_a_dp_model_works_on_each_example_alone_whatever_its_layers_do():
+    inputs = keras.Input(VECTOR)
+    centered = Function(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))(layers.Dense(5)(inputs))
+    clipped_sum = helpers.clipped_sum_function(
+        helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Add()([centered, layers.Dense(5)(inputs)]))))
+    )
+    x, y = helpers.images(3, VECTOR)
+    alone = [clipped_sum(x[k : k + 1], y[k : k + 1])[0] for k in range(3)]
+    together = [sum(parts) for parts in zip(*alone, strict=True)]
+    assert helpers.relative_error(clipped_sum(x, y)[0], together) < 1e-5
+
+
 def test_validate_needs_examples_for_a_model_without_inputs_and_names_layers_inside_it():
     model = Subclassed(norm())
     with pytest.raises(ValueError, match="does not know the shape of its input. Pass `x`"):

@@ -110,7 +110,7 @@ def inspect_model(model: Any, x: Any) -> Findings:
     with frozen(stock):  # the others are judged without them
         coupling, unsteady = _coupling.coupling_layer(model, x, trace.scope.calls)
     if coupling is not None:
-        reason = "One example's output moves when only others change: it couples examples."
+        reason = "One example's output moves when only others change; a DPModel would work on each example alone."
         found.setdefault(coupling, Finding(coupling, "error", reason, _ALONE))
     if unsteady is not None:
         reason = "Its random numbers cannot be held fixed: whether examples couple here or behind was not tried."
