@@ -463,6 +463,14 @@ def test_converted_models_are_valid(name):
     assert tf_dpbn.validate(tf_dpbn.convert(CONVERTIBLE[name]())).ok
 
 
+def test_stock_models_run_in_front_of_a_tanh():
+    model = tf_dpbn.convert(helpers.bn_stack(2, layers.BatchNormalization))
+    helpers.randomize(model)
+    x = example(model)
+    stock = tf_dpbn.to_stock(model).predict(x, verbose=0)  # fused kernels of tf_keras fail here
+    np.testing.assert_allclose(stock, model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
 def test_arguments_survive_both_ways():
     model = many_arguments()
     stock = tf_dpbn.to_stock(tf_dpbn.convert(model))

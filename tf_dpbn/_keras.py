@@ -30,6 +30,9 @@ Functional: type = importlib.import_module(f"{keras.Model.__module__.rpartition(
 BatchNormalizationBase: type = (
     keras.layers.BatchNormalization if IS_KERAS_3 else keras.layers.BatchNormalization.__mro__[1]
 )
+# For batch normalization: tf_keras' fused kernel rounds otherwise, and does not run in inference in front of a tanh
+# (TensorFlow 2.21, oneDNN).
+UNFUSED: dict[str, Any] = {} if IS_KERAS_3 else {"fused": False}
 
 
 def is_functional_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
