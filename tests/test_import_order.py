@@ -32,6 +32,7 @@ LEVELS = (
     ("clipping.registry",),
     ("optimizers",),
     ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "model"),
+    ("_coupling", "_findings", "_rebuild", "conversion"),
     ("callbacks",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

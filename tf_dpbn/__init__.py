@@ -10,6 +10,7 @@ The map, in the order data flows:
 - `constraints`: weight standardization.
 - `optimizers`: Keras optimizers behind that boundary.
 - `model`: `DPModel` and `DPSequential`, whose train step puts it together.
+- `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
 """
@@ -20,6 +21,7 @@ from tf_dpbn import (
     callbacks,
     clipping,
     constraints,
+    conversion,
     layers,
     mechanisms,
     model,
@@ -29,6 +31,7 @@ from tf_dpbn import (
     statistics,
 )
 from tf_dpbn.accounting import Ledger, PrivacyWarning
+from tf_dpbn.conversion import convert, to_stock, validate
 from tf_dpbn.layers import DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
 from tf_dpbn.optimizers import DPOptimizer
@@ -49,6 +52,8 @@ __all__ = [
     "callbacks",
     "clipping",
     "constraints",
+    "conversion",
+    "convert",
     "layers",
     "mechanisms",
     "model",
@@ -56,4 +61,6 @@ __all__ = [
     "public_data",
     "sampling",
     "statistics",
+    "to_stock",
+    "validate",
 ]

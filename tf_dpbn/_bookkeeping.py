@@ -113,6 +113,14 @@ class Books(tf.train.experimental.PythonState):
             ledger.record(dataclasses.replace(self.configuration, steps=steps))
         return ledger
 
+    def take_over(self, other: Books) -> None:
+        """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
+        ledger = self.ledger()
+        for record in other.ledger().entries:
+            ledger.record(record)
+        self._close(ledger)
+        self._saved_input_means.update(json.loads(other.serialize())["input_means"])
+
     def _close(self, ledger: Ledger) -> None:
         self._closed, self._steps_at_opening = ledger, count_of(self.steps)
         self.version += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -10,6 +10,7 @@ import tensorflow as tf
 _READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarHandleOp"])
 # Stateful only in that two calls differ or that they print: random draws, checks.
 _HARMLESS = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "Assert", "Print", "TensorArray")
+_RANDOM = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "StatelessRandom", "StatelessTruncated")
 # What writes, by the beginning of its name; the bodies of functions are known by operation names alone.
 _WRITERS = tuple(
     "Assign Barrier ConditionalAccumulator EagerPyFunc LookupTableImport LookupTableInsert LookupTableRemove "
@@ -43,12 +44,23 @@ def state_changes(graph: tf.Graph) -> list[tf.Operation]:
 
     An operation that calls a function (a loop, say) counts if the function, or one that it calls, does so.
     """
-    changing = _changing_functions(graph)
+    changing = _functions_with(graph, _writes)
     return [
         operation
         for operation in graph.get_operations()
         if set(_called_functions(operation.node_def)) & changing or _changes_state(operation)
     ]
+
+
+def is_random(operation: tf.Operation) -> bool:
+    """Whether an operation draws random numbers."""
+    return operation.type.startswith(_RANDOM)
+
+
+def calls_with_random_state(graph: tf.Graph) -> list[tf.Operation]:
+    """Operations that call a function (a loop's body, say) in which random numbers are drawn from a state."""
+    random = _functions_with(graph, lambda kind: kind.startswith(_RANDOM) and not kind.startswith("State"))
+    return [operation for operation in graph.get_operations() if set(_called_functions(operation.node_def)) & random]
 
 
 def _changes_state(operation: tf.Operation) -> bool:
@@ -73,15 +85,16 @@ def _called_functions(node: Any) -> list[str]:
     return names
 
 
-def _changing_functions(graph: tf.Graph) -> set[str]:
+def _functions_with(graph: tf.Graph, searched: Callable[[str], bool]) -> set[str]:
+    """Names of the functions in which, or in functions that they call, there is an operation of a searched type."""
     functions = {f.signature.name: f for f in graph.as_graph_def().library.function}
-    writing = {name for name, f in functions.items() if any(_writes(n.op) for n in f.node_def)}
+    found = {name for name, f in functions.items() if any(searched(n.op) for n in f.node_def)}
     calls = {name: {c for n in f.node_def for c in _called_functions(n)} for name, f in functions.items()}
     while True:
-        more = {name for name, called in calls.items() if called & writing} - writing
+        more = {name for name, called in calls.items() if called & found} - found
         if not more:
-            return writing
-        writing |= more
+            return found
+        found |= more
 
 
 def replace_input(operation: tf.Operation, position: int, tensor: tf.Tensor) -> None:

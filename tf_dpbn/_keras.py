@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,6 +30,9 @@ Functional: type = importlib.import_module(f"{keras.Model.__module__.rpartition(
 BatchNormalizationBase: type = (
     keras.layers.BatchNormalization if IS_KERAS_3 else keras.layers.BatchNormalization.__mro__[1]
 )
+# For batch normalization: tf_keras' fused kernel rounds otherwise, and does not run in inference in front of a tanh
+# (TensorFlow 2.21, oneDNN).
+UNFUSED: dict[str, Any] = {} if IS_KERAS_3 else {"fused": False}
 
 
 def is_functional_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -333,3 +336,66 @@ def serialize(obj: Any) -> Any:
 def deserialize(config: Any, custom_objects: Any = None) -> Any:
     """keras.saving.deserialize_keras_object."""
     return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+
+
+def is_functional(model: Any) -> bool:
+    """Whether `model` is a graph of layers from inputs to outputs; a Sequential is not, whatever its inside."""
+    return isinstance(model, Functional) and not isinstance(model, keras.Sequential)
+
+
+def symbolic_inputs(model: Any) -> Any:
+    """The inputs of a functional model in their nest, or that of a Sequential."""
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def rebuild_functional(model: Any, clone: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Symbolic (inputs, outputs) of a functional model's graph, anew, with clone(layer) for each layer.
+
+    Keras 3's clone_model would also compile the result as `model` is, a DPModel with stock layers among them.
+    """
+    if not IS_KERAS_3:
+        rebuilt = keras.models.clone_model(model, clone_function=clone)
+        return rebuilt.input, rebuilt.output
+    inputs = keras.tree.map_structure(
+        lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name=t.name, sparse=t.sparse), model.input
+    )
+    return inputs, model._run_through_graph(inputs, operation_fn=clone)
+
+
+def sequential_input(model: Any) -> list[Any]:
+    """The input of a Sequential that has one, as a new layer in a list; empty before it has met data."""
+    return [
+        keras.Input(batch_shape=tuple(t.shape), dtype=t.dtype, name=t.name.partition(":")[0])
+        for t in (getattr(model, "inputs", None) or [])
+    ]
+
+
+def build_like(layer: Any, other: Any) -> None:
+    """Builds `layer` as `other` of the same class was built, unless it is built already."""
+    if not layer.built:
+        layer.build_from_config(other.get_build_config())
+
+
+def copy_trainable_flags(layer: Any, other: Any) -> None:
+    """Freezes and unfreezes `layer`, and on Keras 3 each of its own variables, as `other` is."""
+    layer.trainable = other.trainable
+    if IS_KERAS_3:
+        for variable, theirs in zip(own_variables(layer), own_variables(other), strict=False):
+            if variable.trainable != theirs.trainable:
+                variable.trainable = theirs.trainable
+
+
+@contextlib.contextmanager
+def frozen(layers: Sequence[Any]) -> Iterator[None]:
+    """Freezes layers for a while."""
+    saved = [(layer, layer.trainable, [v.trainable for v in own_variables(layer)]) for layer in layers]
+    for layer in layers:
+        layer.trainable = False
+    try:
+        yield
+    finally:
+        for layer, trainable, flags in saved:
+            layer.trainable = trainable
+            for variable, flag in zip(own_variables(layer), flags, strict=True):
+                if IS_KERAS_3 and variable.trainable != flag:
+                    variable.trainable = flag

@@ -131,6 +131,14 @@ class PublicForward:
                 )
         return chosen
 
+    def corrections(self) -> list[tuple[str, str]]:
+        """For each call its layer's name and "local", "non-local", "both" or "none"."""
+        found = []
+        for k, call in enumerate(self.calls):
+            kinds = {(True, True): "both", (True, False): "local", (False, True): "non-local", (False, False): "none"}
+            found.append((call.layer.name, kinds[bool(self.local_terms[k]), k in self._nonlocal_calls]))
+        return found
+
     def nonlocal_correction(self, noised: NoisedGradients) -> list[tf.Tensor | None]:
         """The gradient that flows through the statistics into all earlier layers (section 3b).
 

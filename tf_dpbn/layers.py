@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
-from tf_dpbn._keras import IS_KERAS_3, is_shape_inference, keras, raw
+from tf_dpbn._keras import IS_KERAS_3, UNFUSED, is_shape_inference, keras, raw
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 
 STATISTICS_MODES = ("public", "noised", "anchored")
@@ -228,9 +228,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
                 )
         for option in ("renorm_clipping", "renorm_momentum", "fused"):
             kwargs.pop(option, None)
-        if not IS_KERAS_3:
-            # The fused kernel does not run in inference in front of a tanh (TensorFlow 2.21, oneDNN).
-            kwargs["fused"] = False
+        kwargs.update(UNFUSED)
         _validate.one_of("statistics", statistics, STATISTICS_MODES)
         super().__init__(
             axis=axis,

@@ -234,6 +234,23 @@ class DPModel(BookkeepingModel):
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
 
+    def correction_report(self) -> list[tuple[str, str]]:
+        """How the gradient flows through the statistics of each normalization; needs `compile` and a public batch.
+
+        Returns:
+          For each call in training, in order, the layer's name and "local" (section 3a of docs/algorithm.md),
+          "non-local" (3b), "both" or "none".
+        """
+        self._compiled_dp_optimizer()
+        batch, found = self._require_public_batch(), []
+
+        def trace() -> None:
+            public = PublicForward(self, batch, self._dp_options["correction"], self._books.input_mean)
+            found.extend(public.corrections())
+
+        tf.function(trace, autograph=False).get_concrete_function()
+        return found
+
     def _task(self, public: PublicForward | None) -> Task:
         """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics."""
         seeds = draw_example_seeds(self)

@@ -78,6 +78,9 @@ def _phases(axis: Axis) -> list[_Phase]:
 _SHORT_PATCH = 64
 # Windows of up to this many numbers are extracted by a convolution, wider ones by slicing (measured on CPUs).
 _NARROW = 64
+# With strides slices are slower still, but the kernel of zeros and ones, a constant of the graph, has as many rows and
+# columns as a window has numbers: 1 GiB for five by five taps of 672 channels.
+_LARGEST_KERNEL = 1024
 
 
 class ConvolutionRule(MatrixRule):
@@ -263,7 +266,8 @@ def unfold(
         data, before, after = data[tuple(window)], max(0, before), max(0, after)
     if taps == stride == step == 1 and not before and not after:
         return data
-    wide = taps * data.shape[-1] > _NARROW and stride * step == 1
+    windows = taps * data.shape[-1]
+    wide = windows > (_NARROW if stride * step == 1 else _LARGEST_KERNEL)
     if wide or 0 in data.shape[1:] or not _convolves_well(data.shape[-1], step, stride):
         rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
         return _unfold_by_slices(data[tuple(rows)], axis, taps, stride, dilation, before, after)

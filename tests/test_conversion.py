@@ -1,0 +1,719 @@
+"""Bring your own model: what `validate` finds, what `convert` and `to_stock` keep, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers, zoo
+from tf_dpbn._keras import IS_KERAS_3, BatchNormalizationBase, flatten_layers, keras
+from tf_dpbn.conversion import Finding, Findings
+
+layers = keras.layers
+register = keras.saving.register_keras_serializable(package="tests")
+IMAGE, SERIES, VECTOR = (6, 6, 2), (7, 4), (6,)
+
+
+def network(*middle, shape=VECTOR, dtype="float32", **options):
+    """Layers or functions in a row, and a dense head."""
+    inputs = x = keras.Input(shape, dtype=dtype, **options)
+    for layer in middle:
+        x = layer(x)
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+def sequential(*middle, shape=VECTOR):
+    return keras.Sequential([keras.Input(shape), *middle, layers.Dense(3)])
+
+
+def norm(**options):
+    return layers.BatchNormalization(**{"name": "culprit", **options})
+
+
+class Function(layers.Layer):
+    """Any function as a layer."""
+
+    def __init__(self, function, name="culprit"):
+        super().__init__(name=name)
+        self._function = function
+
+    def call(self, x):
+        return self._function(x)
+
+
+class TrainingFunction(Function):
+    """The same, in training only."""
+
+    def call(self, x, training=False):
+        return self._function(x) if training else x
+
+
+class AddsLoss(layers.Layer):
+    def call(self, x):
+        self.add_loss(tf.reduce_mean(x))
+        return x
+
+
+class RunningMean(layers.Layer):
+    """Centers by a moving mean of what it saw, as vector quantizers move their codebooks."""
+
+    def build(self, shape):
+        self.mean = self.add_weight(shape=(shape[-1],), initializer="zeros", trainable=False, name="mean")
+
+    def call(self, x, training=False):
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
+        return x - self.mean
+
+
+class Counter(layers.Layer):
+    """State that does not depend on examples."""
+
+    def build(self, shape):
+        self.count = self.add_weight(shape=(), initializer="zeros", trainable=False, name="count")
+
+    def call(self, x, training=False):
+        if training:
+            self.count.assign(self.count + 1.0)
+        return x
+
+
+@register
+class Holder(layers.Layer):
+    """A layer whose configuration says which normalization it holds."""
+
+    def __init__(self, inner=None, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+        self.dense = layers.Dense(4, name="dense_inside")
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.inner.build((*shape[:-1], 4))
+        super().build(shape)
+
+    def call(self, x, training=False):
+        return self.inner(self.dense(x), training=training)
+
+    def get_config(self):
+        return {**super().get_config(), "inner": keras.saving.serialize_keras_object(self.inner)}
+
+    @classmethod
+    def from_config(cls, config):
+        inner = keras.saving.deserialize_keras_object(config.pop("inner"))
+        return cls(inner, **config)
+
+
+class Maker(layers.Layer):
+    """A layer that makes its normalization itself."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.norm = layers.BatchNormalization(name="made")
+
+    def call(self, x, training=False):
+        return self.norm(x, training=training)
+
+
+class Subclassed(keras.Model):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.head = layer, layers.Dense(3)
+
+    def call(self, x, training=False):
+        return self.head(self.layer(x, training=training))
+
+
+def frozen_affine():
+    layer = norm()
+    layer.build((None, 6))
+    layer.gamma.trainable = layer.beta.trainable = False
+    return network(layer)
+
+
+def attention_over_the_batch(x):
+    return tf.nn.softmax(tf.matmul(x, x, transpose_b=True)) @ x
+
+
+def batch_norm_by_hand(x):
+    mean, variance = tf.nn.moments(x, [0])
+    return (x - mean) * tf.math.rsqrt(variance + 1e-3)
+
+
+# name -> (model, the layer at fault)
+UNSAFE = {
+    "batch_norm": lambda: network(norm()),
+    "batch_norm_in_sequential": lambda: sequential(norm()),
+    "batch_norm_nested": lambda: network(sequential(norm())),
+    "batch_norm_without_affine": lambda: network(norm(center=False, scale=False)),
+    "batch_norm_called_in_training": lambda: network(lambda x: norm()(x, training=True)),
+    "batch_norm_synchronized": lambda: network(norm(synchronized=True)),
+    "batch_norm_for_each_step": lambda: network(layers.TimeDistributed(norm()), layers.Flatten(), shape=SERIES),
+    "batch_norm_in_a_layer": lambda: network(Holder(norm())),
+    "batch_norm_by_hand": lambda: network(Function(batch_norm_by_hand)),
+    "batch_mean": lambda: network(layers.Dense(5), Function(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))),
+    "batch_mean_in_training": lambda: network(TrainingFunction(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))),
+    "batch_mean_of_embedded": lambda: network(
+        layers.Embedding(2, 3), layers.Flatten(), Function(lambda x: x - tf.reduce_mean(x, 0)), dtype="int32"
+    ),
+    "batch_mean_behind_dropout": lambda: network(
+        layers.Dropout(0.5), Function(lambda x: x - tf.reduce_mean(x, 0)), layers.Dropout(0.5)
+    ),
+    "batch_softmax": lambda: network(layers.Softmax(axis=0, name="culprit")),
+    "batch_length": lambda: network(layers.UnitNormalization(axis=0, name="culprit")),
+    "batch_attention": lambda: network(Function(attention_over_the_batch)),
+    "batch_sum_so_far": lambda: network(Function(tf.cumsum)),
+    "mixup": lambda: network(TrainingFunction(lambda x: 0.9 * x + 0.1 * tf.reverse(x, [0]))),
+    "shuffled_batch": lambda: network(Function(tf.random.shuffle)),
+    "last_example": lambda: network(Function(lambda x: x + 1e-3 * x[-1:])),
+    "stateful_lstm": lambda: network(
+        layers.LSTM(3, stateful=True, name="culprit"), shape=None, batch_shape=(4, *SERIES)
+    ),
+    "running_mean": lambda: network(RunningMean(name="culprit")),
+    "activity_regularizer": lambda: network(layers.Dense(3, activity_regularizer="l2", name="culprit")),
+    "activity_regularization": lambda: network(layers.ActivityRegularization(0.1, name="culprit")),
+    "add_loss": lambda: network(AddsLoss(name="culprit")),
+}
+if IS_KERAS_3:
+    UNSAFE["batch_norm_with_frozen_affine"] = frozen_affine
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_validate_names_the_layer_at_fault(name):
+    findings = tf_dpbn.validate(UNSAFE[name]())
+    assert [finding.layer for finding in findings] == ["culprit"]
+    assert findings and not findings.ok
+    assert findings[0].severity == "error" and findings[0].reason and findings[0].remedy
+
+
+def frozen(layer):
+    layer.trainable = False
+    return layer
+
+
+def two_inputs():
+    a, b = keras.Input((3,), name="a"), keras.Input((4,), name="b", dtype="int32")
+    x = layers.Concatenate()([a, layers.Flatten()(layers.Embedding(2, 3)(b))])
+    return keras.Model({"a": a, "b": b}, {"one": layers.Dense(2)(x), "two": layers.Dense(3)(x)})
+
+
+def masked_lstm():
+    return network(layers.Embedding(5, 4, mask_zero=True), layers.LSTM(3), shape=(7,), dtype="int32")
+
+
+SAFE = {
+    "frozen_batch_norm": lambda: network(norm(trainable=False)),
+    "frozen_batch_norm_called_in_training": lambda: network(lambda x: norm(trainable=False)(x, training=True)),
+    "frozen_nested_batch_norm": lambda: network(frozen(sequential(norm()))),
+    "dropout": lambda: network(layers.Dropout(0.5)),
+    "noise": lambda: network(layers.GaussianNoise(1.0), layers.GaussianDropout(0.3)),
+    "noise_of_tensorflow": lambda: network(Function(lambda x: x + tf.random.normal(tf.shape(x)))),
+    "spatial_dropout": lambda: network(layers.SpatialDropout2D(0.5), layers.Flatten(), shape=IMAGE),
+    "masked_lstm": masked_lstm,
+    "spectral_normalization": lambda: network(layers.SpectralNormalization(layers.Dense(4))),
+    "counter": lambda: network(Counter()),
+    "kernel_regularizer": lambda: network(layers.Dense(3, kernel_regularizer="l2")),
+    "unit_normalization": lambda: network(layers.UnitNormalization()),
+    "rescaling_and_normalization": lambda: network(layers.Rescaling(0.5), layers.Normalization(mean=1.0, variance=2.0)),
+    "random_flip": lambda: network(layers.RandomFlip(), layers.Flatten(), shape=IMAGE),
+    "two_inputs": two_inputs,
+    "anchored_batch_norm": lambda: helpers.bn_stack(2, lambda: tf_dpbn.DPBatchNormalization(statistics="anchored")),
+    **{f"zoo_{name}": (lambda name=name: zoo.build(name, keras.Model)) for name in zoo.BODIES},
+}
+
+
+@pytest.mark.parametrize("name", SAFE)
+def test_validate_passes_safe_models(name):
+    findings = tf_dpbn.validate(SAFE[name]())
+    assert list(findings) == [] and findings.ok and not findings
+
+
+def test_there_are_enough_of_both():
+    assert len(UNSAFE) >= 15 and len(SAFE) >= 15
+
+
+def test_randomness_in_a_loop_is_no_coupling():
+    findings = tf_dpbn.validate(network(layers.GRU(3, dropout=0.3, recurrent_dropout=0.3, name="gru"), shape=SERIES))
+    assert findings.ok
+    assert [(finding.layer, finding.severity) for finding in findings] == ([] if IS_KERAS_3 else [("gru", "warning")])
+
+
+def test_validate_finds_all_that_is_wrong_in_the_order_of_the_layers():
+    inputs = keras.Input(VECTOR)
+    x = Function(lambda x: x - tf.reduce_mean(x, 0), name="third")(norm(name="first")(inputs))
+    x = layers.Dense(3, activity_regularizer="l2", name="fourth")(x)
+    findings = tf_dpbn.validate(keras.Model(inputs, x))
+    assert [finding.layer for finding in findings] == ["first", "third", "fourth"]
+    assert findings[0].remedy.startswith("tf_dpbn.convert(model)")
+
+
+def test_a_dp_model_works_on_each_example_alone_whatever_its_layers_do():
+    inputs = keras.Input(VECTOR)
+    centered = Function(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))(layers.Dense(5)(inputs))
+    clipped_sum = helpers.clipped_sum_function(
+        helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Add()([centered, layers.Dense(5)(inputs)]))))
+    )
+    x, y = helpers.images(3, VECTOR)
+    alone = [clipped_sum(x[k : k + 1], y[k : k + 1])[0] for k in range(3)]
+    together = [sum(parts) for parts in zip(*alone, strict=True)]
+    assert helpers.relative_error(clipped_sum(x, y)[0], together) < 1e-5
+
+
+def test_validate_needs_examples_for_a_model_without_inputs_and_names_layers_inside_it():
+    model = Subclassed(norm())
+    with pytest.raises(ValueError, match="does not know the shape of its input. Pass `x`"):
+        tf_dpbn.validate(model)
+    assert [finding.layer for finding in tf_dpbn.validate(model, np.ones((3, 6), "float32"))] == ["culprit"]
+    assert tf_dpbn.validate(Subclassed(layers.Dropout(0.5)), helpers.images(4, VECTOR)[0]).ok
+
+
+def test_validate_blames_the_model_for_operations_outside_layers():
+    class Centered(Subclassed):
+        def call(self, x, training=False):
+            x = super().call(x, training=training)
+            return x - tf.reduce_mean(x, 0)
+
+    model = Centered(layers.Dropout(0.5))
+    assert [finding.layer for finding in tf_dpbn.validate(model, helpers.images(4, VECTOR)[0])] == [model.name]
+
+
+def test_validate_refuses_one_example_and_examples_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"two examples or more.*\(1, 6\)"):
+        tf_dpbn.validate(network(), np.ones((1, 6)))
+    with pytest.raises(ValueError, match="does not run on the examples"):
+        tf_dpbn.validate(network(), np.ones((2, 5), "float32"))
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "running_mean", "stateful_lstm"])
+def test_validate_leaves_the_model_as_it_was(name):
+    model = UNSAFE[name]()
+    helpers.randomize(model)
+    before = model.get_weights()
+    flags = [layer.trainable for layer in model.layers]
+    tf_dpbn.validate(model)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert [layer.trainable for layer in model.layers] == flags
+    assert not model.losses
+
+
+def test_findings_are_a_list_that_prints_as_a_table():
+    first = Finding("bn", "error", "It couples examples. " * 3, "Replace it.")
+    warning = Finding("other", "warning", "odd", "look")
+    findings = Findings([first, warning])
+    assert list(findings) == [first, warning] and len(findings) == 2 and findings[1:].ok and not findings.ok
+    lines = str(findings).splitlines()
+    assert lines[0].split() == ["layer", "severity", "reason", "remedy"]
+    assert {line.index(word) for line, word in zip(lines[:2], ["remedy", "Replace"], strict=True)} == {82}
+    assert len(lines) == 4 and max(map(len, lines)) <= 126
+    assert bool(Findings([warning])) is False and "No findings" in str(Findings())
+
+
+# ---------------------------------------------------------------------- convert and to_stock
+
+
+def many_arguments():
+    options = {"axis": 1, "epsilon": 0.01, "momentum": 0.7, "gamma_regularizer": "l2", "beta_initializer": "ones"}
+    return network(layers.Conv2D(3, 2), norm(**options), norm(name="b", scale=False), layers.Flatten(), shape=IMAGE)
+
+
+def shared():
+    inputs = keras.Input(VECTOR)
+    block = keras.Sequential([keras.Input(VECTOR), layers.Dense(6), layers.BatchNormalization()], name="block")
+    normalize = layers.BatchNormalization()
+    x = normalize(block(normalize(block(inputs))))
+    return keras.Model(inputs, layers.Dense(3)(x + 1.0))
+
+
+def several_inputs_and_outputs():
+    a, b = keras.Input((3,), name="a"), keras.Input((4,), name="b")
+    x = layers.BatchNormalization()(layers.Concatenate()([a, b]))
+    y = layers.BatchNormalization()(layers.Dense(4)(x) * 2.0)
+    return keras.Model({"a": a, "b": b}, {"x": layers.Dense(2)(x), "y": layers.Dense(3)(y)})
+
+
+def nested():
+    inner = keras.Model(*(lambda i: (i, layers.BatchNormalization()(layers.Dense(4)(i))))(keras.Input(VECTOR)))
+    middle = keras.Sequential([keras.Input(VECTOR), inner, layers.ReLU()], name="middle")
+    return network(middle, layers.BatchNormalization())
+
+
+def partly_frozen():
+    base = keras.Sequential([keras.Input(VECTOR), layers.Dense(6), layers.BatchNormalization()], name="base")
+    base.trainable = False
+    return network(base, layers.Dense(4, name="tuned"), layers.BatchNormalization(name="tuned_norm"))
+
+
+def called_in_inference():
+    return network(lambda x: layers.BatchNormalization()(x, training=False), layers.Dropout(0.5))
+
+
+def lazily_built():
+    model = keras.Sequential([layers.Dense(4), layers.BatchNormalization(), layers.Dense(3)])
+    model(np.zeros((1, *VECTOR), "float32"))
+    return model
+
+
+def has_a_dp_model_inside():
+    inputs = keras.Input(VECTOR)
+    inner = tf_dpbn.DPSequential([keras.Input(VECTOR), layers.Dense(4), tf_dpbn.DPBatchNormalization(name="dp")])
+    return keras.Model(inputs, layers.Dense(3)(layers.BatchNormalization()(inner(inputs))))
+
+
+def is_a_dp_model():
+    stack = [layers.Dense(4), tf_dpbn.DPBatchNormalization(), layers.ReLU(), tf_dpbn.DPBatchNormalization(scale=False)]
+    return tf_dpbn.DPModel(*(lambda model: (model.inputs, model.outputs))(network(*stack)))
+
+
+def tiny_resnet():
+    inputs = x = keras.Input((8, 8, 2))
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same", use_bias=False)(x)))
+    for k in range(2):
+        h = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same", use_bias=False)(x)))
+        h = layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same", use_bias=False)(h))
+        x = layers.ReLU(name=f"end{k}")(layers.Add()([x, h]))
+    x = layers.DepthwiseConv2D(3)(layers.Normalization(mean=0.5, variance=2.0)(x))
+    return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(layers.BatchNormalization()(x))))
+
+
+CONVERTIBLE = {
+    "many_arguments": many_arguments,
+    "shared": shared,
+    "several_inputs_and_outputs": several_inputs_and_outputs,
+    "nested": nested,
+    "partly_frozen": partly_frozen,
+    "called_in_inference": called_in_inference,
+    "lazily_built": lazily_built,
+    "has_a_dp_model_inside": has_a_dp_model_inside,
+    "is_a_dp_model": is_a_dp_model,
+    "tiny_resnet": tiny_resnet,
+    "holder": lambda: network(Holder(layers.BatchNormalization(name="inside"), name="holder")),
+    "time_distributed": lambda: network(
+        layers.TimeDistributed(sequential(layers.BatchNormalization(), shape=(4,))), layers.Flatten(), shape=SERIES
+    ),
+    "sequential": lambda: sequential(layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)),
+    "recurrent": lambda: network(layers.Bidirectional(layers.GRU(2)), layers.BatchNormalization(), shape=(3, 2)),
+    "adapted": lambda: network(layers.Normalization(), layers.BatchNormalization()),
+}
+
+
+def example(model, n=4):
+    rng = np.random.default_rng(1)
+    symbolic = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return tf.nest.map_structure(lambda t: rng.uniform(size=(n, *t.shape[1:])).astype("float32"), symbolic)
+
+
+def assert_same_predictions(model, other, x):
+    tf.nest.map_structure(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        model(x, training=False),
+        other(x, training=False),
+    )
+
+
+def normalizations(model):
+    return [layer for layer in flatten_layers(model) if isinstance(layer, BatchNormalizationBase)]
+
+
+def of_package(model):
+    return [each for each in [model, *flatten_layers(model)] if type(each).__module__.startswith("tf_dpbn")]
+
+
+def random_model(name):
+    model = CONVERTIBLE[name]()
+    if name == "adapted":
+        model.layers[1].adapt(helpers.images(20, VECTOR)[0] * 3.0 + 1.0)
+    else:
+        helpers.randomize(model)
+    return model
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+def test_models_predict_the_same_in_all_forms_and_share_nothing(name):
+    model = random_model(name)
+    before = model.get_weights()
+    kinds = [type(layer) for layer in flatten_layers(model)]
+    converted = tf_dpbn.convert(model)
+    assert isinstance(converted, tf_dpbn.DPModel) and converted.name == model.name
+    assert isinstance(converted, keras.Sequential) == isinstance(model, keras.Sequential)
+    assert all(isinstance(n, tf_dpbn.DPBatchNormalization) or not n.trainable for n in normalizations(converted))
+    assert sorted(n.name for n in normalizations(converted)) == sorted(n.name for n in normalizations(model))
+    x = example(model)
+    assert_same_predictions(model, converted, x)
+    stock = tf_dpbn.to_stock(converted)
+    assert not of_package(stock) and isinstance(stock, keras.Sequential) == isinstance(model, keras.Sequential)
+    assert len(normalizations(stock)) == len(normalizations(model))
+    assert_same_predictions(model, stock, x)
+
+    for other in (converted, stock):
+        other.set_weights([weight + 1.0 for weight in other.get_weights()])
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert [type(layer) for layer in flatten_layers(model)] == kinds
+
+
+@pytest.mark.parametrize("name", ["shared", "several_inputs_and_outputs", "partly_frozen", "holder", "is_a_dp_model"])
+def test_converted_models_are_valid(name):
+    assert tf_dpbn.validate(tf_dpbn.convert(CONVERTIBLE[name]())).ok
+
+
+def test_stock_models_run_in_front_of_a_tanh():
+    model = tf_dpbn.convert(helpers.bn_stack(2, layers.BatchNormalization))
+    helpers.randomize(model)
+    x = example(model)
+    stock = tf_dpbn.to_stock(model).predict(x, verbose=0)  # fused kernels of tf_keras fail here
+    np.testing.assert_allclose(stock, model.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+def test_arguments_survive_both_ways():
+    model = many_arguments()
+    stock = tf_dpbn.to_stock(tf_dpbn.convert(model))
+    for old, new in zip(normalizations(model), normalizations(stock), strict=True):
+        assert old.get_config() == new.get_config()
+    first = normalizations(tf_dpbn.convert(model))[0]
+    assert (first.channel_axes, first.epsilon, first.momentum, first.statistics) == ((1,), 0.01, 0.7, "public")
+    noised = normalizations(tf_dpbn.convert(model, statistics="noised", statistics_clip=2.0))
+    assert {(n.momentum, n.statistics, n.statistics_clip) for n in noised} == {(0.95, "noised", 2.0)}
+    assert normalizations(tf_dpbn.convert(model, statistics="anchored", momentum=0.8))[0].momentum == 0.8
+
+
+def test_layers_stay_frozen_as_they_are():
+    model = partly_frozen()
+    if IS_KERAS_3:
+        model.get_layer("tuned").bias.trainable = False
+    converted = tf_dpbn.convert(model)
+    kinds = {n.name: (type(n), n.trainable) for n in normalizations(converted)}
+    assert kinds.pop("tuned_norm") == (tf_dpbn.DPBatchNormalization, True)
+    assert set(kinds.values()) == {(layers.BatchNormalization, False)}
+    assert [w.shape for w in converted.trainable_weights] == [w.shape for w in model.trainable_weights]
+    assert not converted.get_layer("base").trainable and converted.get_layer("tuned").trainable
+
+
+def test_one_frozen_layer_in_a_frozen_base_can_be_tuned():
+    model = partly_frozen()
+    model.get_layer("base").layers[0].trainable = True
+    converted = tf_dpbn.convert(model)
+    assert [layer.trainable for layer in flatten_layers(converted.get_layer("base"))] == [
+        layer.trainable for layer in flatten_layers(model.get_layer("base"))
+    ]
+    assert len(converted.trainable_weights) == len(model.trainable_weights)
+
+
+def test_shared_layers_stay_shared():
+    converted = tf_dpbn.convert(shared())
+    assert len(normalizations(converted)) == 2
+    assert len(converted.weights) == len(shared().weights)
+
+
+def trained(model, **options):
+    """Two steps of DP-SGD."""
+    shape = model.input_shape[1:]
+    optimizer = helpers.dp_optimizer(inner=keras.optimizers.SGD(0.1), noise_multiplier=0.3, num_examples=16, delta=1e-3)
+    model.set_public_batch(tf_dpbn.public_data.uniform_noise(shape, 6, seed=0))
+    helpers.compiled(model, optimizer=optimizer, **options)
+    data = helpers.images(16, shape)
+    plan = tf_dpbn.sampling.poisson_dataset(*data, expected_batch_size=8, max_batch_size=16, steps_per_epoch=2)
+    model.fit(plan, verbose=0)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, statistics",
+    [("tiny_resnet", "public"), ("has_a_dp_model_inside", "anchored"), ("sequential", "noised")],
+)
+def test_a_converted_model_trains_and_goes_back(name, statistics, tmp_path):
+    model = random_model(name)
+    converted = trained(tf_dpbn.convert(model, statistics=statistics), microbatch_size=4)
+    assert converted.ledger.steps == 2
+    x = example(model)
+    moved = np.abs(converted.predict(x, verbose=0) - model.predict(x, verbose=0)).max()
+    assert np.isfinite(moved) and moved > 1e-3
+    assert_same_predictions(converted, tf_dpbn.to_stock(converted), x)
+    converted.save(tmp_path / "m.keras")
+    assert_same_predictions(converted, keras.models.load_model(tmp_path / "m.keras"), x)
+    converted.export(str(tmp_path / "served"))
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(x), converted.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
+
+
+def test_stock_models_have_the_statistics_of_the_last_weights():
+    model = tf_dpbn.convert(sequential(layers.Dense(4, name="hidden"), layers.BatchNormalization()))
+    x, y = helpers.images(8, VECTOR)
+    model.set_public_batch(x[:6] * 2.0)
+    helpers.compiled(model, engine="vectorized").train_on_batch(x, y)  # leaves statistics of the weights before
+    stock = tf_dpbn.to_stock(model)
+    z = stock.get_layer("hidden")(model.public_batch)
+    np.testing.assert_allclose(normalizations(stock)[0].moving_mean, tf.reduce_mean(z, 0), rtol=1e-5, atol=1e-6)
+    assert_same_predictions(model, stock, x)
+
+
+_LOAD = """
+import sys
+sys.modules["tf_dpbn"] = None
+import numpy as np
+import tensorflow as tf
+model = tf.keras.models.load_model(sys.argv[1])
+data = np.load(sys.argv[2])
+np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], rtol=1e-5, atol=1e-5)
+print("reproduced", type(model).__module__.split(".")[0])
+"""
+
+
+@pytest.mark.slow
+def test_a_stock_file_loads_where_the_package_cannot_be_imported(tmp_path):
+    converted = tf_dpbn.convert(random_model("has_a_dp_model_inside"))
+    x = example(converted)
+    np.savez(tmp_path / "data.npz", x=x, y=converted.predict(x, verbose=0))
+    tf_dpbn.to_stock(converted).save(tmp_path / "m.keras")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    arguments = [str(tmp_path / "m.keras"), str(tmp_path / "data.npz")]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    expected = "keras" if IS_KERAS_3 else "tf_keras"
+    assert done.stdout.strip().endswith(f"reproduced {expected}"), done.stderr
+
+
+def test_ledger_and_public_batch_go_over():
+    public = tf_dpbn.public_data.uniform_noise(VECTOR, 6, seed=0)
+    model = tf_dpbn.convert(sequential(layers.Dense(4), layers.BatchNormalization()), public_batch=public)
+    optimizer = helpers.dp_optimizer(noise_multiplier=0.3, num_examples=16, delta=1e-3)
+    helpers.compiled(model, optimizer=optimizer)._books.steps.assign_add(2)
+    again = tf_dpbn.convert(model)
+    assert again.ledger == model.ledger and again.ledger.steps == 2
+    np.testing.assert_array_equal(again.public_batch, public)
+    helpers.compiled(again, optimizer=optimizer)._books.steps.assign_add(3)
+    assert again.ledger.steps == 5 and model.ledger.steps == 2
+    assert tf_dpbn.convert(keras.Sequential([again])).ledger.steps == 5
+    given = tf_dpbn.public_data.uniform_noise(VECTOR, 3, seed=1)
+    np.testing.assert_array_equal(tf_dpbn.convert(model, public_batch=given).public_batch, given)
+
+
+def test_released_averages_go_over():
+    stock = sequential(layers.Dense(4), layers.BatchNormalization())
+    model = trained(tf_dpbn.convert(stock, statistics="anchored"), engine="vectorized")
+    (old,), (new,) = normalizations(model), normalizations(tf_dpbn.convert(model))
+    assert float(new.statistic_updates) == 2.0 and np.any(np.asarray(new.shift))
+    np.testing.assert_array_equal(new.shift, old.shift)
+    assert tf_dpbn.validate(model).ok
+
+
+def test_the_correction_report_tells_local_from_non_local():
+    model = tf_dpbn.convert(tiny_resnet(), public_batch=tf_dpbn.public_data.uniform_noise((8, 8, 2), 4, seed=0))
+    helpers.compiled(model)
+    # The last normalization follows a depthwise convolution, those in the blocks convolutions.
+    assert [kind for _, kind in model.correction_report()] == ["local"] * 6
+    before = helpers.bn_stack(1, layers.ReLU, model=keras.Model)
+    pre_activation = keras.Sequential([before, *[layers.BatchNormalization(name=name) for name in "ab"]])
+    model = tf_dpbn.convert(pre_activation, public_batch=tf_dpbn.public_data.uniform_noise((6, 6, 2), 4, seed=0))
+    helpers.compiled(model, correction="full")
+    assert model.correction_report() == [("a", "both"), ("b", "non-local")]
+    helpers.compiled(model, correction="none")
+    assert model.correction_report() == [("a", "none"), ("b", "none")]
+
+
+def test_a_compiled_model_is_converted_uncompiled():
+    model = sequential(layers.BatchNormalization())
+    model.compile("sgd", "mse")
+    with pytest.raises(RuntimeError, match="Call compile"):
+        tf_dpbn.convert(model).fit(*helpers.images(4, VECTOR))
+
+
+def test_a_sequential_that_has_met_no_data_is_converted_as_it_is():
+    converted = tf_dpbn.convert(keras.Sequential([layers.Dense(3), layers.BatchNormalization()]))
+    assert converted(np.ones((2, 4), "float32")).shape == (2, 3)
+    assert isinstance(converted.layers[1], tf_dpbn.DPBatchNormalization)
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+class OwnNormalization(layers.BatchNormalization):
+    pass
+
+
+class Functional(keras.Model):
+    def train_step(self, data):
+        raise NotImplementedError
+
+
+def functional_with_behaviour():
+    inputs = keras.Input(VECTOR)
+    return Functional(inputs, layers.BatchNormalization()(inputs))
+
+
+class NoConfig(layers.Layer):
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return self.function(x)
+
+
+REFUSED = {
+    "subclassed": (
+        lambda: Subclassed(layers.BatchNormalization()),
+        TypeError,
+        r"class Subclassed.*Derive the class from tf_dpbn.DPModel and use tf_dpbn.DPBatchNormalization",
+    ),
+    "subclassed_inside": (
+        lambda: keras.Sequential([Subclassed(layers.BatchNormalization())]),
+        TypeError,
+        "class Subclassed.*Derive the class",
+    ),
+    "own_train_step": (functional_with_behaviour, TypeError, "class Functional, which defines 'train_step'"),
+    "own_normalization": (
+        lambda: network(OwnNormalization(name="own")),
+        ValueError,
+        "'own' is a OwnNormalization, whose own behaviour would be lost",
+    ),
+    "synchronized": (lambda: network(norm(synchronized=True)), ValueError, "'culprit' .*ynchronized|SyncBatch"),
+    "maker": (
+        lambda: network(Maker(name="maker")),
+        ValueError,
+        "'maker' .class Maker. makes the BatchNormalization 'made' itself.*Let its constructor take",
+    ),
+    "no_config": (
+        lambda: network(NoConfig(tf.identity, name="bare")),
+        ValueError,
+        "'bare' .class NoConfig. cannot be rebuilt from its configuration",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_convert_refuses_with_the_remedy(name):
+    make, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        tf_dpbn.convert(make())
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="arguments of tf_keras")
+@pytest.mark.parametrize("option", ["renorm", "virtual_batch_size"])
+def test_convert_refuses_legacy_options(option):
+    legacy = tf.compat.v1.keras.layers.BatchNormalization(name="old", **{option: 2 if "size" in option else True})
+    with pytest.raises(ValueError, match="'old'"):
+        tf_dpbn.convert(network(legacy, shape=(4,)))
+
+
+@pytest.mark.parametrize("name, value", [("statistics", "private"), ("epsilon", 0.1), ("axis", 1)])
+def test_convert_refuses_unknown_options(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"Received: {name}={value!r}"):
+        tf_dpbn.convert(sequential(), **{name: value})
+
+
+def test_to_stock_refuses_a_subclassed_model_and_names_export():
+    class Own(tf_dpbn.DPModel):
+        def call(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="class Own.*`export` makes a SavedModel"):
+        tf_dpbn.to_stock(Own())

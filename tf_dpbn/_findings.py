@@ -1,0 +1,140 @@
+"""What `conversion.validate` finds in a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from tf_dpbn import _checks, _coupling
+from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state
+from tf_dpbn.layers import DPBatchNormalization
+
+_WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
+_CONVERT = "tf_dpbn.convert(model), or freeze it with trainable=False."
+_LOSS = "Put the loss into `compile`, where it is clipped for each example, or use a weight regularizer."
+_ALONE = "Let the layer work on each example alone; to normalize, use tf_dpbn.DPBatchNormalization."
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something in a model that private training has to know of.
+
+    Attributes:
+      layer: the layer's name, or the model's.
+      severity: "error" blocks private training, "warning" does not.
+      reason: what is wrong.
+      remedy: what to do.
+    """
+
+    layer: str
+    severity: str
+    reason: str
+    remedy: str
+
+
+class Findings(Sequence[Finding]):
+    """A list of findings that prints as a table and is true if one of them blocks private training."""
+
+    def __init__(self, findings: Sequence[Finding] = ()) -> None:
+        self._findings = tuple(findings)
+
+    @overload
+    def __getitem__(self, index: int) -> Finding: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Findings: ...
+
+    def __getitem__(self, index: int | slice) -> Finding | Findings:
+        return Findings(self._findings[index]) if isinstance(index, slice) else self._findings[index]
+
+    def __len__(self) -> int:
+        return len(self._findings)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._findings)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing blocks private training."""
+        return all(finding.severity != "error" for finding in self._findings)
+
+    def __bool__(self) -> bool:
+        return not self.ok
+
+    def __repr__(self) -> str:
+        return f"Findings({list(self._findings)!r})"
+
+    def __str__(self) -> str:
+        if not self._findings:
+            return "No findings: examples do not meet in this model."
+        rows = [[*_WIDTHS], *([str(getattr(each, name)) for name in _WIDTHS] for each in self._findings)]
+        return "\n".join(line for row in rows for line in _lines(row))
+
+
+def _lines(row: Sequence[str]) -> list[str]:
+    """One row of the table, each cell wrapped to its column's width."""
+    cells = [textwrap.wrap(text, width) or [""] for text, width in zip(row, _WIDTHS.values(), strict=True)]
+    height = max(map(len, cells))
+    padded = [[*cell, *[""] * (height - len(cell))] for cell in cells]
+    return [
+        "  ".join(text.ljust(width) for text, width in zip(line, _WIDTHS.values(), strict=True)).rstrip()
+        for line in zip(*padded, strict=True)
+    ]
+
+
+def inspect_model(model: Any, x: Any) -> Findings:
+    """See `conversion.validate`."""
+    x = _coupling.make_batch(model) if x is None else _coupling.first_rows(x)
+    try:
+        if not model.built or not model.weights:
+            with kept_state(model):
+                call_model(model, x, training=False)
+        trace = _checks.trace_training_pass(model, x)
+    except Exception as error:
+        raise ValueError(
+            f"Model {model.name!r} does not run on the examples: {error} Pass `x`, examples of the kind that it takes."
+        ) from error
+    stock = [layer for layer in flatten_layers(model) if _would_train(layer)]
+    found = {layer.name: _stock_finding(layer) for layer in stock}
+    for layer in [layer for layer in flatten_layers(model) if getattr(layer, "activity_regularizer", None)]:
+        reason = "It has an activity regularizer, a loss that is neither clipped nor noised."
+        found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
+    for layer in trace.layers_with_losses:
+        reason = "It adds a loss while it is called, which is neither clipped nor noised."
+        found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
+    for change in trace.changes_from_data:
+        for name in change.layers or (_coupling.layer_scope(model, change.operation)[1] or model.name,):
+            found.setdefault(name, _state_finding(name))
+    with frozen(stock):  # the others are judged without them
+        coupling, unsteady = _coupling.coupling_layer(model, x, trace.scope.calls)
+    if coupling is not None:
+        reason = "One example's output moves when only others change; a DPModel would work on each example alone."
+        found.setdefault(coupling, Finding(coupling, "error", reason, _ALONE))
+    if unsteady is not None:
+        reason = "Its random numbers cannot be held fixed: whether examples couple here or behind was not tried."
+        found.setdefault(unsteady, Finding(unsteady, "warning", reason, "Try it without this layer's randomness."))
+    order = {layer.name: k for k, layer in enumerate(flatten_layers(model))}
+    return Findings(sorted(found.values(), key=lambda finding: order.get(finding.layer, len(order))))
+
+
+def _would_train(layer: Any) -> bool:
+    is_stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
+    return is_stock and layer.trainable
+
+
+def _stock_finding(layer: Any) -> Finding:
+    kind = type(layer).__name__
+    if getattr(layer, "synchronized", False) or kind == "SyncBatchNormalization":
+        kind += " (synchronized over replicas)"
+    reason = f"Stock {kind}: in training its statistics mix examples."
+    if not layer.trainable_weights:
+        reason += " That it has no trainable scale or offset does not help."
+    return Finding(layer.name, "error", reason, _CONVERT)
+
+
+def _state_finding(name: str) -> Finding:
+    reason = "In training it writes what it saw of the examples, un-noised, to its state."
+    remedy = "Use a layer without such state (recurrent ones: stateful=False), or freeze it."
+    return Finding(name, "error", reason, remedy)

@@ -1,0 +1,169 @@
+"""Rebuilds a model layer by layer with some layers replaced, and copies the weights; for `conversion`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tf_dpbn._keras import (
+    BatchNormalizationBase,
+    build_like,
+    copy_trainable_flags,
+    flatten_layers,
+    is_functional,
+    keras,
+    own_variables,
+    rebuild_functional,
+    sequential_input,
+    serialize,
+)
+
+# What both kinds of batch normalization have, as far as center and scale provide for it.
+_SHARED_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
+# Methods that a rebuilt model would lose.
+_BEHAVIOUR = ("call", "train_step", "test_step", "predict_step", "compute_loss")
+
+
+class Rebuilder:
+    """Makes one new layer for each old one, however often it is used.
+
+    Args:
+      replacement: for a batch normalization layer the new one, unbuilt, or None to copy it as it is.
+      what: "converted", say; for errors.
+    """
+
+    def __init__(self, replacement: Callable[[Any], Any], what: str) -> None:
+        self._replacement = replacement
+        self._what = what
+        self._new: dict[int, Any] = {}
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def rebuild(self, model: Any, functional: type, sequential: type) -> Any:
+        """A new model of one of the given classes, with the weights and trainable flags of `model`.
+
+        Raises:
+          TypeError: for a model that is no graph of layers, with the remedy.
+          ValueError: for a layer that cannot be rebuilt.
+        """
+        new = self._model(model, functional, sequential)
+        pairs = [(model, new)]
+        for old_layer, new_layer in self._pairs:
+            pairs += self._inside(old_layer, new_layer)
+        known = {id(old): (old, copy) for old, copy in pairs}
+        for layer in [model, *flatten_layers(model)]:  # parents first: their flags reach into their children
+            if id(layer) in known:
+                copy_trainable_flags(known[id(layer)][1], layer)
+        for old_layer, new_layer in pairs[1:]:
+            self._copy_weights(old_layer, new_layer)
+        return new
+
+    def _model(self, old: Any, functional: type, sequential: type) -> Any:
+        self._require_graph(old)
+        if isinstance(old, keras.Sequential):
+            return sequential([*sequential_input(old), *map(self._layer, old.layers)], name=old.name)
+        return functional(*rebuild_functional(old, self._layer), name=old.name)
+
+    def _require_graph(self, model: Any) -> None:
+        name = type(model).__name__
+        if not isinstance(model, keras.Sequential) and not is_functional(model):
+            raise TypeError(
+                f"Model {model.name!r} is subclassed (class {name}): what its `call` does cannot be {self._what}. "
+                "Functional and Sequential models can. Derive the class from tf_dpbn.DPModel and use "
+                f"tf_dpbn.DPBatchNormalization in it; `export` makes a SavedModel of it. Received: model={model!r}"
+            )
+        own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
+        if own:
+            raise TypeError(
+                f"Model {model.name!r} is of class {name}, which defines {own[0]!r}, and cannot be {self._what} with "
+                f"it. Rebuild it as keras.Model(model.input, model.output) first. Received: model={model!r}"
+            )
+
+    def _layer(self, old: Any) -> Any:
+        if not isinstance(old, keras.layers.Layer):
+            return old  # an operation of Keras 3, which has no state
+        if id(old) not in self._new:
+            self._new[id(old)] = self._make(old)
+            self._pairs.append((old, self._new[id(old)]))
+        return self._new[id(old)]
+
+    def _make(self, old: Any) -> Any:
+        new = self._replaced(old)
+        if new is not None:
+            return new
+        if isinstance(old, keras.Sequential) or is_functional(old):
+            return self._model(old, keras.Model, keras.Sequential)
+        if isinstance(old, keras.Model):
+            self._require_graph(old)
+        inside = {layer.name: layer for layer in flatten_layers(old)}
+        try:
+            config = old.get_config()
+            if any(self._replaced(layer) is not None for layer in inside.values()):
+                config = self._replace_in_config(config, inside)
+            new = type(old).from_config(config)
+        except Exception as error:
+            raise ValueError(
+                f"Layer {old.name!r} (class {type(old).__name__}) cannot be rebuilt from its configuration: {error} "
+                f"Give the class `get_config` and `from_config`, and register it with Keras. Received: layer={old!r}"
+            ) from error
+        self._check_inside(old, new)
+        return new
+
+    def _replaced(self, old: Any) -> Any:
+        return self._replacement(old) if isinstance(old, BatchNormalizationBase) else None
+
+    def _replace_in_config(self, config: Any, inside: dict[str, Any]) -> Any:
+        """A configuration with the normalization layers in it replaced, at any depth."""
+        if isinstance(config, (list, tuple)):
+            return type(config)(self._replace_in_config(each, inside) for each in config)
+        if not isinstance(config, dict):
+            return config
+        inner = config.get("config")
+        if "class_name" in config and isinstance(inner, dict):
+            new = self._replaced(inside.get(inner.get("name", "")))
+            if new is not None:
+                return serialize(new)
+        return {key: self._replace_in_config(value, inside) for key, value in config.items()}
+
+    def _check_inside(self, old: Any, new: Any) -> None:
+        """Refuses a layer that makes its own normalization, whatever its configuration says."""
+        for layer in flatten_layers(new):
+            if self._replaced(layer) is not None:
+                raise ValueError(
+                    f"Layer {old.name!r} (class {type(old).__name__}) makes the {type(layer).__name__} {layer.name!r} "
+                    f"itself, so that it cannot be {self._what}. Let its constructor take the normalization layer and "
+                    "keep it in `get_config`, or build the model from layers instead. "
+                    f"Received: layer={old!r}"
+                )
+
+    def _inside(self, old: Any, new: Any) -> list[tuple[Any, Any]]:
+        """The pairs of a layer and of what is inside it; those of a nested model are known one by one."""
+        if isinstance(old, keras.Model):
+            return [(old, new)]
+        if old.built:
+            build_like(new, old)
+        ours, theirs = [old, *flatten_layers(old)], [new, *flatten_layers(new)]
+        if [layer.name for layer in ours] != [layer.name for layer in theirs]:
+            raise ValueError(
+                f"Layer {old.name!r} (class {type(old).__name__}) is rebuilt from its configuration with other layers "
+                f"inside. Received: {[layer.name for layer in theirs]} instead of {[layer.name for layer in ours]}"
+            )
+        return list(zip(ours, theirs, strict=True))
+
+    def _copy_weights(self, old: Any, new: Any) -> None:
+        if not own_variables(old) or isinstance(old, keras.Model):
+            return
+        if isinstance(old, BatchNormalizationBase) and type(old) is not type(new):
+            for name in _SHARED_WEIGHTS:
+                if getattr(old, name) is not None:
+                    getattr(new, name).assign(getattr(old, name))
+            return
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        new.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+
+
+def _is_foreign(cls: type) -> bool:
+    """Whether a class is neither Keras' nor this package's."""
+    return cls.__module__.partition(".")[0] not in ("keras", "tf_keras", "tf_dpbn", "tensorflow", "builtins")
