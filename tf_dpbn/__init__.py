@@ -11,10 +11,12 @@ The map, in the order data flows:
 - `model`: `DPModel` and `DPSequential`, whose train step puts it together.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
+- `auditing`: lower bounds on epsilon by attack, to hold against the claim.
 """
 
 from tf_dpbn import (
     accounting,
+    auditing,
     augmentation,
     callbacks,
     clipping,
@@ -43,6 +45,7 @@ __all__ = [
     "PrivacyWarning",
     "__version__",
     "accounting",
+    "auditing",
     "augmentation",
     "callbacks",
     "clipping",
