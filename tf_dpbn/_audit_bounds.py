@@ -55,7 +55,7 @@ class AuditResult:
         )
 
 
-def _rates(hits: np.ndarray, trials: int, failure: float) -> tuple[np.ndarray, np.ndarray]:
+def _rates(hits: np.ndarray | int, trials: int, failure: float) -> tuple[np.ndarray, np.ndarray]:
     """One-sided Clopper-Pearson limits (low, high) of a probability, each wrong with probability `failure` at most."""
     hits = np.asarray(hits)
     low = np.where(hits > 0, stats.beta.ppf(failure, np.maximum(hits, 1), trials - hits + 1), 0.0)
@@ -214,7 +214,9 @@ def _parts(name: str, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     columns = np.asarray(scores, np.float64)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or len(columns) < 4 or np.isnan(columns).any():
-        raise _validate.argument_error(name, columns.shape, "hold at least 4 runs of [attacks] scores, none of them NaN")
+        raise _validate.argument_error(
+            name, columns.shape, "hold at least 4 runs of [attacks] scores, none of them NaN"
+        )
     choosing = max(1, int(_CHOOSING * len(columns)))
     return columns[:choosing], columns[choosing:]
 

@@ -262,7 +262,8 @@ def audit_training(
     steps = model.private_steps
     fit = {"verbose": 0, "epochs": -(-plan.steps // plan.steps_per_epoch), **fit}  # type: ignore[operator]
     callbacks = [*fit.pop("callbacks", []), attacker]
-    model.fit(plan.poisson_dataset(*together, weights), callbacks=callbacks, **fit)
+    dataset = plan.poisson_dataset(together[0], together[1], weights)
+    model.fit(dataset, callbacks=callbacks, **fit)
     if attacker.updates < model.private_steps - steps:
         raise RuntimeError("Several steps ran between two callbacks. Compile with steps_per_execution=1.")
     losses = per_example_losses(model, canary_x, canary_y)

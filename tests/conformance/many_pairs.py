@@ -1,6 +1,6 @@
 """The slow run of the check of neighbouring batches: `make conformance`, or with fewer pairs
 
-    python -m tests.conformance.many_pairs --pairs=100000
+python -m tests.conformance.many_pairs --pairs=100000
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
             moves = neighbours.sum_moves(found)
             total, worst = total + moves.pairs, max(worst, moves.excess)
             failed += not moves.within_bounds
-            print(f"{total:>9} pairs, {net}, {engine}: worst {moves.excess:.7f}, padding {moves.padding:.1e}", flush=True)
+            print(
+                f"{total:>9} pairs, {net}, {engine}: worst {moves.excess:.7f}, padding {moves.padding:.1e}", flush=True
+            )
 
 
 def _seconds(start: float) -> int:
