@@ -210,7 +210,7 @@ def test_audit_of_a_step_needs_noise():
 # ---------------------------------------------------------------------- a training run
 
 
-def audited_training(claim, seed=0, noise=1.0, canaries=300, examples=40, features=400):
+def audited_training(claim, seed=0, noise=1.0, noise_seed=0, canaries=300, examples=40, features=400):
     """Trains on random vectors with random labels, whose gradients are nearly orthogonal."""
     rng = np.random.default_rng(seed)
     plan = tf_dpbn.PrivacyPlan(
@@ -226,7 +226,7 @@ def audited_training(claim, seed=0, noise=1.0, canaries=300, examples=40, featur
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Activation("tanh")(x)))
     model.set_public_batch(rng.normal(size=(9, features)).astype("float32"))
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
-        plan, l2_norm_clip=0.5, learning_rate=0.5, noise_seed=seed
+        plan, l2_norm_clip=0.5, learning_rate=0.5, noise_seed=noise_seed
     )
     if noise != 1.0:
         draw = optimizer._noise_source.standard_normal
