@@ -93,8 +93,10 @@ def sums_of_subsets(model: Any) -> Callable[..., list[np.ndarray]]:
     return call
 
 
-def hard_batch(rng: np.random.Generator, shape: tuple[int, ...], targets: Any, rows: int = ROWS) -> tuple[Any, ...]:
-    """(x, y, weight) with mixed scales, and often a duplicate, an extreme row, extreme and tiny weights."""
+def hard_batch(
+    rng: np.random.Generator, shape: tuple[int, ...], targets: Any, rows: int = ROWS, extremes: bool = True
+) -> tuple[Any, ...]:
+    """(x, y, weight) with mixed scales, and often a duplicate, extreme and tiny weights, and an extreme row."""
     scale = 10.0 ** rng.uniform(-3, 3, (rows, *[1] * len(shape)))
     x = (rng.normal(size=(rows, *shape)) * scale).astype("float32")
     y = targets(rows)
@@ -104,9 +106,9 @@ def hard_batch(rng: np.random.Generator, shape: tuple[int, ...], targets: Any, r
         one, other = rng.choice(rows, 2, replace=False)
         x[one], weight[one] = x[other], weight[other]
         y = tf.nest.map_structure(lambda t: _copied(t, one, other), y)
-    if rng.random() < 0.5:
+    if extremes and rng.random() < 0.5:
         x[rng.integers(rows)] = rng.choice(EXTREMES)
-    if rng.random() < 0.5:  # one bad number in an ordinary row
+    if extremes and rng.random() < 0.5:  # one bad number in an ordinary row
         row = x[rng.integers(rows)]
         row[tuple(rng.integers(0, n) for n in shape)] = rng.choice(EXTREMES)
     return x, y, weight
@@ -141,10 +143,26 @@ def _padding_move(run: Any, x: Any, y: Any, weights: np.ndarray, sums: list[np.n
     return max(float(np.linalg.norm(one[0] - each[half])) for one, each in zip(again, sums, strict=True))
 
 
-def check(model: Any, rng: np.random.Generator, shape: tuple[int, ...], targets: Any, batches: int = 1) -> Moves:
-    """Compares `batches * PAIRS` pairs of neighbouring batches of a compiled model."""
-    run = sums_of_subsets(model)
-    return sum_moves(moves_of(run, *hard_batch(rng, shape, targets)) for _ in range(batches))
+def check(
+    model: Any,
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    targets: Any,
+    batches: int = 1,
+    extremes: bool = True,
+    run: Any = None,
+) -> Moves:
+    """Compares `batches * PAIRS` pairs of neighbouring batches of a compiled model.
+
+    Args:
+      model, rng: compiled; and what draws the batches.
+      shape, targets: of one example; and a function from their number to labels.
+      batches: how many batches, with all their subsets.
+      extremes: whether some rows are extreme.
+      run: `sums_of_subsets(model)`, if at hand.
+    """
+    run = run or sums_of_subsets(model)
+    return sum_moves(moves_of(run, *hard_batch(rng, shape, targets, extremes=extremes)) for _ in range(batches))
 
 
 def sum_moves(moves: Any) -> Moves:
