@@ -32,7 +32,8 @@ LEVELS = (
     ("clipping.registry",),
     ("optimizers",),
     ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "model"),
-    ("auditing", "callbacks"),
+    ("_attacks", "callbacks"),
+    ("auditing",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 FRAMEWORKS = {"tensorflow", "keras", "tf_keras"}
