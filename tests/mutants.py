@@ -120,7 +120,7 @@ MUTANTS = (
         "clipping/microbatches.py",
         "clip_weights(squared, release.l2_norm_clip, mask)",
         "clip_weights(squared, 2.0 * release.l2_norm_clip, mask)",
-        _selected(_GALLERY, "right_library and statistics"),
+        _selected(_ENGINES, "whoever_made_them"),
     ),
     Mutant(
         "clipping/microbatches.py",
@@ -180,7 +180,7 @@ MUTANTS = (
         "clipping/local_terms.py",
         "+ self.spread(c_variance) * self.d_variance",
         "- self.spread(c_variance) * self.d_variance",
-        _selected(_ORACLE, "local_term_alone"),
+        _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
     ),
     Mutant(
         "clipping/local_terms.py",
