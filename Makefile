@@ -1,6 +1,9 @@
 # make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
+# make audit  claimed epsilon against what attacks find: a table and a plot
+# make conformance  a million pairs of neighbouring batches; `make gallery` the table of planted bugs
+# make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make check-wheel  runs the quick start from the built wheel in a fresh environment
 # make build-files  brings Bazel's BUILD files up to date with what the files import
@@ -18,6 +21,10 @@ WORKERS ?= 2
 BENCH_FLAGS ?=
 # What benchmarks/utility.py takes, for example UTILITY_FLAGS="--tables=b --data_dir=/usr/share/datasets/fashion-mnist".
 UTILITY_FLAGS ?=
+# What examples/audit.py, tests/conformance/many_pairs.py and tests/mutants.py take.
+AUDIT_FLAGS ?=
+CONFORMANCE_FLAGS ?=
+MUTANTS_FLAGS ?=
 # JAX-Privacy needs Python 3.12 or later, tensorflow-privacy 3.10 or 3.11. Where these names lead nowhere, give paths:
 # make PYTHON_JAX=/opt/python3.12/bin/python3 bench-peers
 PYTHON_JAX ?= python3.12
@@ -32,7 +39,8 @@ SOURCES := setup.py tf_dpbn/version.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format bench bench-peers utility build-files check-wheel clean check-python
+.PHONY: demo test lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel
+.PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/mnist.py --dataset=$(DATASET) --normalization=$(NORMALIZATION) \
@@ -51,6 +59,18 @@ lint: $(TEST_VENV)/.installed
 format: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check --fix .
 	$(TEST_BIN)/ruff format .
+
+audit: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python examples/audit.py $(AUDIT_FLAGS)
+
+conformance: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m tests.conformance.many_pairs $(CONFORMANCE_FLAGS)
+
+gallery: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m tests.gallery
+
+mutants: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m tests.mutants $(MUTANTS_FLAGS)
 
 bench: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python benchmarks/step_time.py $(BENCH_FLAGS)
@@ -74,7 +94,7 @@ check-wheel: | check-python
 	cd build/wheel && venv/bin/python quick_start.py
 
 clean:
-	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) build dist *.egg-info
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) audit_output build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -61,3 +61,31 @@ def plot_training(
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def plot_audit(
+    path: str | pathlib.Path, *, claimed: Sequence[float], found: dict[str, Sequence[float]], title: str
+) -> None:
+    """Writes a PNG: lower bounds on epsilon over the claimed epsilon, and the line that none may cross.
+
+    Args:
+      path: the file to write.
+      claimed: claimed epsilons.
+      found: name of an audit -> its lower bounds.
+      title: the title.
+    """
+    figure, axes = plt.subplots(figsize=(7, 5), dpi=120)
+    axes.set_title(title)
+    axes.set_xlabel("claimed epsilon")
+    axes.set_ylabel("empirical lower bound")
+    largest = 1.1 * max(claimed)
+    axes.plot([0.0, largest], [0.0, largest], "--", color="gray", label="claim")
+    for (name, bounds), marker in zip(found.items(), "osD^v", strict=False):
+        axes.plot(claimed, bounds, marker=marker, label=name)
+    axes.set_xlim(0.0, largest)
+    axes.set_ylim(bottom=0.0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import audit
 import cifar10_resnet
 import convert_model
 import datasets
@@ -288,3 +289,27 @@ def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
     tf.keras.Sequential(model).save(tmp_path / "own.keras")
     with pytest.raises(ValueError, match="cannot be trained with privacy.*own.keras"):
         convert_model.run(conversion_config(tmp_path, model=str(tmp_path / "own.keras")))
+
+
+# ---------------------------------------------------------------------- audit.py
+
+
+def test_a_short_audit_writes_everything(tmp_path, capsys):
+    config = audit.Config(
+        epsilons=(2.0, 8.0), trials=200, canaries=24, examples=16, batch_size=20, epochs=1, output_dir=str(tmp_path)
+    )
+    result = json.loads(json.dumps(audit.run(config)))
+    assert [row["claimed"] for row in result["audits"]] == [2.0, 8.0]
+    for row in result["audits"]:
+        assert not row["contradicted"]
+        assert all(0.0 <= row[name] <= row["claimed"] for name in ("step", "white_box", "black_box"))
+    assert result["audits"][1]["step"] > 1.0
+    assert pathlib.Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert "empirical epsilon >=" in capsys.readouterr().out
+
+
+def test_help_of_the_audit_explains_every_flag():
+    environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
+    done = subprocess.run([sys.executable, audit.__file__, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1, done.stderr
+    assert all(f"--{field.name}:" in done.stdout for field in dataclasses.fields(audit.Config))

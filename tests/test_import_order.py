@@ -13,7 +13,7 @@ ROOT = pathlib.Path(tf_dpbn.__file__).parent
 # Modules may import from lower levels, and within their own where that is not a circle.
 LEVELS = (
     ("_validate", "version"),
-    ("_ledger", "_dead_leaves", "_reports", "accounting"),
+    ("_audit_bounds", "_ledger", "_dead_leaves", "_reports", "accounting"),
     ("augmentation", "sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
     ("layers", "constraints"),
     ("clipping", "clipping.rows", "clipping.local_terms", "clipping.vectorization"),
@@ -33,7 +33,8 @@ LEVELS = (
     ("optimizers",),
     ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "model"),
     ("_coupling", "_findings", "_rebuild", "conversion"),
-    ("callbacks",),
+    ("_attacks", "callbacks"),
+    ("auditing",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 FRAMEWORKS = {"tensorflow", "keras", "tf_keras"}
@@ -127,8 +128,8 @@ def test_accounting_needs_neither_tensorflow_nor_the_rest_of_the_package(module)
     assert imported_modules(SOURCES[module]) <= {"_validate", "_ledger", "_reports", "accounting"}
 
 
-@pytest.mark.parametrize("module", ["public_data", "_dead_leaves"])
-def test_public_data_needs_no_tensorflow(module):
+@pytest.mark.parametrize("module", ["public_data", "_dead_leaves", "_audit_bounds"])
+def test_needs_no_tensorflow(module):
     assert not third_parties(SOURCES[module]) & FRAMEWORKS
 
 

@@ -13,10 +13,12 @@ The map, in the order data flows:
 - `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
+- `auditing`: lower bounds on epsilon by attack, to hold against the claim.
 """
 
 from tf_dpbn import (
     accounting,
+    auditing,
     augmentation,
     callbacks,
     clipping,
@@ -48,6 +50,7 @@ __all__ = [
     "PrivacyWarning",
     "__version__",
     "accounting",
+    "auditing",
     "augmentation",
     "callbacks",
     "clipping",

@@ -6,8 +6,8 @@ import tensorflow as tf
 
 from tests import helpers, zoo
 from tf_dpbn._keras import raw
-from tf_dpbn.clipping import Batch, Task
-from tf_dpbn.clipping.microbatches import MicrobatchedEngine
+from tf_dpbn.clipping import Batch, StatisticsRelease, Task
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.registry import ENGINES
 
 PLAIN = [name for name in zoo.BODIES if not name.startswith("batch_normalization")]
@@ -101,6 +101,16 @@ def test_a_batch_of_no_rows_and_unknown_size_contributes_nothing(engine):
     sums, loss, _ = run(x, y)
     expected, _ = naive_clipped_sum(model, x, y, np.ones(3), 1.0)
     assert helpers.relative_error(sums, expected) < 1e-4 and loss.shape == (3,)
+
+
+@pytest.mark.parametrize("mask", [[True, True, True, True], [True, False, True, True]])
+def test_residuals_are_clipped_to_their_bound_whoever_made_them(mask):
+    """The public pass hands over vectors within the bound; this is the place that does not rely on it."""
+    rows = tf.constant([[0.3, 0.4], [3.0, 4.0], [0.0, -1e20], [np.nan, 0.0]])
+    task = Task(None, (), (), (), 1.0, (StatisticsRelease(2, 2.0),))
+    (total,) = residual_sums(task, (rows,), tf.constant(mask))
+    expected = np.array([0.3, 0.4]) + mask[1] * np.array([1.2, 1.6])  # the square of 1e20 is not finite: dropped
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
 def test_slices_of_padding_alone_are_not_worked_on():

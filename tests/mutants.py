@@ -1,0 +1,352 @@
+"""Small mutations of the package, one at a time, and whether the tests notice: `make mutants`.
+
+    python -m tests.mutants --only=clip --workers=2
+
+Each mutant is a copy of the package in a temporary directory with one line changed, under a fast selection of the
+tests, which stops at the first failure. Prints a table and ends with status 1 if less than 90 % are killed. A text to
+be changed must occur exactly once, so that the list cannot rot unseen.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+
+_ONLY = flags.DEFINE_string("only", "", "Runs the mutants whose file or change holds this text.")
+_WORKERS = flags.DEFINE_integer("workers", 2, "How many mutants run at a time.", lower_bound=1)
+_TIMEOUT = flags.DEFINE_integer(
+    "timeout", 300, "Seconds after which a mutant's tests are given up; it then counts as alive.", lower_bound=1
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+_REQUIRED = 0.9
+_RULES, _ENGINES = (f"tests/conformance/test_{name}.py" for name in ("rules", "engines"))
+_MECHANISMS, _STATISTICS, _RELEASED = (
+    f"tests/test_{n}.py" for n in ("mechanisms", "statistics", "released_statistics")
+)
+_ACCOUNTING, _PLAN, _SAMPLING = (f"tests/test_{n}.py" for n in ("accounting", "accounting_plan", "sampling"))
+_DATASET = "tests/test_poisson_dataset.py"
+_ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
+_AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One changed line.
+
+    Attributes:
+      file: below tf_dpbn.
+      old: the text to be changed.
+      new: what it becomes.
+      tests: arguments of pytest.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def _selected(path: str, keywords: str) -> tuple[str, ...]:
+    return (path, "-k", keywords)
+
+
+MUTANTS = (
+    Mutant("mechanisms.py", "l2_norm_clip / tf.maximum(norms, l2_norm_clip)", "l2_norm_clip / norms", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "keep = tf.math.is_finite(norms)", "keep = tf.ones_like(norms, tf.bool)", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "keep = tf.logical_and(keep, mask)", "keep = tf.logical_or(keep, mask)", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "norms = tf.sqrt(squared_norms)", "norms = squared_norms", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "stddev = multiplier * _validate", "stddev = 1.0 * _validate", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "tensor + stddev * each", "tensor + each", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "if multiplier > 0:", "if multiplier > 1:", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "self._draws.assign_add(1)", "self._draws.read_value()", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "tuple(tensor / denominator for", "tuple(1.0 * tensor for", (_MECHANISMS,)),
+    Mutant("statistics.py", "-0.5 * gamma", "0.5 * gamma", (_STATISTICS,)),
+    Mutant(
+        "statistics.py",
+        "(second - variance) * tf.square(r)",
+        "(second - variance) * r",
+        _selected(_RELEASED, "mean_residual or masked_positions"),
+    ),
+    Mutant("statistics.py", "_LEAST_FACTOR = 0.25", "_LEAST_FACTOR = 0.0", _selected(_RELEASED, "survives_any")),
+    Mutant(
+        "statistics.py",
+        "tf.maximum(1.0 - momentum,",
+        "tf.minimum(1.0 - momentum,",
+        _selected(_RELEASED, "approach_the_moments or deep_stack"),
+    ),
+    Mutant(
+        "statistics.py",
+        "+ 0.5 * shift * tf.math.rsqrt",
+        "+ shift * tf.math.rsqrt",
+        _selected(_RELEASED, "anchored_corrections"),
+    ),
+    Mutant(
+        "clipping/contributions.py",
+        "squared += 2.0 * tf",
+        "squared += 1.0 * tf",
+        _selected(_GALLERY, "right_library and gram"),
+    ),
+    Mutant(
+        "clipping/contributions.py",
+        "squared = size if single else",
+        "squared = size if True else",
+        _selected(_RULES, "plain_differentiation and dense_rank_3"),
+    ),
+    Mutant(
+        "clipping/contributions.py",
+        "return values if finite is None",
+        "return values if True",
+        _selected(_RULES, "not_finite"),
+    ),
+    Mutant(
+        "clipping/contributions.py",
+        "tf.reduce_sum(_times(weights, _only(finite, cotangent))",
+        "tf.reduce_sum(_only(finite, cotangent)",
+        _selected(_GALLERY, "right_library and gram"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "clip_weights(squared, release.l2_norm_clip, mask)",
+        "clip_weights(squared, 2.0 * release.l2_norm_clip, mask)",
+        _selected(_ENGINES, "whoever_made_them"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "clip_weights(squared, release.l2_norm_clip, mask)",
+        "clip_weights(squared, release.l2_norm_clip, None)",
+        _selected(_GALLERY, "right_library and statistics"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "ClippedSum((total,), release.l2_norm_clip)",
+        "ClippedSum((total,), 0.5 * release.l2_norm_clip)",
+        _selected(_GALLERY, "right_library and statistics"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "float(l2_norm_clip))]",
+        "0.5 * float(l2_norm_clip))]",
+        _selected(_GALLERY, "right_library and gram"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "return (*data, positions < examples)",
+        "return (*data, positions <= examples)",
+        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    ),
+    Mutant(
+        "clipping/microbatches.py",
+        "i * size, size, examples)",
+        "i * size + 1, size, examples)",
+        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    ),
+    Mutant(
+        "clipping/vectorized.py",
+        "tf.add_n([_squared_norms(g) for g in gradients])",
+        "tf.add_n([_squared_norms(g) for g in gradients[1:]])",
+        _selected(_ENGINES, "loop_over_examples and vectorized and custom"),
+    ),
+    Mutant(
+        "clipping/vectorized.py",
+        "gradients[term.index] += tf",
+        "gradients[term.index] -= tf",
+        _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
+    ),
+    Mutant(
+        "clipping/vectorized.py",
+        "kept = tf.where(by_row(finite, gradients), gradients, tf.zeros_like(gradients))",
+        "kept = gradients",
+        _selected(_GALLERY, "right_library and vectorized"),
+    ),
+    Mutant(
+        "clipping/book_keeping.py",
+        "clip_weights(squared, l2_norm_clip, mask), finite",
+        "clip_weights(squared, l2_norm_clip, None), finite",
+        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    ),
+    Mutant(
+        "clipping/local_terms.py",
+        "+ self.spread(c_variance) * self.d_variance",
+        "- self.spread(c_variance) * self.d_variance",
+        _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
+    ),
+    Mutant(
+        "clipping/local_terms.py",
+        "d_variances.append(2.0 *",
+        "d_variances.append(1.0 *",
+        _selected(_RELEASED, "length_of_the_kernel"),
+    ),
+    Mutant(
+        "clipping/rules/convolution.py",
+        "before, after = total // 2, total - total // 2",
+        "before, after = total - total // 2, total // 2",
+        _selected(_RULES, "plain_differentiation and strided_same"),
+    ),
+    Mutant(
+        "clipping/rules/matmul.py",
+        "left, right = (cotangent, data) if self._transposed",
+        "left, right = (cotangent, data) if not self._transposed",
+        _selected(_RULES, "plain_differentiation and dense"),
+    ),
+    Mutant(
+        "clipping/rules/elementwise.py",
+        "widen(cotangent) * widen(inputs[0]) if self._scale",
+        "widen(cotangent) if self._scale",
+        _selected(_RULES, "plain_differentiation and scale_and_bias"),
+    ),
+    Mutant(
+        "clipping/rules/embedding.py",
+        "first = tf.logical_and(inside, tf.logical_not(earlier))",
+        "first = inside",
+        _selected(_RULES, "look_ups_count"),
+    ),
+    Mutant(
+        "_ledger.py",
+        "(smallest / sigma) ** 2 for sigma in sigmas)",
+        "(smallest / sigma) ** 2 for sigma in sigmas[:1])",
+        _selected(_ACCOUNTING, "effective or folded or lost"),
+    ),
+    Mutant("_ledger.py", "stats.binom.sf(rows - 1,", "stats.binom.sf(rows,", _selected(_ACCOUNTING, "overflow")),
+    Mutant(
+        "_ledger.py",
+        "(events, delta - self.overflow_delta(), accountant)",
+        "(events, delta, accountant)",
+        _selected(_ACCOUNTING, "overflow"),
+    ),
+    Mutant("_ledger.py", "sigma / math.sqrt(1.0 - rho)", "sigma / (1.0 - rho)", _selected(_RELEASED, "split_noise")),
+    Mutant("_ledger.py", "self._steps.get(key, 0) + record.steps", "record.steps", _selected(_ACCOUNTING, "merge")),
+    Mutant("_ledger.py", "max(epsilon, 0.0)", "epsilon / 2.0", _selected(_ACCOUNTING, "closed_form")),
+    Mutant("accounting.py", "delta=self.delta - overflow,", "delta=self.delta,", (_PLAN,)),
+    Mutant("accounting.py", "return low\n\n\n@dataclasses", "return high\n\n\n@dataclasses", (_PLAN,)),
+    Mutant(
+        "sampling.py",
+        "coins < sampling.sampling_probability",
+        "coins < 0.9 * sampling.sampling_probability",
+        (_SAMPLING,),
+    ),
+    Mutant(
+        "sampling.py",
+        "drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)",
+        "drawn = drawn[: sampling.max_batch_size]",
+        (_SAMPLING,),
+    ),
+    Mutant("sampling.py", "rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", (_SAMPLING,)),
+    Mutant(
+        "sampling.py", "secrets.randbits(128) if seed is None else seed", "0 if seed is None else seed", (_SAMPLING,)
+    ),
+    Mutant("sampling.py", "return tf.where(keep, gathered, tf.zeros_like(gathered))", "return gathered", (_DATASET,)),
+    Mutant("sampling.py", "nonzero = tf.not_equal(", "nonzero = tf.greater(", (_DATASET,)),
+    Mutant(
+        "optimizers.py",
+        "add_gaussian_noise(each, multiplier, self",
+        "add_gaussian_noise(each, multipliers[0], self",
+        _selected(_RELEASED, "promised_noise"),
+    ),
+    Mutant(
+        "optimizers.py",
+        "self.expected_batch_size / self.num_examples",
+        "0.5 * self.expected_batch_size / self.num_examples",
+        _selected(_LEDGER, "epsilon_is_that"),
+    ),
+    Mutant(
+        "model.py",
+        "self._books.steps.assign_add(1)",
+        "self._books.steps.assign_add(0)",
+        _selected(_LEDGER, "booked_by"),
+    ),
+    Mutant(
+        "model.py",
+        "noised = noised.plus(public.nonlocal_correction(noised))",
+        "noised.plus(public.nonlocal_correction(noised))",
+        _selected(_ORACLE, "local_and_nonlocal"),
+    ),
+    Mutant(
+        "model.py",
+        "noised = noised.plus(penalty_gradients)",
+        "noised.plus(penalty_gradients)",
+        _selected(_WEIGHTS, "regularizer"),
+    ),
+    Mutant(
+        "model.py",
+        "public.update_statistics([each.tensors[0] for each in residuals])",
+        "public.update_statistics([each.tensors[0] for each in clipped[1:]])",
+        _selected(_RELEASED, "promised_noise"),
+    ),
+    Mutant(
+        "_audit_bounds.py",
+        "2.0 * canaries * delta * worst",
+        "2.0 * guesses * delta * worst",
+        _selected(_AUDITING, "papers"),
+    ),
+    Mutant(
+        "_audit_bounds.py",
+        '- _validate.open_probability("confidence", confidence)) / 2.0\n    low',
+        '- _validate.open_probability("confidence", confidence))\n    low',
+        _selected(_AUDITING, "by_hand"),
+    ),
+)
+
+
+def mutated(mutant: Mutant, root: pathlib.Path = ROOT) -> str:
+    """The text of the file with the mutation."""
+    text = (root / "tf_dpbn" / mutant.file).read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.file} must hold {mutant.old!r} exactly once. Received: {text.count(mutant.old)} times"
+        )
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(mutant: Mutant) -> tuple[str, float]:
+    """("killed", "timeout", "survived" or "not run", seconds)."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory)
+        for name in ("tf_dpbn", "tests", "examples", "benchmarks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "tf_dpbn" / mutant.file).write_text(mutated(mutant), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+        environment = {**os.environ, "PYTHONPATH": directory, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        try:
+            done = subprocess.run(
+                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=_TIMEOUT.value
+            )
+            # A crash is noticed as well as a failure; 4 and 5 are pytest's own complaints of what it was given.
+            outcome = {0: "survived", 4: "not run", 5: "not run"}.get(done.returncode, "killed")
+        except subprocess.TimeoutExpired:
+            outcome = "timeout"
+    return outcome, time.perf_counter() - start
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    chosen = [m for m in MUTANTS if _ONLY.value in f"{m.file} {m.old} {m.new}"]
+    for mutant in chosen:
+        mutated(mutant)
+    print("| file | change | outcome | seconds |\n| --- | --- | --- | --- |")
+    killed = 0
+    with concurrent.futures.ThreadPoolExecutor(_WORKERS.value) as pool:
+        for mutant, (outcome, seconds) in zip(chosen, pool.map(run, chosen), strict=True):
+            killed += outcome == "killed"
+            change = f"`{mutant.old}` to `{mutant.new}`".replace("\n", " ").replace("|", "\\|")
+            print(f"| {mutant.file} | {change} | {outcome} | {seconds:.0f} |", flush=True)
+    print(json.dumps({"mutants": len(chosen), "killed": killed}))
+    if killed < _REQUIRED * len(chosen):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,115 @@
+"""What an attacker computes with a model: clipped sums without noise, each example's vector, and guesses from updates.
+
+Private values throughout: for audits and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_dpbn._keras import kept_state, keras
+from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.model import DPModel
+
+
+def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
+    """A function (x, y, weights) -> the clipped sums that a train step of `model` would release, without noise.
+
+    It runs what the train step runs, at the current weights. The sums are private; they are for audits and tests.
+
+    Args:
+      model: compiled.
+    """
+    sensitivities: list[float] = []
+
+    def run(x: Any, y: Any, weights: Any) -> list[tuple[tf.Tensor, ...]]:
+        batch = model._read_batch((x, y, weights))
+        task = model._task(model._public_forward(batch))
+        with kept_state(model if model._books.has_state else None):
+            found, _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        sensitivities[:] = [each.l2_sensitivity for each in found]
+        return [each.tensors for each in found]
+
+    traced = tf.function(run, autograph=False)
+
+    def call(x: Any, y: Any, weights: Any) -> tuple[ClippedSum, ...]:
+        found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
+        return tuple(ClippedSum(tuple(t), s) for t, s in zip(found, sensitivities, strict=True))
+
+    return call
+
+
+def _flat(tensors: Sequence[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(tf.convert_to_tensor(t), np.float64).ravel() for t in tensors])
+
+
+def clipped_gradients(model: DPModel) -> Callable[[Any, Any], tf.Tensor]:
+    """A function (x, y) -> [examples, all weights]: each example's clipped gradient at the current weights."""
+
+    def one(row: Any) -> tf.Tensor:
+        x, y = tf.nest.map_structure(lambda t: t[None], row)
+        batch = model._read_batch((x, y))
+        task = model._task(model._public_forward(batch))
+        with kept_state(model if model._books.has_state else None):
+            (gradient, *_), _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        return tf.concat([tf.reshape(t, [-1]) for t in gradient.tensors], 0)
+
+    return tf.function(
+        lambda x, y: tf.map_fn(one, (x, y), fn_output_signature=tf.float32, parallel_iterations=1), autograph=False
+    )
+
+
+class UpdateAttack(keras.callbacks.Callback):
+    """Estimates which canaries the updates of the weights contain.
+
+    A step of SGD releases r = sum_i b_i v_i + sum of the known examples + noise, v_i the clipped gradient of canary i
+    and b_i whether it was drawn. The attacker subtracts what they expect of both sums and fits b by least squares over
+    all steps, with a penalty as large as the noise.
+
+    Args:
+      known: (x, y), examples that are in the data set.
+      canaries: (x, y).
+      rate: sampling probability q.
+
+    Attributes:
+      updates: how many updates were seen.
+    """
+
+    def __init__(self, known: Any, canaries: Any, rate: float) -> None:
+        super().__init__()
+        self._known, self._canaries = (tf.nest.map_structure(tf.convert_to_tensor, each) for each in (known, canaries))
+        self._rate = rate
+        count, self._examples = (len(tf.nest.flatten(each)[0]) for each in (canaries, known))
+        self._products, self._match = np.zeros([count, count]), np.zeros(count)
+        self.updates = 0
+        self._functions: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._functions = clipped_sums(self.model), clipped_gradients(self.model)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        sums, vectors = self._functions
+        self._vectors = vectors(*self._canaries).numpy().astype(np.float64)
+        known = sums(*self._known, np.ones(self._examples, "float32"))[0].tensors
+        self._expected = self._rate * (_flat(known) + 0.5 * self._vectors.sum(0))
+        self._before = _flat(self.model.trainable_variables)
+        self._learning_rate = float(np.asarray(self.model.optimizer.learning_rate))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        update = (self._before - _flat(self.model.trainable_variables)) / self._learning_rate
+        released = self.model.optimizer.expected_batch_size * update
+        self._products += self._vectors @ self._vectors.T
+        self._match += self._vectors @ (released - self._expected)
+        self.updates += 1
+
+    def scores(self) -> np.ndarray:
+        """[canaries], about one half more for those that were trained on than for the others."""
+        optimizer = self.model.optimizer
+        drawn = self._rate / 2.0
+        penalty = (optimizer.noise_multiplier * optimizer.l2_norm_clip) ** 2 / (drawn * (1.0 - drawn))
+        penalty = max(penalty, 1e-9 * float(np.trace(self._products)))
+        return np.linalg.solve(self._products + penalty * np.eye(len(self._match)), self._match)
