@@ -13,6 +13,7 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import keras
 from tf_dpbn.mechanisms import (
+    ROUNDING,
     ClippedSum,
     NoisedGradients,
     NoiseSource,
@@ -324,3 +325,10 @@ def test_saved_models_do_not_contain_the_key(tmp_path):
     for word in key_of(model.optimizer):
         assert word.tobytes() not in content
         assert str(word).encode() not in content
+
+
+def test_noise_covers_the_rounding_of_clipped_vectors():
+    source, other = NoiseSource(seed=3), NoiseSource(seed=3)
+    (drawn,) = source.standard_normal([tf.TensorShape([1000])])
+    found = add_gaussian_noise(ClippedSum((tf.zeros([1000]),), 2.0), 1.5, 1.0, other).tensors[0]
+    np.testing.assert_allclose(found.numpy() / drawn.numpy(), 3.0 * (1 + ROUNDING), rtol=5e-7)

@@ -16,6 +16,8 @@ from tf_dpbn import _validate
 
 # Squares of norms outside this range leave that of float32: clipping would then bound nothing.
 SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
+# Rounding may leave a clipped vector longer than its bound by less than this part of it; noise covers it.
+ROUNDING = 1e-5
 # Replicas change a variable alike; the first one's value is taken for all.
 _SAME = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
@@ -138,6 +140,8 @@ def add_gaussian_noise(
 ) -> NoisedGradients:
     """Releases (clipped sum + N(0, (noise_multiplier * l2_sensitivity)^2 I)) / denominator.
 
+    The noise is larger than that by a part of ROUNDING, which covers the rounding of clipped vectors.
+
     Formal guarantee: the Gaussian mechanism with standard deviation noise_multiplier * l2_sensitivity; what it
     costs is computed by `accounting` from the multiplier, the sampling rate and the number of steps.
 
@@ -157,7 +161,7 @@ def add_gaussian_noise(
     denominator = _validate.positive("denominator", denominator)
     sums = list(clipped.tensors)
     if multiplier > 0:
-        stddev = multiplier * _validate.positive("l2_sensitivity", clipped.l2_sensitivity)
+        stddev = multiplier * _validate.positive("l2_sensitivity", clipped.l2_sensitivity) * (1.0 + ROUNDING)
         noise = source.standard_normal([tensor.shape for tensor in sums])
         sums = [tensor + stddev * each for tensor, each in zip(sums, noise, strict=True)]
     return NoisedGradients(tuple(tensor / denominator for tensor in sums))
