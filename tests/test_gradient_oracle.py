@@ -75,9 +75,18 @@ def assorted(normalization, model):
     return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
 
 
+def shortcut(normalization, model):
+    """A residual block whose shortcut leaves out positions, as those of ResNets do."""
+    inputs = keras.Input((7, 8, 2))
+    h = layers.Activation("tanh")(normalization()(layers.Conv2D(3, 3, strides=(2, 3), padding="same")(inputs)))
+    x = normalization()(layers.Conv2D(3, 1, strides=(2, 3), padding="same")(inputs))
+    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(layers.Add()([x, h]))))
+
+
 NETS = {"one": (stack(1), (6, 6, 2)), "three": (stack(3), (6, 6, 2)), "dense": (dense_net, (7,))}
 NETS["pre_activation"] = (pre_activation, (6, 6, 2))
 NETS["assorted"] = (assorted, (8, 8, 2))
+NETS["shortcut"] = (shortcut, (7, 8, 2))
 
 
 @pytest.mark.parametrize("net", list(NETS))
@@ -194,3 +203,20 @@ def test_transposed_square_kernel_is_not_taken_for_a_dense_layer(shape):
     stock, ours = pair_of_models(build)
     x, y = helpers.images(16, shape)
     assert helpers.relative_error(our_gradient(ours, x, y, "local"), stock_gradient(stock, x, y)) < 1e-4
+
+
+def test_no_filter_gradient_of_one_example_strides_with_one_tap():
+    """With fewer examples than threads it writes beyond its memory on CPUs (oneDNN, TensorFlow 2.21)."""
+    model = helpers.compiled(shortcut(tf_dpbn.DPBatchNormalization, tf_dpbn.DPModel))
+    x = tf.constant(helpers.images(5, (7, 8, 2))[0])
+
+    def forward():
+        return [t.d_mean for terms in PublicForward(model, x, "local", None).local_terms for t in terms]
+
+    gradients = [
+        operation
+        for operation in tf.function(forward, autograph=False).get_concrete_function().graph.get_operations()
+        if operation.type == "Conv2DBackpropFilter" and operation.inputs[0].shape[0] == 1
+    ]
+    assert {tuple(g.get_attr("strides")) for g in gradients if g.outputs[0].shape[0] == 1} == {(1, 1, 1, 1)}
+    assert (1, 2, 3, 1) in {tuple(g.get_attr("strides")) for g in gradients}

@@ -110,12 +110,12 @@ def redirect(old: tf.Tensor, new: tf.Tensor) -> None:
                 replace_input(consumer, position, new)
 
 
-def call_again(operation: tf.Operation, old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
-    """The first output of the same operation with its input `old` replaced by `new`."""
+def call_again(operation: tf.Operation, old: tf.Tensor, new: tf.Tensor, **changed: Any) -> tf.Tensor:
+    """The first output of the same operation with its input `old` replaced by `new`, and with changed attributes."""
     definition = operation.op_def
     inputs = {
         argument.name: new if tensor is old else tensor
         for argument, tensor in zip(definition.input_arg, operation.inputs, strict=True)
     }
-    attributes = {a.name: operation.get_attr(a.name) for a in definition.attr if a.type != "type"}
+    attributes = {a.name: operation.get_attr(a.name) for a in definition.attr if a.type != "type"} | changed
     return getattr(tf.raw_ops, operation.type)(**inputs, **attributes)

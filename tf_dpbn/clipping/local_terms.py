@@ -218,11 +218,27 @@ def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tenso
     shape = tf.concat([tf.shape(mean_input)[:1], tf.shape(producer.frozen_input)[1:]], 0)
     mean_input = tf.cast(mean_input, producer.frozen_input.dtype)
     mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), [None, *producer.frozen_input.shape[1:]])
-    output = _graph.call_again(producer.operation, producer.frozen_input, mean_input)
+    output = _call_on_mean(producer, mean_input)
     axis = _channel_axis_of_kernel_operation(producer.operation)
     mean = tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis])
     *biases, kernel = [parameter.read for parameter in producer.parameters]
     return [*[tf.ones_like(bias) for bias in biases], *tf.gradients(tf.reduce_sum(mean), [kernel])]
+
+
+def _call_on_mean(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
+    """The operation's output for other data.
+
+    A convolution of one tap a side that strides only leaves out positions, and they are left out before it: the filter
+    gradient of oneDNN's kernel for it writes beyond its memory where there are fewer examples than threads, and here
+    is one example (TensorFlow 2.21; aborts within a few calls).
+    """
+    operation = producer.operation
+    kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
+    if operation.type != "Conv2D" or kernel.shape[:2] != [1, 1]:
+        return _graph.call_again(operation, producer.frozen_input, mean_input)
+    strides = operation.get_attr("strides")
+    positions = mean_input[tuple(slice(None, None, stride) for stride in strides)]
+    return _graph.call_again(operation, producer.frozen_input, positions, strides=[1, 1, 1, 1])
 
 
 @dataclasses.dataclass(frozen=True)
