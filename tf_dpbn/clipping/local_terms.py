@@ -234,7 +234,7 @@ def _call_on_mean(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
     """
     operation = producer.operation
     kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
-    if operation.type != "Conv2D" or kernel.shape[:2] != [1, 1]:
+    if operation.type != "Conv2D" or kernel.shape[:2] != [1, 1] or operation.get_attr("padding") == b"EXPLICIT":
         return _graph.call_again(operation, producer.frozen_input, mean_input)
     strides = operation.get_attr("strides")
     positions = mean_input[tuple(slice(None, None, stride) for stride in strides)]
