@@ -231,7 +231,7 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
     Args:
       strategy: the model's.
       source: of the data set, or None if it is not from the Poisson sampler.
-      public_batch: nest of arrays, or None.
+      public_batch: nest of arrays or tensors, or None.
 
     Raises:
       ValueError: on every worker.

@@ -358,7 +358,7 @@ class DPModel(BookkeepingModel):
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
         self._compiled_dp_optimizer()
-        _checks.check_workers(self.distribute_strategy, None, self.public_batch)
+        _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
         return super().train_on_batch(*args, **kwargs)
 
@@ -385,7 +385,7 @@ class DPModel(BookkeepingModel):
             replicas = self.distribute_strategy.num_replicas_in_sync
             _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts, replicas)
             _checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
-        _checks.check_workers(self.distribute_strategy, source, self.public_batch)
+        _checks.check_workers(self.distribute_strategy, source, self._books.public_batch)
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
         labels = source.labels if source else y
