@@ -2,7 +2,8 @@
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make audit  claimed epsilon against what attacks find: a table and a plot
-# make conformance  a million pairs of neighbouring batches; `make gallery` the table of planted bugs
+# make conformance  a million pairs of neighbouring batches, then each optimizer on 1, 2 and 4 replicas
+# make gallery  the table of planted bugs and of what catches each
 # make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make check-wheel  runs the quick start from the built wheel in a fresh environment
@@ -65,6 +66,7 @@ audit: $(DEMO_VENV)/.installed
 
 conformance: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m tests.conformance.many_pairs $(CONFORMANCE_FLAGS)
+	CONFORMANCE=all $(TEST_BIN)/python -m pytest -q tests/conformance/test_steps.py
 
 gallery: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m tests.gallery

@@ -156,6 +156,24 @@ def refusals() -> list[str]:
     return messages
 
 
+def train_on_batch() -> str | float:
+    """How far a step of `train_on_batch` on two replicas is from that on one device, or why it is refused."""
+    found = []
+    for replicas in (1, 2):
+        with strategy_of(replicas).scope():
+            inputs = keras.Input((3,))
+            model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
+            helpers.compiled(model, "mse", helpers.dp_optimizer())
+        model.set_weights([np.ones((3, 2)), np.zeros(2)])
+        x, y = np.eye(3, dtype="float32")[np.arange(8) % 3], np.zeros((8, 2), "float32")
+        try:
+            model.train_on_batch(x, y)
+        except NotImplementedError as error:
+            return str(error)
+        found.append(helpers.flat(model.get_weights()))
+    return float(np.max(np.abs(found[0] - found[1])))
+
+
 def main() -> None:
     warnings.simplefilter("ignore")  # the batches are not Poisson-sampled
     result = {
@@ -167,6 +185,7 @@ def main() -> None:
         "noise": [noise_scale(1), noise_scale(2)],
         "dropout": dropout_agreement(),
         "refusals": refusals(),
+        "train_on_batch": train_on_batch(),
     }
     print(json.dumps(result))
 

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from tests.programs import ROOT, last_line
 from tf_dpbn._keras import IS_KERAS_3
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def _run(*arguments: str, **environment: str) -> str:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "examples"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_replicas_do_what_one_device_does():
     """One test, so that the program runs once."""
-    found = json.loads(_run("-m", "tests.replicas"))
+    found = json.loads(last_line("-m", "tests.replicas"))
     for case in ("public", "anchored", "noised", "sum", "none"):
         assert max(found[case]["weights"]) < 1e-5, case
         assert max(found[case]["logs"]) < 1e-5, case
@@ -35,6 +22,10 @@ def test_replicas_do_what_one_device_does():
     for scale in found["noise"]:
         assert 0.97 < scale < 1.03  # 20,200 numbers: six standard errors; two draws would give 1.41
     assert 0.4 < found["dropout"] < 0.6
+    if IS_KERAS_3:  # hands the whole batch to each replica
+        assert "`train_on_batch` cannot be used on 2 replicas" in found["train_on_batch"]
+    else:
+        assert found["train_on_batch"] < 1e-6
     outside, inner, accumulation, eagerly, rows, trained = found["refusals"]
     for message in (outside, inner):
         assert "`optimizer` must be built" in message and "with strategy.scope()" in message
@@ -48,7 +39,9 @@ def test_replicas_do_what_one_device_does():
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 cannot fit under MultiWorkerMirroredStrategy")
 def test_two_processes_train_to_the_ledger_of_one():
     script = str(ROOT / "examples" / "multi_worker.py")
-    line = _run(script, "--workers=2", "--epochs=2", "--batch_size=100", "--max_examples=400", TF_USE_LEGACY_KERAS="1")
+    line = last_line(
+        script, "--workers=2", "--epochs=2", "--batch_size=100", "--max_examples=400", TF_USE_LEGACY_KERAS="1"
+    )
     result = json.loads(line)
     assert result["steps"] == 8 and result["replicas"] == 2
     assert 7.9 < result["epsilon"] <= 8.0
@@ -58,7 +51,7 @@ def test_two_processes_train_to_the_ledger_of_one():
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 cannot fit under MultiWorkerMirroredStrategy")
 def test_no_two_workers_count_the_same_example():
     """Seeds of their own, and one worker that looks at the data once more than the other."""
-    result = json.loads(_run(str(ROOT / "tests" / "workers.py")))
+    result = json.loads(last_line(str(ROOT / "tests" / "workers.py")))
     assert 0.99 < result["largest"] < 1.001
     assert result["steps"] == 6 and len(result["draws"]) == 6  # fresh ones in every epoch
     for attempt in ("arrays", "batches", "outside"):
@@ -83,4 +76,4 @@ with strategy.scope():
 @pytest.mark.slow
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras can")
 def test_keras_3_under_several_workers_is_refused_with_the_remedy():
-    assert "TF_USE_LEGACY_KERAS=1" in _run("-c", KERAS_3)
+    assert "TF_USE_LEGACY_KERAS=1" in last_line("-c", KERAS_3)

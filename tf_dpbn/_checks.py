@@ -257,6 +257,20 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
             )
 
 
+def check_single_batch(strategy: tf.distribute.Strategy) -> None:
+    """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each.
+
+    Raises:
+      NotImplementedError: on Keras 3 with several replicas.
+    """
+    if IS_KERAS_3 and strategy.num_replicas_in_sync > 1:
+        raise NotImplementedError(
+            f"`train_on_batch` cannot be used on {strategy.num_replicas_in_sync} replicas: Keras 3 gives each of them "
+            "the whole batch, so that every example would count as often. Use `fit`, which splits batches; for a "
+            "single one pass tf.data.Dataset.from_tensors((x, y, sample_weight))."
+        )
+
+
 def check_multiplicity(made: int, averaged: int) -> None:
     """Refuses a data set with another number of augmented copies than the model averages over.
 

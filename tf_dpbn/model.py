@@ -356,8 +356,13 @@ class DPModel(BookkeepingModel):
                 self.refresh_statistics()
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.train_on_batch; the ledger books the step with sampling assumed."""
+        """keras.Model.train_on_batch; the ledger books the step with sampling assumed.
+
+        Raises:
+          NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
+        """
         self._compiled_dp_optimizer()
+        _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
         return super().train_on_batch(*args, **kwargs)
