@@ -11,6 +11,8 @@ from absl import app, flags, logging
 
 ConfigT = TypeVar("ConfigT")
 
+flags.disclaim_key_flags()  # flags defined here count as those of the calling script, whose --help shows them
+
 
 def runner(config: type[ConfigT], run: Callable[[ConfigT], dict[str, Any]]) -> Callable[[list[str]], None]:
     """Returns the main function for `absl.app.run`: it calls `run` with the flags and prints the JSON line.

@@ -15,9 +15,9 @@ weight, would be computed from it without noise and is a classic leak; here a wo
 public batch, from which normalization takes its statistics, is docstrings of Python's standard library, or random
 tokens if --public_batch=random.
 
-Output is that of mnist.py: accuracy and epsilon by epoch, the privacy statement, plot, SavedModel (its input are tokens,
-see text_datasets.tokenize) and a last line of JSON. Accuracy is that of documents that are not trained on, and carries no
-noise: validation on private data is outside the guarantee.
+Output is that of mnist.py: accuracy and epsilon by epoch, the privacy statement, a plot, a SavedModel (its input are
+tokens, see text_datasets.tokenize) and a last line of JSON. Accuracy is that of documents that are not trained on, and
+carries no noise: validation on private data is outside the guarantee.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("buckets", defaults.buckets, "How many numbers the hash of words has.", lower_bound=3)
     flags.DEFINE_integer("width", defaults.width, "Size of a word's embedding; a multiple of 8.", lower_bound=8)
     mnist.define_training_flags(defaults)
+    flags.adopt_module_key_flags(mnist)  # shows them in --help
 
 
 main = command_line.runner(Config, run)

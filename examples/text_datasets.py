@@ -114,7 +114,6 @@ def _number(word: str, buckets: int) -> int:
     return NAME if word in _LIBRARY_NAMES else NAME + 1 + zlib.crc32(word.encode()) % (buckets - 2)
 
 
-@functools.cache  # takes some ten seconds
 def _labelled_docstrings(libraries: tuple[str, ...]) -> tuple[list[str], list[int]]:
     """Texts and the index of the library of each; a text that several libraries have goes to the first."""
     label_of: dict[str, int] = {}
@@ -127,13 +126,14 @@ def _labelled_docstrings(libraries: tuple[str, ...]) -> tuple[list[str], list[in
     return list(label_of), list(label_of.values())
 
 
-def docstrings(folder: pathlib.Path) -> list[str]:
+@functools.cache  # takes seconds
+def docstrings(folder: pathlib.Path) -> tuple[str, ...]:
     """The different docstrings of functions and classes below a folder, in order; without tests and vendored code."""
     texts: dict[str, None] = {}
     for path in sorted(folder.rglob("*.py")):
         if not any(_NO_DOCUMENTATION.fullmatch(part) for part in path.relative_to(folder).parts):
             texts.update(dict.fromkeys(_docstrings_of(path)))
-    return list(texts)
+    return tuple(texts)
 
 
 def _docstrings_of(path: pathlib.Path) -> Iterable[str]:
