@@ -16,15 +16,15 @@ a bug; how far below it lies says how strong the attack is, see docs/privacy.md.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
+import command_line
 import datasets
 import plots
 import tf_dpbn
@@ -198,13 +198,7 @@ def define_flags() -> None:
     flags.DEFINE_string("output_dir", defaults.output_dir, "Where the plot is written.")
 
 
-def main(argv: list[str]) -> None:
-    """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    values = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Config)}
-    print(json.dumps(run(Config(**{**values, "epsilons": tuple(values["epsilons"])}))), flush=True)
+main = command_line.runner(Config, run)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ ends with one line of JSON.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from typing import Any
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
+import command_line
 import datasets
 import tf_dpbn
 
@@ -136,29 +136,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("blocks", defaults.blocks, "Residual blocks a stage: 3 give a ResNet-20.", lower_bound=1)
     flags.DEFINE_enum("statistics", defaults.statistics, ("public", "noised", "anchored"), "See DPBatchNormalization.")
     flags.DEFINE_float("epsilon", defaults.epsilon, "Target epsilon of the whole training.", lower_bound=0.0)
-    flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
-    flags.DEFINE_float("l2_norm_clip", defaults.l2_norm_clip, "Bound on an example's gradient.")
-    flags.DEFINE_float("learning_rate", defaults.learning_rate, "First learning rate.")
-    flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size, over all replicas.", lower_bound=1)
     flags.DEFINE_integer("augmentation_multiplicity", 1, "Augmented copies of each image.", lower_bound=1)
     flags.DEFINE_integer("microbatch_size", None, "Examples worked on at a time; bounds memory.", lower_bound=1)
-    flags.DEFINE_integer("seed", defaults.seed, "Of initial weights and public batch.", lower_bound=0)
     flags.DEFINE_integer("max_examples", None, "Use only so many training examples.", lower_bound=1)
+    command_line.define_training_flags(defaults)
 
 
-def config_from_flags(**others: Any) -> Config:
-    """The flags as a Config."""
-    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
-    return Config(**{name: flags.FLAGS[name].value for name in names}, **others)
-
-
-def main(argv: list[str]) -> None:
-    """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    print(json.dumps(run(config_from_flags())), flush=True)
+main = command_line.runner(Config, run)
 
 
 if __name__ == "__main__":

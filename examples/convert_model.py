@@ -14,7 +14,6 @@ It ends with one line of JSON. Accuracy is measured once, on the test split, whi
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import sys
@@ -22,8 +21,9 @@ import time
 from typing import Any
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
+import command_line
 import datasets
 import tf_dpbn
 
@@ -163,31 +163,13 @@ def define_flags() -> None:
         "Where batch statistics come from: a synthetic public batch, noised aggregates of the training data, or both.",
     )
     flags.DEFINE_float("epsilon", defaults.epsilon, "Target epsilon of the whole training.", lower_bound=0.0)
-    flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
-    flags.DEFINE_float("l2_norm_clip", defaults.l2_norm_clip, "Bound on an example's gradient.")
-    flags.DEFINE_float("learning_rate", defaults.learning_rate, "First learning rate.")
-    flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size.", lower_bound=1)
     flags.DEFINE_integer("public_batch_size", defaults.public_batch_size, "Synthetic public examples.", lower_bound=2)
     flags.DEFINE_integer("width", defaults.width, "Channels of the network that is built here.", lower_bound=1)
-    flags.DEFINE_integer(
-        "seed",
-        defaults.seed,
-        "Seed of initial weights, public batch, and split. Privacy noise and the sampling of batches have no seed.",
-        lower_bound=0,
-    )
     flags.DEFINE_string("output", defaults.output, "Where the plain Keras model is written; ends in .keras.")
+    command_line.define_training_flags(defaults)
 
 
-def main(argv: list[str]) -> None:
-    """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    # dp_accounting warns of each Renyi order that it leaves out, which makes no bound wrong.
-    logging.set_verbosity(logging.ERROR)
-    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
-    result = run(Config(**{name: flags.FLAGS[name].value for name in names}))
-    print(json.dumps(result), flush=True)
+main = command_line.runner(Config, run)
 
 
 if __name__ == "__main__":

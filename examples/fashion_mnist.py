@@ -29,6 +29,7 @@ RECIPE = {
 def define_flags() -> None:
     """Defines the flags of mnist.py with the recipe as defaults."""
     mnist.define_flags()
+    flags.adopt_module_key_flags(mnist)  # shows them in --help
     for name, value in RECIPE.items():
         flags.FLAGS.set_default(name, value)
 

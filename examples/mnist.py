@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import math
 import pathlib
 import sys
@@ -29,8 +28,9 @@ import time
 from typing import Any
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
+import command_line
 import datasets
 import plots
 import tf_dpbn
@@ -76,13 +76,18 @@ def run(config: Config) -> dict[str, Any]:
     keras.utils.set_random_seed(config.seed)  # initial weights; privacy noise does not obey it
     data = datasets.load(config.dataset, config.data_dir, config.seed).first(config.max_examples)
     plan = make_plan(config, len(data.x_train))
+    return train_and_report(make_model(config, data.x_train.shape[1:]), plan, data, config)
+
+
+def train_and_report(
+    model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset, config: Config
+) -> dict[str, Any]:
+    """Trains a model, writes plot and SavedModel, and returns what the JSON line holds."""
     print(
         f"{plan.num_examples} training examples, {plan.expected_batch_size} expected in a batch, "
         f"{plan.steps} steps, noise multiplier {plan.noise_multiplier:.4f}"
     )
-    model = make_model(config, data.x_train.shape[1:])
     compile_model(model, plan, config)
-
     start = time.perf_counter()
     history = train(model, plan, data, config)
     seconds = time.perf_counter() - start
@@ -243,6 +248,17 @@ def define_flags() -> None:
         "LayerNormalization after the dense layer; or none.",
     )
     flags.DEFINE_enum(
+        "public_batch",
+        defaults.public_batch,
+        PUBLIC_BATCHES,
+        "Synthetic public examples from which batch statistics are computed.",
+    )
+    define_training_flags(defaults)
+
+
+def define_training_flags(defaults: Config) -> None:
+    """Defines the flags that do not depend on the kind of data."""
+    flags.DEFINE_enum(
         "statistics",
         defaults.statistics,
         STATISTICS,
@@ -260,16 +276,6 @@ def define_flags() -> None:
         "Standard deviation of the noise over --l2_norm_clip, instead of --epsilon. 0 trains without privacy.",
         lower_bound=0.0,
     )
-    flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
-    define_training_flags(defaults)
-
-
-def define_training_flags(defaults: Config) -> None:
-    """The second half of `define_flags`."""
-    flags.DEFINE_float("l2_norm_clip", defaults.l2_norm_clip, "Bound on an example's gradient.")
-    flags.DEFINE_float("learning_rate", defaults.learning_rate, "First learning rate.")
-    flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size.", lower_bound=1)
     flags.DEFINE_float(
         "ema",
         defaults.ema,
@@ -277,20 +283,7 @@ def define_training_flags(defaults: Config) -> None:
         lower_bound=0.0,
         upper_bound=0.9999,
     )
-    flags.DEFINE_enum(
-        "public_batch",
-        defaults.public_batch,
-        PUBLIC_BATCHES,
-        "Synthetic public examples from which batch statistics are computed.",
-    )
-    flags.DEFINE_integer("public_batch_size", defaults.public_batch_size, "How many of them.", lower_bound=2)
-    flags.DEFINE_integer(
-        "seed",
-        defaults.seed,
-        "Seed of initial weights, public batch, and split. Privacy noise and the sampling of "
-        "batches have no seed, so two runs differ.",
-        lower_bound=0,
-    )
+    flags.DEFINE_integer("public_batch_size", defaults.public_batch_size, "How many public examples.", lower_bound=2)
     flags.DEFINE_enum("engine", defaults.engine, ENGINES, "How examples are clipped; all give the same result.")
     flags.DEFINE_integer(
         "microbatch_size",
@@ -299,17 +292,10 @@ def define_training_flags(defaults: Config) -> None:
         lower_bound=1,
     )
     flags.DEFINE_string("output_dir", defaults.output_dir, "Where plot and SavedModel are written.")
+    command_line.define_training_flags(defaults)
 
 
-def main(argv: list[str]) -> None:
-    """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    # dp_accounting warns of each Renyi order that it leaves out, which makes no bound wrong.
-    logging.set_verbosity(logging.ERROR)
-    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
-    result = run(Config(**{name: flags.FLAGS[name].value for name in names}))
-    print(json.dumps(result), flush=True)
+main = command_line.runner(Config, run)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import socket
 import subprocess
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
+
+import command_line
 
 
 def launch(workers: int) -> int:
@@ -78,11 +80,9 @@ def _is_first() -> bool:
 
 def main(argv: list[str]) -> None:
     """Launches, or works."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    command_line.prepare(argv)
     if "TF_CONFIG" not in os.environ:
         sys.exit(launch(flags.FLAGS.workers))
-    logging.set_verbosity(logging.ERROR)
     result = work()
     if _is_first():
         print(json.dumps(result), flush=True)

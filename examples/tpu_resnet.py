@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
 import cifar10_resnet
+import command_line
 
 
 def make_strategy(tpu: str | None, zone: str | None, project: str | None) -> tf.distribute.Strategy:
@@ -40,18 +41,17 @@ def make_strategy(tpu: str | None, zone: str | None, project: str | None) -> tf.
 
 def main(argv: list[str]) -> None:
     """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
+    command_line.prepare(argv)
     values = flags.FLAGS
     strategy = make_strategy(values.tpu, values.tpu_zone, values.gcp_project)
     print(f"Training on {strategy.num_replicas_in_sync} replicas ({type(strategy).__name__})", flush=True)
-    print(json.dumps(cifar10_resnet.run(cifar10_resnet.config_from_flags(), strategy)), flush=True)
+    print(json.dumps(cifar10_resnet.run(command_line.config_from_flags(cifar10_resnet.Config), strategy)), flush=True)
 
 
 def define_flags() -> None:
     """Defines the flags."""
     cifar10_resnet.define_flags()
+    flags.adopt_module_key_flags(cifar10_resnet)  # shows them in --help
     flags.DEFINE_string("tpu", None, "Name or address of the TPU, or local. Without it: GPUs, or the CPU.")
     flags.DEFINE_string("tpu_zone", None, "Zone of a Cloud TPU.")
     flags.DEFINE_string("gcp_project", None, "Project of a Cloud TPU.")

@@ -19,11 +19,15 @@ import tensorflow as tf
 
 import audit
 import cifar10_resnet
+import command_line
 import convert_model
 import datasets
 import fashion_mnist
 import mnist
 import plots
+import text
+import text_datasets
+import tf_dpbn
 import tpu_resnet
 
 MNIST = pathlib.Path(mnist.__file__)
@@ -206,7 +210,15 @@ def test_an_unknown_normalization_is_refused():
 
 
 @pytest.mark.parametrize(
-    "script, promise", [(mnist, "outside the guarantee"), (convert_model, "without noise")], ids=["mnist", "convert"]
+    "script, promise",
+    [
+        (mnist, "outside the guarantee"),
+        (convert_model, "without noise"),
+        (text, "classic leak"),
+        (audit, "a bug"),
+        (cifar10_resnet, "one line of JSON"),
+    ],
+    ids=["mnist", "convert", "text", "audit", "cifar10"],
 )
 def test_help_explains_every_flag(script, promise):
     environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
@@ -291,6 +303,126 @@ def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
         convert_model.run(conversion_config(tmp_path, model=str(tmp_path / "own.keras")))
 
 
+# ---------------------------------------------------------------------- text.py
+
+
+@pytest.fixture
+def two_libraries(monkeypatch):
+    """Reads two small libraries instead of six."""
+    monkeypatch.setattr(text_datasets, "LIBRARIES", ("numpy", "mlxtend"))
+
+
+def test_docstrings_are_split_by_the_seed(two_libraries):
+    data, again, other = (text_datasets.load("docstrings", 32, 500, seed) for seed in (0, 0, 1))
+    documents = len(data.y_train) + len(data.y_test)
+    assert documents > 1000 and len(data.y_test) == documents // 5
+    assert data.x_train.shape[1:] == (32,) and data.x_train.dtype == data.y_train.dtype == np.int32
+    assert data.x_train.min() == text_datasets.PADDING and data.x_train.max() < 500
+    assert set(data.y_train) == set(data.y_test) == {0, 1}
+    np.testing.assert_array_equal(data.x_test, again.x_test)
+    assert np.any(data.y_test != other.y_test)
+
+
+def test_tokens_of_a_text_depend_on_nothing_else():
+    alone = text_datasets.tokenize(["Sum of NumPy arrays."], 6, 1000)
+    np.testing.assert_array_equal(text_datasets.tokenize(["other text", "sum, of: numpy ARRAYS"], 6, 1000)[1:], alone)
+    np.testing.assert_array_equal(alone, [[525, 154, text_datasets.NAME, 730, 0, 0]])  # on every machine and version
+    with pytest.raises(ValueError, match="Received: buckets=2"):
+        text_datasets.tokenize([], 6, 2)
+
+
+def test_docstrings_leave_out_tests_copies_and_files_of_another_python(tmp_path):
+    function = 'def f():\n    """{} two three four five six seven eight."""\n'
+    for name, content in {
+        "a.py": function.format("One") * 2 + 'class C:\n    """Short."""\n',
+        "b.py": function.format("One") + function.format("Zero"),
+        "old.py": "print 1\n" + function.format("Old"),
+        "tests/t.py": function.format("Test"),
+        "_external/e.py": function.format("Vendored"),
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert [each.split()[0] for each in text_datasets.docstrings(tmp_path)] == ["One", "Zero"]
+
+
+def test_random_documents_have_padding_behind_their_words():
+    documents = text_datasets.random_documents(50, 20, 100)
+    assert documents.shape == (50, 20) and documents.dtype == np.int32 and documents.max() < 100
+    lengths = (documents != text_datasets.PADDING).sum(1)
+    assert lengths.min() >= 8 and len(set(lengths)) > 3
+    assert all(np.all(row[:length] > text_datasets.NAME) for row, length in zip(documents, lengths, strict=True))
+
+
+def test_film_reviews_come_from_tensorflow_datasets(monkeypatch):
+    def load(name, split, data_dir, **kwargs):
+        assert (name, split, data_dir) == ("imdb_reviews", ["train", "test"], "/somewhere")
+        return [(np.array([b"Good film", b"Bad \xff film"], object), np.array([1, 0])) for _ in split]
+
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", fake_tfds(load))
+    data = text_datasets.load("imdb_reviews", 2, 100, data_dir="/somewhere")
+    np.testing.assert_array_equal(data.x_train, text_datasets.tokenize(["good film", "bad film"], 2, 100))
+    np.testing.assert_array_equal(data.y_test, [1, 0])
+
+
+def test_text_that_cannot_be_loaded_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="name='enron'"):
+        text_datasets.load("enron", 8, 100)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(RuntimeError, match="'imdb_reviews' needs.*--dataset=docstrings"):
+        text_datasets.load("imdb_reviews", 8, 100)
+    monkeypatch.setattr(text_datasets, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(RuntimeError, match="the package no_such_library"):
+        text_datasets.load("docstrings", 8, 100)
+    with pytest.raises(ValueError, match="Received: count=1000000"):
+        text_datasets.public_documents(1_000_000, 8, 100)
+
+
+def small_text_config(**changes):
+    settings = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "max_examples": 40}
+    return text.Config(**{**settings, "public_batch_size": 8, "words": 12, "buckets": 50, "width": 8, **changes})
+
+
+def test_a_short_training_on_text_writes_everything(tmp_path, two_libraries):
+    result = json.loads(json.dumps(text.run(small_text_config(output_dir=str(tmp_path)))))
+    assert result["dataset"] == "docstrings" and result["normalization"] == "batch" and result["steps"] == 2
+    assert 2.9 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
+    assert (tmp_path / "docstrings_batch.png").read_bytes().startswith(b"\x89PNG")
+    served = tf.saved_model.load(result["saved_model"])
+    assert served.serve(tf.ones([3, 12], tf.int32)).shape == (3, 2)
+
+
+@pytest.mark.parametrize("normalization", text.NORMALIZATIONS)
+def test_each_normalization_of_text_makes_a_sound_model(normalization):
+    model = text.make_model(small_text_config(normalization=normalization, public_batch="random"), 2)
+    assert tf_dpbn.validate(model).ok
+    layer = {"batch": "BatchNorm", "group": "GroupNorm", "layer": "LayerNorm", "none": "Norm"}[normalization]
+    assert sum(layer in type(each).__name__ for each in model.layers) == (0 if normalization == "none" else 2)
+
+
+def test_an_unknown_normalization_of_text_is_refused():
+    with pytest.raises(ValueError, match="one of batch, group, layer, none.*'instance'"):
+        text.normalization("instance")
+
+
+# ---------------------------------------------------------------------- command_line.py
+
+
+def test_arguments_that_are_no_flags_are_refused():
+    with pytest.raises(command_line.app.UsageError, match="epsilon=3"):
+        command_line.prepare(["mnist.py", "epsilon=3"])
+
+
+def test_flags_become_a_config(monkeypatch, capsys):
+    values = command_line.flags.FlagValues()
+    command_line.flags.DEFINE_integer("seed", 0, "", flag_values=values)
+    command_line.flags.DEFINE_multi_float("epsilons", [1.0, 4.0], "", flag_values=values)
+    values(["audit.py", "--seed=7"])
+    monkeypatch.setattr(command_line.flags, "FLAGS", values)
+    command_line.runner(audit.Config, dataclasses.asdict)(["audit.py"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(dataclasses.asdict(audit.Config(seed=7, epsilons=(1.0, 4.0)))))
+
+
 # ---------------------------------------------------------------------- audit.py
 
 
@@ -306,10 +438,3 @@ def test_a_short_audit_writes_everything(tmp_path, capsys):
     assert result["audits"][1]["step"] > 1.0
     assert pathlib.Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "empirical epsilon >=" in capsys.readouterr().out
-
-
-def test_help_of_the_audit_explains_every_flag():
-    environment = {**os.environ, "PYTHONPATH": str(MNIST.parents[1])}
-    done = subprocess.run([sys.executable, audit.__file__, "--help"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1, done.stderr
-    assert all(f"--{field.name}:" in done.stdout for field in dataclasses.fields(audit.Config))
