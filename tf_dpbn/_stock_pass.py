@@ -72,6 +72,11 @@ class StockPass(StatisticsScope):
             self.armed = tf.Variable(False, trainable=False, name="armed")
             self.calls = tf.Variable(0, dtype=tf.int64, trainable=False, name="calls")
 
+    def begin(self, noise_multiplier: float, normalizations: int) -> None:
+        """Sets what the traces to come are made with, and forgets the local terms of earlier ones."""
+        self.noise_multiplier, self.normalizations = noise_multiplier, normalizations
+        self._terms = {}
+
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor] | None:

@@ -209,6 +209,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._choose_noise(calls)
         self._open = self._record()
         self._attach(calls)
+        model.optimizer._create_all_weights(model.trainable_variables)  # in the step they would have it traced twice
         model.make_train_function(force=True)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -237,6 +238,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._refresh = None
         for layer in _normalizations(self.model):
             layer.training_scope = None
+        self.model.train_function = None  # so that a `fit` without callback meets the layers' refusal, in words
 
     def _current_refresh(self) -> StockRefresh:
         if self._refresh is None:
@@ -267,8 +269,7 @@ class StatisticsCallback(keras.callbacks.Callback):
                 'be given for layers with statistics="public"',
                 "It must not be private; tf_dpbn.public_data makes synthetic ones.",
             )
-        self._scope.noise_multiplier = 0.0 if each is None else float(each)
-        self._scope.normalizations = len(calls)
+        self._scope.begin(0.0 if each is None else float(each), len(calls))
         self._noise = (gradient, *[self._scope.noise_multiplier] * releases)
         if accounting.effective_noise_multiplier(self._noise) == 0.0:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
