@@ -65,8 +65,8 @@ def check_model(model: Any) -> None:
 def _check_strategy(model: Any) -> None:
     if model.distribute_strategy.num_replicas_in_sync > 1:
         raise NotImplementedError(
-            "tensorflow-privacy's vectorized optimizers add noise on each replica by themselves, which is not accounted "
-            "for. Train on one device, or a tf_dpbn.DPModel on several. "
+            "tensorflow-privacy's vectorized optimizers add noise on each replica by themselves, which is not counted. "
+            "Train on one device, or a tf_dpbn.DPModel on several. "
             f"Received: {model.distribute_strategy.num_replicas_in_sync} replicas"
         )
 

@@ -120,7 +120,8 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._plan: PrivacyPlan | None = None
         self._scope = StockPass(self._rows, noise_seed)
         self._refresh: StockRefresh | None = None
-        self._closed, self._open, self._calls_at_opening = Ledger(), None, 0
+        self._closed, self._calls_at_opening = Ledger(), 0
+        self._open: StepRecord | None = None
         self._noise: tuple[float, ...] = ()
 
     @classmethod

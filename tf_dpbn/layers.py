@@ -333,8 +333,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             raise RuntimeError(
                 f"DPBatchNormalization {self.name!r} was called with training=True outside the train step of a "
                 "DPModel, where it would have to use statistics of private data. Build the network as "
-                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit` (a stock model "
-                "with an optimizer of tensorflow-privacy: pass `fit` a tf_dpbn.interop.StatisticsCallback); call "
+                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; with an "
+                "optimizer of tensorflow-privacy pass `fit` a tf_dpbn.interop.StatisticsCallback; call "
                 f"it with training=False to predict. Received: training={training}"
             )
         if is_shape_inference():
