@@ -24,7 +24,9 @@ import datasets
 import fashion_mnist
 import mnist
 import plots
+import tensorflow_privacy_interop
 import tpu_resnet
+from tests import tensorflow_privacy as tfp
 
 MNIST = pathlib.Path(mnist.__file__)
 
@@ -289,6 +291,23 @@ def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
     tf.keras.Sequential(model).save(tmp_path / "own.keras")
     with pytest.raises(ValueError, match="cannot be trained with privacy.*own.keras"):
         convert_model.run(conversion_config(tmp_path, model=str(tmp_path / "own.keras")))
+
+
+# ---------------------------------------------------------------------- tensorflow_privacy_interop.py
+
+
+@pytest.mark.parametrize(
+    ("route", "statistics", "optimizer"),
+    [("stock", "public", "SGD"), ("stock", "none", "Adam"), ("dp_model", "noised", "SGD")],
+)
+def test_both_routes_from_tensorflow_privacy_train(route, statistics, optimizer):
+    if route == "stock":
+        tfp.optimizer()  # or skip
+    config = tensorflow_privacy_interop.Config(
+        route=route, statistics=statistics, optimizer=optimizer, epochs=1, batch_size=20, max_examples=40, delta=1e-3
+    )
+    result = json.loads(json.dumps(tensorflow_privacy_interop.run(config)))
+    assert result["steps"] == 2 and 7.9 < result["epsilon"] <= 8.0
 
 
 # ---------------------------------------------------------------------- audit.py

@@ -222,6 +222,27 @@ def test_noise_of_released_statistics_has_the_promised_scale():
     assert accepts(1.0) and not accepts(0.9) and not accepts(1.1)
 
 
+def test_noise_of_statistics_does_not_obey_the_global_seed_and_that_of_the_gradient_does():
+    layer = tf_dpbn.DPBatchNormalization(statistics="noised")
+    z = tf.zeros([ROWS, 3])
+    layer.build(z.shape)
+    (x, y, _), statistics, gradients = padded(), [], []
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        scope = _stock_pass.StockPass(ROWS)
+        scope.noise_multiplier = 1.0
+        statistics.append(scope.release(layer, z, None, tf.zeros([3]), tf.ones([3])).numpy())
+        model = helpers.compiled(
+            keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(3)]),
+            tfp.LOSS,
+            tfp.optimizer(noise_multiplier=1.0),
+        )
+        gradients.append(tfp.Stepper(model, None).sums(x, y, np.zeros(ROWS, "float32")))
+    assert np.all(statistics[0] != statistics[1])
+    np.testing.assert_array_equal(*gradients)  # what docs/migration.md warns of
+    assert np.all(gradients[0] != 0)
+
+
 def test_multipliers_fold_to_the_plan_and_the_ledger_counts_what_is_drawn(monkeypatch):
     model, the_plan = stock("noised"), plan(target_epsilon=4.0, noise_multiplier=None)
     sigmas = interop.noise_multipliers(the_plan, model)
