@@ -67,17 +67,21 @@ def test_compile_and_fit_train_with_every_optimizer(name, statistics):
     assert all(changed)  # biases before a normalization too: they get noise
 
 
-@pytest.mark.parametrize("clip", [0.1, 1e6])
-def test_a_step_is_that_of_a_dp_model_with_the_local_correction(clip):
-    """Every row's gradient flows through the statistics before it is clipped."""
-    model = stock(optimizer=tfp.optimizer(l2_norm_clip=clip))
+@pytest.mark.parametrize(("statistics", "clip"), [("public", 0.1), ("public", 1e6), ("noised", 0.1)])
+def test_a_step_is_that_of_a_dp_model_with_the_local_correction(statistics, clip):
+    """Every row's gradient flows through the statistics before it is clipped.
+
+    With noised statistics that holds for the first step: released means of the layers' inputs start at zero.
+    """
+    model = stock(statistics, tfp.optimizer(l2_norm_clip=clip))
     batch = tf_dpbn.public_data.uniform_noise((6, 6, 2), 16, seed=0)
     x, y, weight = padded()
     found = tfp.Stepper(model, tfp.callback(public_batch=batch)).sums(x, y, weight)
 
-    ours = helpers.bn_stack(2, normalization("public"), model=tf_dpbn.DPModel)
+    ours = helpers.bn_stack(2, normalization(statistics), model=tf_dpbn.DPModel)
     helpers.randomize(ours)
-    ours.set_public_batch(batch)
+    if statistics == "public":
+        ours.set_public_batch(batch)
     helpers.compiled(ours, optimizer=helpers.dp_optimizer(l2_norm_clip=clip))
     sums, _ = helpers.clipped_sum_function(ours)(x, y, weight)
     assert helpers.relative_error([found], sums) < 1e-4
@@ -425,6 +429,15 @@ def with_layer(*extra, statistics="public", inputs=None, **kwargs):
     return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
 
 
+def merged(rearrange, shape):
+    """A model whose normalization sees rearranged rows, and that puts them back."""
+    inputs = keras.Input(shape)
+    h = tf_dpbn.DPBatchNormalization(statistics="noised")(layers.Lambda(rearrange)(inputs))
+    back = layers.Lambda(lambda t: tf.reshape(t, [-1, *shape]) if t.shape.rank == 2 else tf.transpose(t, [1, 0, 2]))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(back(h))))
+    return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
+
+
 def mean_loss(y, y_pred):
     return keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
 
@@ -463,6 +476,12 @@ REFUSALS = {
         lambda: with_layer(layers.Lambda(lambda t: t - tf.reduce_mean(t, 0, keepdims=True))),
         ValueError,
         "Examples meet in model",
+    ),
+    "rows merged": (lambda: merged(lambda t: tf.reshape(t, [-1, 2]), (6, 2)), ValueError, "examples in the first axis"),
+    "axes swapped": (
+        lambda: merged(lambda t: tf.transpose(t, [1, 0, 2]), (ROWS, 2)),  # an axis as long as the batch
+        ValueError,
+        r"examples in the first axis.*\(6, 7, 2\) for a batch of 7",
     ),
     "not compiled": (lambda: helpers.bn_stack(1, normalization("public")), RuntimeError, r"compile\(optimizer="),
     "no normalization": (

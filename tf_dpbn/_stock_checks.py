@@ -152,7 +152,8 @@ def training_calls(model: Any, rows: int) -> list[NormalizationCall]:
     """The calls of DPBatchNormalization in training, in order, from a trace that runs nothing.
 
     Raises:
-      ValueError: if there is none, or state or losses depend on the examples.
+      ValueError: if there is none, if one of them does not see examples in its first axis, or if state or losses depend
+        on the examples.
     """
     batch = make_batch(model)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec([rows, *t.shape[1:]], tf.as_dtype(t.dtype)), batch)
@@ -163,4 +164,21 @@ def training_calls(model: Any, rows: int) -> list[NormalizationCall]:
         raise _validate.argument_error(
             "model", model.name, "have a DPBatchNormalization in training", "Without one it needs no callback."
         )
+    for call in trace.scope.calls:
+        if call.inputs.shape[0] not in (None, rows):
+            raise ValueError(
+                f"DPBatchNormalization {call.layer.name!r} must have the examples in the first axis of its input, by "
+                "which residuals are clipped. Keep that axis in what comes before it, or train a tf_dpbn.DPModel. "
+                f"Received: shape {tuple(call.inputs.shape)} for a batch of {rows}"
+            )
     return trace.scope.calls
+
+
+def check_rows(model: Any, rows: int) -> None:
+    """Refuses normalizations whose first axis is another one that happens to be as long as the batch.
+
+    Raises:
+      ValueError: naming the layer.
+    """
+    if all(t.shape[0] is None for t in tf.nest.flatten(model.inputs)):
+        training_calls(model, rows + 1)

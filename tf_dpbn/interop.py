@@ -204,6 +204,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         _stock_checks.check_optimizer(model.optimizer, self._rows)
         _stock_checks.check_model(model)
         _stock_checks.check_compilation(model)
+        _stock_checks.check_rows(model, self._rows)
         calls = _stock_checks.training_calls(model, self._rows)
         self._closed, self._open = self.ledger, None
         self._calls_at_opening = count_of(self._scope.calls)
