@@ -73,7 +73,8 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Args:
       max_batch_size: rows of every batch, padding included, a public constant; other batches are refused.
-      expected_batch_size: expected number of examples among them.
+      expected_batch_size: expected number of examples among them. If it equals max_batch_size, batches are taken to be of
+        one size, without padding, and none to be cut.
       num_examples: size of the training set.
       statistics_noise_multiplier: of each release: standard deviation over its sensitivity, >= 0. Needed where layers
         have statistics="noised".
@@ -277,13 +278,14 @@ class StatisticsCallback(keras.callbacks.Callback):
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
 
     def _record(self) -> StepRecord:
-        """One step. Batches of one size are never cut, and a callback cannot see where batches come from."""
+        """One step. Only batches full of examples are never cut; a callback cannot see where batches come from."""
+        never_cut = self._plan is None and self._rows == self._expected
         return StepRecord(
             sampling_probability=self._expected / self._num_examples,
             noise_multipliers=self._noise,
             steps=1,
             num_examples=self._num_examples,
-            max_batch_size=self._rows if self._rows != self._expected else None,
+            max_batch_size=None if never_cut else self._rows,
         )
 
     def _attach(self, calls: list[NormalizationCall]) -> None:
