@@ -73,8 +73,8 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Args:
       max_batch_size: rows of every batch, padding included, a public constant; other batches are refused.
-      expected_batch_size: expected number of examples among them. If it equals max_batch_size, batches are taken to be of
-        one size, without padding, and none to be cut.
+      expected_batch_size: expected number of examples among them. If it equals max_batch_size, batches are taken to be
+        of one size, without padding, and none to be cut.
       num_examples: size of the training set.
       statistics_noise_multiplier: of each release: standard deviation over its sensitivity, >= 0. Needed where layers
         have statistics="noised".
