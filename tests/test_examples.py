@@ -25,10 +25,12 @@ import datasets
 import fashion_mnist
 import mnist
 import plots
+import tensorflow_privacy_interop
 import text
 import text_datasets
 import tf_dpbn
 import tpu_resnet
+from tests import tensorflow_privacy as tfp
 
 MNIST = pathlib.Path(mnist.__file__)
 
@@ -421,6 +423,23 @@ def test_flags_become_a_config(monkeypatch, capsys):
     command_line.runner(audit.Config, dataclasses.asdict)(["audit.py"])
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(dataclasses.asdict(audit.Config(seed=7, epsilons=(1.0, 4.0)))))
+
+
+# ---------------------------------------------------------------------- tensorflow_privacy_interop.py
+
+
+@pytest.mark.parametrize(
+    ("route", "statistics", "optimizer"),
+    [("stock", "public", "SGD"), ("stock", "none", "Adam"), ("dp_model", "noised", "SGD")],
+)
+def test_both_routes_from_tensorflow_privacy_train(route, statistics, optimizer):
+    if route == "stock":
+        tfp.optimizer()  # or skip
+    config = tensorflow_privacy_interop.Config(
+        route=route, statistics=statistics, optimizer=optimizer, epochs=1, batch_size=20, max_examples=40, delta=1e-3
+    )
+    result = json.loads(json.dumps(tensorflow_privacy_interop.run(config)))
+    assert result["steps"] == 2 and 7.9 < result["epsilon"] <= 8.0
 
 
 # ---------------------------------------------------------------------- audit.py

@@ -31,9 +31,10 @@ LEVELS = (
     ("clipping.book_keeping",),
     ("clipping.registry",),
     ("optimizers",),
-    ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "model"),
+    ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "_stock_pass", "model"),
     ("_coupling", "_findings", "_rebuild", "conversion"),
-    ("_attacks", "callbacks"),
+    ("_attacks", "_stock_checks", "callbacks"),
+    ("interop",),
     ("auditing",),
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

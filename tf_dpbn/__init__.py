@@ -13,6 +13,7 @@ The map, in the order data flows:
 - `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
+- `interop`: the layer in stock models that optimizers of tensorflow-privacy train.
 - `auditing`: lower bounds on epsilon by attack, to hold against the claim.
 """
 
@@ -24,6 +25,7 @@ from tf_dpbn import (
     clipping,
     constraints,
     conversion,
+    interop,
     layers,
     mechanisms,
     model,
@@ -57,6 +59,7 @@ __all__ = [
     "constraints",
     "conversion",
     "convert",
+    "interop",
     "layers",
     "mechanisms",
     "model",

@@ -66,7 +66,7 @@ _NOT_COVERED = (
 _SAMPLING_SENTENCES = {
     "poisson": "Poisson sampling by this library: each example in each batch independently.",
     "assumed": (
-        "Poisson sampling is ASSUMED: these batches did not come from this library's sampler. "
+        "Poisson sampling is ASSUMED: these batches are not known to come from this library's sampler. "
         "Shuffled or fixed-order batches do not satisfy the assumption, and this epsilon is then "
         "no guarantee."
     ),

@@ -2,7 +2,8 @@
 
 A layer cannot know by itself which pass it is in, so the train step says it with a scope: in `PublicPass` the layer
 normalizes by the moments of its own input, which is public, and records them; in `GivenStatistics` it uses the
-statistics it is handed. Training without a scope is an error.
+statistics it is handed. Training without a scope is an error. A model whose train step is not this library's gets its
+scope from `interop`, as `training_scope` of its layers.
 """
 
 from __future__ import annotations
@@ -251,6 +252,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if not SMALLEST_CLIP <= self.statistics_clip <= LARGEST_CLIP:
             requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
             raise _validate.argument_error("statistics_clip", statistics_clip, requirement, "1.0 is the default.")
+        # For calls outside of any scope; no part of the configuration, so that a copied or loaded layer has none.
+        self.training_scope: StatisticsScope | None = None
 
     def build(self, input_shape: Any) -> None:
         """Creates the weights; for released statistics also their averages and the number of their updates."""
@@ -273,8 +276,10 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
 
     def released_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
         """(mean, variance) if they are moving averages of releases and nothing else."""
-        if self.statistics != "noised":
-            return None
+        return self.moving_statistics() if self.statistics == "noised" else None
+
+    def moving_statistics(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """(mean, variance) of inference, each of the shape of the channel axes."""
         return self._by_channel(self.moving_mean), self._by_channel(self.moving_variance)
 
     def _by_channel(self, weight: Any) -> tf.Tensor:
@@ -322,13 +327,14 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         """Normalizes `inputs`, [batch, ...]; see the class for where the statistics come from."""
-        scope = current_scope()
+        scope = current_scope() or self.training_scope
         training = bool(training) and self.trainable
         if scope is None and training:
             raise RuntimeError(
                 f"DPBatchNormalization {self.name!r} was called with training=True outside the train step of a "
                 "DPModel, where it would have to use statistics of private data. Build the network as "
-                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; call "
+                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; with an "
+                "optimizer of tensorflow-privacy pass `fit` a tf_dpbn.interop.StatisticsCallback; call "
                 f"it with training=False to predict. Received: training={training}"
             )
         if is_shape_inference():

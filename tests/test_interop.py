@@ -1,0 +1,535 @@
+"""The layer in stock models that tensorflow-privacy's optimizers train."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tf_dpbn
+from tests import helpers, neighbours
+from tests import tensorflow_privacy as tfp
+from tf_dpbn import _stock_pass, interop
+from tf_dpbn._keras import IS_KERAS_3, keras
+
+pytestmark = [pytest.mark.tensorflow_privacy, pytest.mark.filterwarnings("ignore:A noise multiplier is 0")]
+
+layers = keras.layers
+ROWS = tfp.ROWS
+
+
+def normalization(statistics, **kwargs):
+    return functools.partial(tf_dpbn.DPBatchNormalization, statistics=statistics, **kwargs)
+
+
+def stock(statistics="public", optimizer=None, depth=2, **kwargs):
+    """A compiled stock model with random weights."""
+    model = helpers.bn_stack(depth, normalization(statistics))
+    helpers.randomize(model)
+    return helpers.compiled(model, tfp.LOSS, optimizer or tfp.optimizer(**kwargs))
+
+
+def plan(**kwargs):
+    given = {"noise_multiplier": 1.0, "delta": 1e-3, "num_examples": 40, "expected_batch_size": 8, "epochs": 2}
+    return tf_dpbn.PrivacyPlan(**{**given, **kwargs})
+
+
+def padded(rows=ROWS, examples=4, seed=0):
+    """x, y, weight; the last rows are padding."""
+    x, y = helpers.images(rows, seed=seed)
+    weight = (np.arange(rows) < examples).astype("float32")
+    x[weight == 0], y[weight == 0] = 0, 0
+    return x, y, weight
+
+
+# ------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(
+    ("name", "statistics"), [("SGD", "public"), ("SGD", "noised"), ("Adam", "noised"), ("Adagrad", "public")]
+)
+def test_compile_and_fit_train_with_every_optimizer(name, statistics):
+    optimizer = tfp.optimizer(name, noise_multiplier=1.2, learning_rate=0.1)
+    model, the_plan = stock(statistics, optimizer, depth=1), plan()
+    batch = tf_dpbn.public_data.uniform_noise((6, 6, 2), 16) if statistics == "public" else None
+    callback = interop.StatisticsCallback.from_plan(the_plan, public_batch=batch)
+    before = model.get_weights()
+    history = model.fit(
+        the_plan.poisson_dataset(*helpers.images(40)), epochs=2, callbacks=[callback], verbose=0
+    ).history
+    assert callback.ledger.steps == the_plan.steps == 10
+    assert history["epsilon"][-1] == callback.epsilon() > history["epsilon"][0] > 0
+    assert all(np.all(np.isfinite(w)) for w in model.get_weights())
+    changed = [np.any(one != other) for one, other in zip(before, model.get_weights(), strict=True)]
+    assert all(changed)  # biases before a normalization too: they get noise
+
+
+@pytest.mark.parametrize(("statistics", "clip"), [("public", 0.1), ("public", 1e6), ("noised", 0.1)])
+def test_a_step_is_that_of_a_dp_model_with_the_local_correction(statistics, clip):
+    """Every row's gradient flows through the statistics before it is clipped.
+
+    With noised statistics that holds for the first step: released means of the layers' inputs start at zero.
+    """
+    model = stock(statistics, tfp.optimizer(l2_norm_clip=clip))
+    batch = tf_dpbn.public_data.uniform_noise((6, 6, 2), 16, seed=0)
+    x, y, weight = padded()
+    found = tfp.Stepper(model, tfp.callback(public_batch=batch)).sums(x, y, weight)
+
+    ours = helpers.bn_stack(2, normalization(statistics), model=tf_dpbn.DPModel)
+    helpers.randomize(ours)
+    if statistics == "public":
+        ours.set_public_batch(batch)
+    helpers.compiled(ours, optimizer=helpers.dp_optimizer(l2_norm_clip=clip))
+    sums, _ = helpers.clipped_sum_function(ours)(x, y, weight)
+    assert helpers.relative_error([found], sums) < 1e-4
+
+
+def test_released_statistics_without_noise_are_those_of_the_rows():
+    model = stock("noised", depth=1)
+    conv, layer = model.layers[1], model.layers[2]
+    x, y, weight = padded(examples=ROWS)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="A noise multiplier is 0"):
+        stepper = tfp.Stepper(model, tfp.callback(statistics_noise_multiplier=0.0))
+    mean, variance = layer.moving_mean.numpy(), layer.moving_variance.numpy()
+    z = conv(x).numpy()
+    stepper.sums(x, y, weight)
+    r = 1 / np.sqrt(variance + layer.epsilon)
+    u = np.stack(
+        [np.concatenate([((e - mean) * r).mean((0, 1)), (((e - mean) ** 2 - variance) * r**2).mean((0, 1))]) for e in z]
+    )
+    bound = layer.statistics_clip * math.sqrt(10)
+    norms = np.linalg.norm(u, axis=1, keepdims=True)
+    m, s = np.split((u * np.minimum(1, bound / norms)).mean(0), 2)
+    np.testing.assert_allclose(layer.moving_mean, mean + m / r, rtol=1e-4, atol=1e-5)
+    wide = (variance + layer.epsilon) * np.maximum(1 + s, 0.25)
+    np.testing.assert_allclose(layer.moving_variance, wide - layer.epsilon, rtol=1e-4, atol=1e-5)
+
+
+def test_public_statistics_follow_the_weights():
+    model, batch = stock(noise_multiplier=1.0, depth=1), tf_dpbn.public_data.uniform_noise((6, 6, 2), 16)
+    x, y, weight = padded()
+    seen = []
+
+    def moments():
+        z = model.layers[1](batch).numpy()
+        return z.mean((0, 1, 2)), z.var((0, 1, 2))
+
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda *_: seen.append((moments()[0], model.layers[2].moving_mean.numpy()))
+    )
+    data = tf.data.Dataset.from_tensors((x, y, weight)).repeat(2)
+    model.fit(data, callbacks=[tfp.callback(public_batch=batch), look], verbose=0)
+    assert len(seen) == 2 and np.any(seen[0][0] != seen[1][0])
+    for expected, found in [*seen, (moments()[0], model.layers[2].moving_mean)]:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.layers[2].moving_variance, moments()[1], rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------ privacy
+
+
+def replacements(row):
+    """What may stand in the place of a row."""
+    values = [0.0, 7.0, 1e3, 1e15, 3e38, np.inf, np.nan, -1e30]
+    return [np.full_like(row, value) for value in values] + [-row, 1e-3 * row]
+
+
+def test_released_sums_move_by_no_more_than_the_declared_sensitivity():
+    layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=0.7)
+    rng = np.random.default_rng(0)
+    z = (rng.normal(size=(ROWS, 3, 3, 4)) * 10.0 ** rng.uniform(-2, 2, (ROWS, 1, 1, 1))).astype("float32")
+    layer.build(z.shape)
+    mean, variance = tf.random.normal([4]), tf.random.uniform([4], 0.5, 2.0)
+    run = tf.function(lambda z: _stock_pass.clipped_residuals(layer, z, None, mean, variance).tensors[0])
+    declared = _stock_pass.clipped_residuals(layer, tf.constant(z), None, mean, variance).l2_sensitivity
+    bound = 0.7 * math.sqrt(8)
+    assert declared == pytest.approx(2 * bound)
+    worst = 0.0
+    for position in range(ROWS):
+        totals = []
+        for row in [z[position], *replacements(z[position])]:
+            changed = z.copy()
+            changed[position] = row
+            totals.append(run(tf.constant(changed)).numpy().astype(np.float64))
+        assert np.all(np.isfinite(totals))
+        moves = [np.linalg.norm(one - other) for one in totals for other in totals]
+        worst = max(worst, *moves)
+        dropped = totals[6]  # infinite: contributes nothing
+        assert max(np.linalg.norm(each - dropped) for each in totals) <= bound * neighbours.SLACK
+    assert bound * 1.2 < worst <= declared * neighbours.SLACK  # one bound would not do
+
+
+def test_masked_positions_do_not_count():
+    layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=1e6)
+    z = np.random.default_rng(0).normal(size=(3, 4, 2)).astype("float32")
+    layer.build(z.shape)
+    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+    mean, variance = tf.zeros([2]), tf.ones([2])
+    found = _stock_pass.clipped_residuals(layer, tf.constant(z), tf.constant(mask), mean, variance).tensors[0]
+    rows = [tf_dpbn.statistics.residuals(tf.constant(z[i][mask[i]]), mean, variance, layer.epsilon) for i in range(2)]
+    np.testing.assert_allclose(found, np.sum(rows, 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("statistics", ["public", "noised"])
+def test_a_row_moves_the_gradient_by_at_most_the_clip_norm_and_no_other_output(statistics):
+    clip = 0.5
+    model = stock(statistics, l2_norm_clip=clip)
+    stepper = tfp.Stepper(model, tfp.callback(noise_seed=1))
+    x, y, weight = padded(examples=5)
+    rng = np.random.default_rng(1)
+    moves = []
+    for position in (0, 3):
+        without = weight.copy()
+        without[position] = 0
+        reference, outputs = stepper.sums(x, y, without), stepper.outputs(x)
+        for scale in (0.0, 1e-3, 1.0, 30.0):
+            changed = x.copy()
+            changed[position] = scale * rng.normal(size=x[0].shape)
+            moves.append(np.linalg.norm(stepper.sums(changed, y, weight) - reference) / clip)
+            others = np.arange(ROWS) != position
+            np.testing.assert_allclose(stepper.outputs(changed)[others], outputs[others], rtol=1e-6, atol=1e-6)
+        x[-1] = rng.normal(size=x[0].shape)  # in the place of padding
+        moves.append(np.linalg.norm(stepper.sums(x, y, without + (np.arange(ROWS) == ROWS - 1)) - reference) / clip)
+        x[-1] = 0
+    assert 0.9 < max(moves) <= neighbours.SLACK
+
+
+def test_the_same_check_catches_stock_batch_normalization():
+    model = helpers.bn_stack(2, layers.BatchNormalization)
+    helpers.randomize(model)
+    helpers.compiled(model, tfp.LOSS, tfp.optimizer(l2_norm_clip=0.5))
+    stepper = tfp.Stepper(model, None)
+    x, y, weight = padded(examples=5)
+    changed = x.copy()
+    changed[0] *= 30
+    without = weight * (np.arange(ROWS) != 0)
+    move = np.linalg.norm(stepper.sums(changed, y, weight) - stepper.sums(x * without[:, None, None, None], y, without))
+    assert move > 1.5 * 0.5
+
+
+def test_noise_of_released_statistics_has_the_promised_scale():
+    layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=0.5)
+    scope = _stock_pass.StockPass(ROWS, noise_seed=3)
+    scope.noise_multiplier = 1.7
+    z = tf.random.normal([ROWS, 500])
+    layer.build(z.shape)
+    release = tf.function(lambda: scope.release(layer, z, None, tf.zeros([500]), tf.ones([500])))
+    draws = np.stack([release().numpy() for _ in range(40)])
+    promised = 1.7 * 2 * 0.5 * math.sqrt(1000) / ROWS
+
+    def accepts(scale):
+        return abs(draws.std(0, ddof=1).mean() / (scale * promised) - 1) < 0.03
+
+    assert accepts(1.0) and not accepts(0.9) and not accepts(1.1)
+
+
+def test_noise_of_statistics_does_not_obey_the_global_seed_and_that_of_the_gradient_does():
+    layer = tf_dpbn.DPBatchNormalization(statistics="noised")
+    z = tf.zeros([ROWS, 3])
+    layer.build(z.shape)
+    (x, y, _), statistics, gradients = padded(), [], []
+    for _ in range(2):
+        keras.utils.set_random_seed(5)
+        scope = _stock_pass.StockPass(ROWS)
+        scope.noise_multiplier = 1.0
+        statistics.append(scope.release(layer, z, None, tf.zeros([3]), tf.ones([3])).numpy())
+        model = helpers.compiled(
+            keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(3)]),
+            tfp.LOSS,
+            tfp.optimizer(noise_multiplier=1.0),
+        )
+        gradients.append(tfp.Stepper(model, None).sums(x, y, np.zeros(ROWS, "float32")))
+    assert np.all(statistics[0] != statistics[1])
+    np.testing.assert_array_equal(*gradients)  # what docs/migration.md warns of
+    assert np.all(gradients[0] != 0)
+
+
+def test_multipliers_fold_to_the_plan_and_the_ledger_counts_what_is_drawn(monkeypatch):
+    model, the_plan = stock("noised"), plan(target_epsilon=4.0, noise_multiplier=None)
+    sigmas = interop.noise_multipliers(the_plan, model)
+    assert len(sigmas) == 3 and sigmas[0] > the_plan.noise_multiplier
+    drawn = []
+    original = _stock_pass.add_gaussian_noise
+
+    def record(clipped, multiplier, denominator, source):
+        drawn.append((multiplier, denominator))
+        return original(clipped, multiplier, denominator, source)
+
+    monkeypatch.setattr(_stock_pass, "add_gaussian_noise", record)
+    optimizer = tfp.optimizer(noise_multiplier=sigmas[0], learning_rate=0.1)
+    helpers.compiled(model, tfp.LOSS, optimizer)
+    callback = interop.StatisticsCallback.from_plan(the_plan)
+    model.fit(the_plan.poisson_dataset(*helpers.images(40)), epochs=2, callbacks=[callback], verbose=0)
+    assert [multiplier for multiplier, _ in drawn] == list(callback.noise_multipliers[1:]) == list(sigmas[1:])
+    assert callback.noise_multipliers[0] == sigmas[0]
+    assert {denominator for _, denominator in drawn} == {the_plan.max_batch_size}
+    assert callback.effective_noise_multiplier == pytest.approx(the_plan.noise_multiplier, rel=1e-9)
+    assert callback.effective_noise_multiplier == pytest.approx(sum(s**-2 for s in sigmas) ** -0.5)
+    assert callback.epsilon() == pytest.approx(the_plan.epsilon) and callback.epsilon() <= 4.0
+    statement = callback.privacy_statement()
+    assert "10 steps" in statement and "global seed" in statement and "PROVIDED" in statement
+
+
+def test_epsilon_agrees_with_the_accountant_of_tensorflow_privacy():
+    library = tfp.module("analysis.compute_dp_sgd_privacy_lib")
+    model, x = stock("noised", noise_multiplier=1.5), helpers.images(tfp.EXAMPLES)
+    callback = tfp.callback(expected_batch_size=ROWS, statistics_noise_multiplier=6.0)
+    model.fit(*x, batch_size=ROWS, epochs=2, callbacks=[callback], verbose=0)
+    sigma = callback.effective_noise_multiplier
+    assert sigma == pytest.approx((1.5**-2 + 2 * 6.0**-2) ** -0.5)
+    statement = library.compute_dp_sgd_privacy_statement(
+        number_of_examples=tfp.EXAMPLES,
+        batch_size=ROWS,
+        num_epochs=2,
+        noise_multiplier=sigma,
+        delta=1e-3,
+        used_microbatching=False,
+    )
+    printed = [line.split()[-1] for line in statement.splitlines() if line.strip().startswith("Epsilon ")]
+    assert float(printed[1]) == pytest.approx(callback.epsilon(1e-3), rel=2e-3)
+
+
+# ------------------------------------------------------------------ what releases, and when
+
+
+def test_nothing_is_released_outside_of_training():
+    model, callback = stock("noised", noise_multiplier=1.0), tfp.callback()
+    x, y, weight = padded()
+    data = tf.data.Dataset.from_tensors((x, y, weight))
+    model.fit(data, validation_data=data, callbacks=[callback], verbose=0)
+    updates = [layer.statistic_updates.numpy() for layer in model.layers if hasattr(layer, "statistic_updates")]
+    assert updates == [1.0, 1.0] and callback.ledger.steps == 1
+    weights = model.get_weights()
+    model.evaluate(data, callbacks=[callback], verbose=0)
+    model.predict(x, verbose=0)
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert callback.ledger.steps == 1
+
+
+def test_a_frozen_layer_releases_nothing_and_a_shared_one_once_a_call():
+    shared, frozen = (
+        tf_dpbn.DPBatchNormalization(statistics="noised"),
+        tf_dpbn.DPBatchNormalization(statistics="noised"),
+    )
+    frozen.trainable = False
+    inputs = keras.Input((6, 6, 2))
+    h = shared(layers.Conv2D(3, 3)(inputs))
+    h = frozen(shared(layers.Conv2D(3, 3)(layers.ReLU()(h))))
+    model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(h)))
+    helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0, learning_rate=0.1))
+    callback = tfp.callback()
+    model.fit(tf.data.Dataset.from_tensors(padded()).repeat(3), callbacks=[callback], verbose=0)
+    assert callback.noise_multipliers == (1.0, 1.0, 1.0) and callback.ledger.steps == 3
+    assert (shared.statistic_updates.numpy(), frozen.statistic_updates.numpy()) == (6.0, 0.0)
+
+
+def test_without_the_callback_the_layers_refuse_to_train():
+    model, data = stock("noised", noise_multiplier=1.0), tf.data.Dataset.from_tensors(padded())
+    with pytest.raises(RuntimeError, match="interop.StatisticsCallback"):
+        model.fit(data, verbose=0)
+    callback = tfp.callback()
+    model.fit(data, callbacks=[callback], verbose=0)
+    with pytest.raises(RuntimeError, match="interop.StatisticsCallback"):
+        model.fit(data, verbose=0)
+    model.fit(data, epochs=2, callbacks=[callback], verbose=0)
+    assert callback.ledger.steps == 3
+    assert tf_dpbn.Ledger.from_json(callback.ledger.to_json()).steps == 3
+
+
+def test_a_traced_step_outside_of_fit_is_stopped_before_it_releases():
+    model, callback = stock("noised", noise_multiplier=1.0), tfp.callback()
+    data = tf.data.Dataset.from_tensors(padded())
+    stepper = tfp.Stepper(model, callback)  # begins training and does not end it, as an interrupted `fit`
+    stepper.sums(*padded())
+    weights, steps = model.get_weights(), callback.ledger.steps
+    with pytest.raises(tf.errors.InvalidArgumentError, match="trained without its callback"):
+        model.fit(data, verbose=0)
+    assert callback.ledger.steps == steps == 1
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_batches_of_another_size_are_refused():
+    model = stock("noised", noise_multiplier=1.0)
+    with pytest.raises(ValueError, match="Received: max_batch_size=6, 5 of rows"):
+        model.fit(tf.data.Dataset.from_tensors(padded(5)), callbacks=[tfp.callback()], verbose=0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="drop_remainder=True"):
+        model.fit(*helpers.images(8), batch_size=ROWS, callbacks=[tfp.callback()], verbose=0)
+
+
+def test_a_saved_model_predicts_alike_and_must_be_given_a_callback_anew(tmp_path):
+    model, (x, y, weight) = stock("noised", noise_multiplier=1.0), padded()
+    data = tf.data.Dataset.from_tensors((x, y, weight))
+    model.fit(data, callbacks=[tfp.callback()], verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
+    helpers.compiled(loaded, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
+    with pytest.raises(RuntimeError, match="interop.StatisticsCallback"):
+        loaded.fit(data, verbose=0)
+    loaded.fit(data, callbacks=[callback := tfp.callback()], verbose=0)
+    assert callback.ledger.steps == 1
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras is supported")
+def test_keras_3_is_refused_with_the_remedy():
+    with pytest.raises(NotImplementedError, match="TF_USE_LEGACY_KERAS=1"):
+        tfp.callback()
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="tf_keras only")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size=0"),
+        ({"expected_batch_size": 7}, "at most max_batch_size=6.*expected_batch_size=7"),
+        ({"num_examples": 3}, "at most num_examples=3.*expected_batch_size=4"),
+        ({"statistics_noise_multiplier": -1.0}, "statistics_noise_multiplier=-1.0"),
+        ({"delta": 1.0}, "delta=1.0"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tfp.callback(**arguments)
+
+
+def test_delta_must_be_known_for_epsilon():
+    if IS_KERAS_3:
+        pytest.skip("tf_keras only")
+    with pytest.raises(ValueError, match="`delta` must be given"):
+        tfp.callback().epsilon()
+
+
+def begins(model, callback=None):
+    callback = callback or tfp.callback()
+    callback.set_model(model)
+    callback.on_train_begin()
+
+
+def recompiled(**kwargs):
+    model = stock()
+    optimizer = kwargs.pop("optimizer", None) or tfp.optimizer(**kwargs.pop("arguments", {}))
+    model.compile(**{"optimizer": optimizer, "loss": tfp.LOSS, **kwargs})
+    return model
+
+
+def with_layer(*extra, statistics="public", inputs=None, **kwargs):
+    inputs = inputs if inputs is not None else keras.Input((6, 6, 2))
+    h = tf_dpbn.DPBatchNormalization(statistics=statistics, **kwargs)(layers.Conv2D(3, 3)(inputs))
+    for layer in extra:
+        h = layer(h)
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h)))
+    return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
+
+
+def merged(rearrange, shape):
+    """A model whose normalization sees rearranged rows, and that puts them back."""
+    inputs = keras.Input(shape)
+    h = tf_dpbn.DPBatchNormalization(statistics="noised")(layers.Lambda(rearrange)(inputs))
+    back = layers.Lambda(lambda t: tf.reshape(t, [-1, *shape]) if t.shape.rank == 2 else tf.transpose(t, [1, 0, 2]))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(back(h))))
+    return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
+
+
+def mean_loss(y, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
+
+
+REFUSALS = {
+    "plain optimizer": (lambda: recompiled(optimizer=keras.optimizers.SGD(0.1)), TypeError, "SGD'"),
+    "ours": (lambda: recompiled(optimizer=helpers.dp_optimizer()), TypeError, "tf_dpbn.optimizers.DPOptimizer'"),
+    "microbatches": (lambda: recompiled(arguments={"num_microbatches": 3}), ValueError, "6.*num_microbatches=3"),
+    "reduction": (
+        lambda: recompiled(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+        ValueError,
+        r"Reduction.NONE.*SparseCategoricalCrossentropy\(reduction='auto'\)",
+    ),
+    "name of a loss": (lambda: recompiled(loss="mse"), ValueError, "Reduction.NONE.*loss='mse'"),
+    "function": (lambda: recompiled(loss=mean_loss), ValueError, "Reduction.NONE.*mean_loss"),
+    "xla": (lambda: recompiled(jit_compile=True), ValueError, "jit_compile=True"),
+    "execution": (lambda: recompiled(steps_per_execution=2), ValueError, "steps_per_execution=2"),
+    "stock layer": (lambda: with_layer(layers.BatchNormalization()), ValueError, "stock BatchNormalization"),
+    "anchored": (
+        lambda: with_layer(statistics="anchored"),
+        ValueError,
+        '"public" or "noised".*statistics=\'anchored\'',
+    ),
+    "half precision": (lambda: with_layer(dtype="mixed_float16"), ValueError, "dtype='float16'"),
+    "regularizer": (
+        lambda: with_layer(layers.Conv2D(2, 1, kernel_regularizer="l2")),
+        ValueError,
+        "weight regularizers",
+    ),
+    "activity": (
+        lambda: with_layer(layers.Conv2D(2, 1, activity_regularizer="l2")),
+        ValueError,
+        "activity_regularizer",
+    ),
+    "coupled rows": (
+        lambda: with_layer(layers.Lambda(lambda t: t - tf.reduce_mean(t, 0, keepdims=True))),
+        ValueError,
+        "Examples meet in model",
+    ),
+    "rows merged": (lambda: merged(lambda t: tf.reshape(t, [-1, 2]), (6, 2)), ValueError, "examples in the first axis"),
+    "axes swapped": (
+        lambda: merged(lambda t: tf.transpose(t, [1, 0, 2]), (ROWS, 2)),  # an axis as long as the batch
+        ValueError,
+        r"examples in the first axis.*\(6, 7, 2\) for a batch of 7",
+    ),
+    "not compiled": (lambda: helpers.bn_stack(1, normalization("public")), RuntimeError, r"compile\(optimizer="),
+    "no normalization": (
+        lambda: helpers.compiled(keras.Sequential([keras.Input((4,)), layers.Dense(3)]), tfp.LOSS, tfp.optimizer()),
+        ValueError,
+        "have a DPBatchNormalization",
+    ),
+    "unknown shape": (
+        lambda: helpers.compiled(
+            keras.Sequential([layers.Dense(3), tf_dpbn.DPBatchNormalization()]), tfp.LOSS, tfp.optimizer()
+        ),
+        ValueError,
+        "know the shape of its inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_would_not_be_private_is_refused_before_training(case):
+    tfp.optimizer()  # or skip
+    make, kind, message = REFUSALS[case]
+    with pytest.raises(kind, match=message):
+        begins(make())
+
+
+def test_a_dp_model_is_refused():
+    tfp.optimizer()
+    model = helpers.bn_stack(1, normalization("public"), model=tf_dpbn.DPModel)
+    helpers.compiled(model)
+    model.optimizer = tfp.optimizer()
+    with pytest.raises(TypeError, match="be a stock Keras model.*DPFunctional"):
+        begins(model)
+
+
+def test_missing_statistics_are_refused():
+    with pytest.raises(ValueError, match="`public_batch` must be given"):
+        begins(stock(), tfp.callback(public_batch=None))
+    with pytest.raises(ValueError, match="`statistics_noise_multiplier` must be given"):
+        begins(stock("noised"), tfp.callback(statistics_noise_multiplier=None))
+
+
+def test_an_optimizer_with_less_noise_than_planned_is_refused():
+    model, the_plan = stock("noised", noise_multiplier=1.0), plan()
+    with pytest.raises(ValueError, match=r"at least 1\.05.*noise_multipliers\(plan, model\)\[0\].*=1\.0"):
+        begins(model, interop.StatisticsCallback.from_plan(the_plan))
+
+
+def test_the_callback_works_within_fit_only():
+    tfp.optimizer()
+    with pytest.raises(RuntimeError, match="within `fit` only"):
+        tfp.callback().on_train_batch_begin(0)

@@ -1,0 +1,229 @@
+"""Training passes of models whose train step is not this library's: what their normalizations release and use.
+
+Such a step runs all rows at once, and its optimizer differentiates the loss of each row. So the layers normalize every
+row by the same statistics, which are constants from before the step, and attach the local correction of
+docs/algorithm.md, section 3a, to them as a gradient: it then enters each row's gradient before that is clipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import statistics
+from tf_dpbn._keras import call_model, raw
+from tf_dpbn._public_pass import assign_moving_statistics, refresh_moving_statistics
+from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
+from tf_dpbn.layers import DPBatchNormalization, NormalizationCall, PublicPass, StatisticsScope
+from tf_dpbn.mechanisms import ClippedSum, NoiseSource, add_gaussian_noise, clip_weights
+
+# What replaces an example may be a padding row, whose residual is not zero: a layer does not see weights.
+ROWS_CHANGED_BY_ONE_EXAMPLE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeldTerm:
+    """A local term in variables, from the refresh before a step until the step.
+
+    Attributes:
+      variable: the parameter of the kernel layer.
+      term: its shape and axes; the tensors are d_mean and d_variance.
+      d_mean, d_variance: of the parameter's shape.
+    """
+
+    variable: tf.Variable
+    term: LocalTerm
+    d_mean: tf.Variable
+    d_variance: tf.Variable
+
+    def read(self) -> LocalTerm:
+        return dataclasses.replace(self.term, d_mean=self.d_mean.read_value(), d_variance=self.d_variance.read_value())
+
+
+class StockPass(StatisticsScope):
+    """The scope of a stock model's training passes.
+
+    Formal guarantee: a row's output and gradient are functions of that row, the weights, the public batch and earlier
+    releases. Each release is a Gaussian mechanism with the given noise multiplier, whether one example is added,
+    removed, or put in the place of another or of a padding row.
+
+    Args:
+      rows: of every batch, padding included: a public constant, the denominator of releases.
+      noise_seed: for tests only.
+
+    Attributes:
+      noise_multiplier: of each release.
+      normalizations: how many calls in training a pass has.
+      armed: whether training is under the callback's eyes; passes at any other time fail.
+      calls: how many calls in training there were, booked before anything is released.
+    """
+
+    def __init__(self, rows: int, noise_seed: int | None = None) -> None:
+        self.rows = rows
+        self.noise_multiplier = 0.0
+        self.normalizations = 0
+        self._source = NoiseSource(noise_seed)
+        self._terms: dict[int, tuple[_HeldTerm, ...]] = {}
+        with tf.init_scope():
+            self.armed = tf.Variable(False, trainable=False, name="armed")
+            self.calls = tf.Variable(0, dtype=tf.int64, trainable=False, name="calls")
+
+    def begin(self, noise_multiplier: float, normalizations: int) -> None:
+        """Sets what the traces to come are made with, and forgets the local terms of earlier ones."""
+        self.noise_multiplier, self.normalizations = noise_multiplier, normalizations
+        self._terms = {}
+
+    def batch_statistics(
+        self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
+    ) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """For a call in training releases noised residuals, if the layer does; returns statistics from before that."""
+        if not training:
+            return None
+        z = tf.convert_to_tensor(inputs)
+        with tf.control_dependencies(self._checks(layer, z)):
+            booked = self.calls.assign_add(1)
+        with tf.control_dependencies([booked]):
+            mean, variance = (tf.stop_gradient(tf.identity(each)) for each in layer.moving_statistics())
+            if layer.releases:
+                released = self.release(layer, z, mask, mean, variance)
+                call = NormalizationCall(layer, z, mean, variance, mean, variance, mask is not None)
+                # After the reads, also where nothing orders operations on one variable.
+                with tf.control_dependencies([mean, variance]):
+                    layer.update_statistics(call, released, self.normalizations)
+        return self._with_local_terms(layer, mean, variance)
+
+    def _checks(self, layer: DPBatchNormalization, z: tf.Tensor) -> list[Any]:
+        if z.shape[0] is not None and z.shape[0] != self.rows:
+            raise ValueError(self._wrong_rows(layer, z.shape[0]))
+        message = (
+            f"DPBatchNormalization {layer.name!r} was trained without its callback, which counts what the model "
+            "releases. Pass tf_dpbn.interop.StatisticsCallback to every `fit`; `train_on_batch` does not run callbacks."
+        )
+        armed = tf.debugging.Assert(self.armed, [message])
+        rows = tf.debugging.assert_equal(tf.shape(z)[0], self.rows, self._wrong_rows(layer, "another number"))
+        return [each for each in (armed, rows) if each is not None]
+
+    def _wrong_rows(self, layer: DPBatchNormalization, received: Any) -> str:
+        return (
+            f"`max_batch_size` must equal the rows of each batch, padding included, and the first axis of "
+            f"DPBatchNormalization {layer.name!r} must be the examples. Train on plan.poisson_dataset(x, y), or on "
+            f"batches of one size (drop_remainder=True). Received: max_batch_size={self.rows}, {received} of rows"
+        )
+
+    def release(
+        self, layer: DPBatchNormalization, z: tf.Tensor, mask: Any, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tf.Tensor:
+        """The noised mean over rows of how their moments differ from the statistics in use, [2 * channels]."""
+        clipped = clipped_residuals(layer, tf.stop_gradient(z), mask, mean, variance)
+        return add_gaussian_noise(clipped, self.noise_multiplier, self.rows, self._source).tensors[0]
+
+    def hold(self, variables: Sequence[tf.Variable], calls: Sequence[NormalizationCall], terms: Any) -> None:
+        """Keeps the local terms of layers that are called once a pass for the next step."""
+        layers = [call.layer for call in calls]
+        for layer, found in zip(layers, terms, strict=True):
+            if layers.count(layer) > 1:
+                continue
+            if id(layer) not in self._terms:
+                with tf.init_scope():
+                    self._terms[id(layer)] = tuple(_held(variables[term.index], term) for term in found)
+            for held, term in zip(self._terms[id(layer)], found, strict=True):
+                held.d_mean.assign(term.d_mean)
+                held.d_variance.assign(term.d_variance)
+
+    def _with_local_terms(
+        self, layer: DPBatchNormalization, mean: tf.Tensor, variance: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The same values, with the local terms as their gradient by the parameters of the layer before."""
+        held = self._terms.get(id(layer), ())
+        if not held:
+            return mean, variance
+        terms = [each.read() for each in held]
+
+        @tf.custom_gradient
+        def attach(mean: tf.Tensor, variance: tf.Tensor, *parameters: tf.Tensor) -> Any:
+            def gradient(c_mean: tf.Tensor, c_variance: tf.Tensor) -> Any:
+                return None, None, *[term.pull_back(c_mean, c_variance) for term in terms]
+
+            return (tf.identity(mean), tf.identity(variance)), gradient
+
+        with_gradient: tuple[tf.Tensor, tf.Tensor] = attach(mean, variance, *[each.variable.value() for each in held])
+        return with_gradient
+
+
+def clipped_residuals(
+    layer: DPBatchNormalization, z: tf.Tensor, mask: Any, mean: tf.Tensor, variance: tf.Tensor
+) -> ClippedSum:
+    """The sum over rows of residuals, each clipped to R = statistics_clip * sqrt(2 * channels).
+
+    A row whose residuals are not finite contributes zero. Adding or removing a row moves the sum by R at most. But a
+    padding row contributes as well, because a layer cannot see that its weight is zero; an example that takes its place
+    moves the sum by up to 2 R, and that is the sensitivity declared.
+
+    Args:
+      layer: for its axes, epsilon and clip.
+      z: [rows, ...].
+      mask: bool, of the shape of the first axes of z, or None.
+      mean, variance: of the shape of the channel axes, from before the step.
+    """
+
+    def of_row(each: tuple[tf.Tensor, ...]) -> tf.Tensor:
+        row, *row_mask = [tensor[None] for tensor in each]
+        found = statistics.residuals(row, mean, variance, layer.epsilon, layer.channel_axes, *row_mask)
+        return tf.cast(found, tf.float32)
+
+    vectors = tf.vectorized_map(of_row, (z,) if mask is None else (z, mask))
+    bound = layer.statistics_clip * math.sqrt(2 * (mean.shape.num_elements() or 0))
+    weights = clip_weights(tf.reduce_sum(tf.square(vectors), 1), bound, None)[:, None]
+    total = tf.reduce_sum(tf.where(weights > 0, weights * vectors, 0.0), 0)
+    return ClippedSum((total,), ROWS_CHANGED_BY_ONE_EXAMPLE * bound)
+
+
+def _held(variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
+    zeros = [tf.Variable(tf.zeros(variable.shape, variable.dtype), trainable=False) for _ in range(2)]
+    return _HeldTerm(variable, term, *zeros)
+
+
+class StockRefresh:
+    """Brings what a model's normalizations are given up to its weights: moving statistics and local terms.
+
+    It reads the weights, the public batch and earlier releases, and no private data.
+
+    Args:
+      model: a stock model.
+      scope: where the local terms go.
+      batch: nest of arrays: the public batch, or any one example where all statistics are noised.
+    """
+
+    def __init__(self, model: Any, scope: StockPass, batch: Any) -> None:
+        self._model, self._scope = model, scope
+        self._batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
+        self._active: frozenset[tuple[int, int]] = frozenset()
+        self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
+        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
+
+    def _before_step(self) -> None:
+        """Public statistics of the training pass, with its dropout, and the local terms of all normalizations."""
+        variables = [raw(variable) for variable in self._model.trainable_variables]
+        inputs = tf.nest.map_structure(tf.identity, self._batch)
+        with PublicPass() as scope:
+            call_model(self._model, inputs, training=True)
+        self._active = frozenset(scope.active)
+        flat = tf.nest.flatten(inputs)
+        noised = [(call.inputs, call) for call in scope.calls if call.layer.releases]
+        found = iter(input_means(noised, flat, variables))
+        # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
+        # kernel, which the released mean of the outputs tells.
+        means = [_zeros_like(next(found)) if call.layer.releases else None for call in scope.calls]
+        self._scope.hold(variables, scope.calls, find_local_terms(scope.calls, flat, variables, means))
+        assign_moving_statistics(scope.calls)
+
+    def _for_inference(self) -> None:
+        refresh_moving_statistics(self._model, self._batch, self._active)
+
+
+def _zeros_like(mean: tf.Tensor | None) -> tf.Tensor | None:
+    return None if mean is None else tf.zeros(mean.shape)
