@@ -12,7 +12,6 @@ trains the same network as a tf_dpbn.DPModel instead, which runs on both Kerases
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import secrets
 import sys
@@ -20,8 +19,9 @@ import time
 from typing import Any
 
 import tensorflow as tf
-from absl import app, flags, logging
+from absl import app, flags
 
+import command_line
 import datasets
 import tf_dpbn
 
@@ -167,21 +167,10 @@ def define_flags() -> None:
     flags.DEFINE_enum("statistics", defaults.statistics, STATISTICS, "Of DPBatchNormalization; none leaves it out.")
     flags.DEFINE_enum("optimizer", defaults.optimizer, OPTIMIZERS, "VectorizedDPKeras...Optimizer.")
     flags.DEFINE_float("epsilon", defaults.epsilon, "Target epsilon of the whole training.", lower_bound=0.0)
-    flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
-    flags.DEFINE_float("l2_norm_clip", defaults.l2_norm_clip, "Bound on an example's gradient.")
-    flags.DEFINE_float("learning_rate", defaults.learning_rate, "Learning rate.")
-    flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size.", lower_bound=1)
-    flags.DEFINE_integer("seed", defaults.seed, "Seed of initial weights, public batch and split.", lower_bound=0)
+    command_line.define_training_flags(defaults)
 
 
-def main(argv: list[str]) -> None:
-    """Runs with the flags and prints the JSON line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    logging.set_verbosity(logging.ERROR)
-    names = [field.name for field in dataclasses.fields(Config) if field.name in flags.FLAGS]
-    print(json.dumps(run(Config(**{name: flags.FLAGS[name].value for name in names}))), flush=True)
+main = command_line.runner(Config, run)
 
 
 if __name__ == "__main__":
