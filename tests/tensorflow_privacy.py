@@ -29,7 +29,8 @@ def module(name: str) -> Any:
 
 
 def optimizer(name: str = "SGD", **kwargs: Any) -> Any:
-    """A vectorized DP optimizer; without noise, at rate 1, unless told otherwise."""
+    """A vectorized DP optimizer; without noise, at rate 1, unless told otherwise; and no global seed."""
+    tf.random.set_seed(None)
     arguments = {"l2_norm_clip": 1.0, "noise_multiplier": 0.0, "learning_rate": 1.0, **kwargs}
     return getattr(module("optimizers.dp_optimizer_keras_vectorized"), f"VectorizedDPKeras{name}Optimizer")(**arguments)
 

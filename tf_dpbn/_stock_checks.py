@@ -8,13 +8,17 @@ import tensorflow as tf
 
 from tf_dpbn import _checks, _validate
 from tf_dpbn._coupling import make_batch
-from tf_dpbn._keras import flatten_layers, regularization_losses, steps_per_execution
+from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
+from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn.conversion import validate
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
+from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 from tf_dpbn.model import DPModel
 from tf_dpbn.optimizers import DPOptimizer
 
 _ATTRIBUTES = ("_l2_norm_clip", "_noise_multiplier", "_num_microbatches", "_was_dp_gradients_called")
+# What a step of `fit` runs; see `check_model`.
+_OF_KERAS = ("train_step", "compute_loss", "make_train_function", "compute_metrics")
 _NAMES = "VectorizedDPKerasSGDOptimizer, VectorizedDPKerasAdamOptimizer or VectorizedDPKerasAdagradOptimizer"
 
 
@@ -40,6 +44,7 @@ def check_model(model: Any) -> None:
             "know the shape of its inputs before training",
             "Build it as tf.keras.Model(inputs, outputs), or as tf.keras.Sequential that begins with tf.keras.Input.",
         )
+    _check_step(model)
     _check_strategy(model)
     _checks.check_layers(model)
     for layer in flatten_layers(model):
@@ -60,6 +65,36 @@ def check_model(model: Any) -> None:
     findings = validate(model)
     if not findings.ok:
         raise ValueError(f"Examples meet in model {model.name!r}, which voids the guarantee:\n{findings}")
+
+
+def _check_step(model: Any) -> None:
+    """Refuses train steps other than Keras' own: nothing is known of what rows do to each other in them."""
+    for name in _OF_KERAS:
+        own = getattr(type(model), name) is not getattr(keras.Model, name)
+        patched = name in vars(model) and not isinstance(vars(model)[name], RowLoss)
+        if own or patched:
+            raise _validate.argument_error(
+                "model",
+                f"{type(model).__name__} with a `{name}` of its own",
+                "train by the step of tf.keras.Model",
+                "Leave it out, or train a tf_dpbn.DPModel.",
+            )
+
+
+def check_seed() -> None:
+    """Refuses a global seed: the gradient's noise obeys it, and would be drawn again in every `fit`.
+
+    Raises:
+      RuntimeError: with the remedy.
+    """
+    seeds = tf.compat.v1.get_seed(None)
+    if seeds != (None, None):
+        raise RuntimeError(
+            "A global seed is set (tf.random.set_seed, keras.utils.set_random_seed or tf.config.experimental."
+            "enable_op_determinism), which tensorflow-privacy's noise obeys: every `fit`, and every model, would draw "
+            "the same noise again, and two updates with the same noise give away the difference of their gradients. "
+            f"Call tf.random.set_seed(None) once the weights are made, before `fit`. Received: a seed of {seeds[0]}"
+        )
 
 
 def _check_strategy(model: Any) -> None:
@@ -114,7 +149,10 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
             TypeError,
         )
     _validate.non_negative("noise_multiplier", float(optimizer._noise_multiplier))
-    _validate.positive("l2_norm_clip", float(optimizer._l2_norm_clip))
+    clip = _validate.positive("l2_norm_clip", float(optimizer._l2_norm_clip))
+    if not SMALLEST_CLIP <= clip <= LARGEST_CLIP:
+        requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
+        raise _validate.argument_error("l2_norm_clip", clip, requirement, "Squares of other norms leave float32.")
     if optimizer._num_microbatches not in (None, rows):
         raise _validate.argument_error(
             "num_microbatches",

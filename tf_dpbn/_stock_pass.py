@@ -58,7 +58,7 @@ class StockPass(StatisticsScope):
     Attributes:
       noise_multiplier: of each release.
       normalizations: how many calls in training a pass has.
-      armed: whether training is under the callback's eyes; passes at any other time fail.
+      credit: how many calls the callback has allowed and that were not made yet; others fail.
       calls: how many calls in training there were, booked before anything is released.
     """
 
@@ -68,14 +68,25 @@ class StockPass(StatisticsScope):
         self.normalizations = 0
         self._source = NoiseSource(noise_seed)
         self._terms: dict[int, tuple[_HeldTerm, ...]] = {}
+        self._model: Any = None
+        self._optimizer: Any = None
         with tf.init_scope():
-            self.armed = tf.Variable(False, trainable=False, name="armed")
+            self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
             self.calls = tf.Variable(0, dtype=tf.int64, trainable=False, name="calls")
 
-    def begin(self, noise_multiplier: float, normalizations: int) -> None:
+    def begin(self, model: Any, noise_multiplier: float, normalizations: int) -> None:
         """Sets what the traces to come are made with, and forgets the local terms of earlier ones."""
+        self._model, self._optimizer = model, model.optimizer
         self.noise_multiplier, self.normalizations = noise_multiplier, normalizations
         self._terms = {}
+
+    def allow_step(self) -> None:
+        """Gives credit for the calls of one step."""
+        self.credit.assign(self.normalizations)
+
+    def allow_nothing(self) -> None:
+        """Takes back what credit is left."""
+        self.credit.assign(0)
 
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
@@ -83,10 +94,12 @@ class StockPass(StatisticsScope):
         """For a call in training releases noised residuals, if the layer does; returns statistics from before that."""
         if not training:
             return None
+        if self._model is None or self._model.optimizer is not self._optimizer:
+            raise RuntimeError(self._without_callback(layer))  # compiled anew since, and traced with that optimizer
         z = tf.convert_to_tensor(inputs)
         with tf.control_dependencies(self._checks(layer, z)):
-            booked = self.calls.assign_add(1)
-        with tf.control_dependencies([booked]):
+            booked = [self.calls.assign_add(1), self.credit.assign_sub(1)]
+        with tf.control_dependencies(booked):
             mean, variance = (tf.stop_gradient(tf.identity(each)) for each in layer.moving_statistics())
             if layer.releases:
                 released = self.release(layer, z, mask, mean, variance)
@@ -99,13 +112,15 @@ class StockPass(StatisticsScope):
     def _checks(self, layer: DPBatchNormalization, z: tf.Tensor) -> list[Any]:
         if z.shape[0] is not None and z.shape[0] != self.rows:
             raise ValueError(self._wrong_rows(layer, z.shape[0]))
-        message = (
+        allowed = tf.debugging.Assert(self.credit > 0, [self._without_callback(layer)])
+        rows = tf.debugging.assert_equal(tf.shape(z)[0], self.rows, self._wrong_rows(layer, "another number"))
+        return [each for each in (allowed, rows) if each is not None]
+
+    def _without_callback(self, layer: DPBatchNormalization) -> str:
+        return (
             f"DPBatchNormalization {layer.name!r} was trained without its callback, which counts what the model "
             "releases. Pass tf_dpbn.interop.StatisticsCallback to every `fit`; `train_on_batch` does not run callbacks."
         )
-        armed = tf.debugging.Assert(self.armed, [message])
-        rows = tf.debugging.assert_equal(tf.shape(z)[0], self.rows, self._wrong_rows(layer, "another number"))
-        return [each for each in (armed, rows) if each is not None]
 
     def _wrong_rows(self, layer: DPBatchNormalization, received: Any) -> str:
         return (

@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from tf_dpbn import _stock_checks, _validate, accounting
 from tf_dpbn._keras import IS_KERAS_3, count_of, flatten_layers, keras
+from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn._stock_pass import StockPass, StockRefresh
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
@@ -34,6 +35,7 @@ from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 _Self = TypeVar("_Self", bound="StatisticsCallback")
 # The optimizer's noise multiplier may fall short of the plan's by rounding.
 _ROUNDING = 1e-9
+_OF_OPTIMIZER = ("l2_norm_clip", "noise_multiplier", "num_microbatches")
 
 
 def noise_multipliers(plan: PrivacyPlan, model: Any) -> tuple[float, ...]:
@@ -68,8 +70,8 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Formal guarantee: what the layers store and the loss' gradient of each row are functions of that row, the weights,
     the public batch and earlier releases; each release is a Gaussian mechanism, counted in `ledger`. The noise of the
-    gradient is tensorflow-privacy's: it obeys tf.random.set_seed and keras.utils.set_random_seed, so that it protects
-    nothing from whoever knows the seed.
+    gradient is tensorflow-privacy's: it obeys tf.random.set_seed and keras.utils.set_random_seed, and would be the same
+    in every `fit`, so that training under a global seed is refused.
 
     Args:
       max_batch_size: rows of every batch, padding included, a public constant; other batches are refused.
@@ -85,6 +87,7 @@ class StatisticsCallback(keras.callbacks.Callback):
     Raises:
       NotImplementedError: on Keras 3, which tensorflow-privacy does not support.
       ValueError: for an argument out of range; and at the start of training, for what `_stock_checks` refuses.
+      RuntimeError: in training under a global seed, and if what was checked at its start changes within `fit`.
 
     Source: docs/algorithm.md, sections 3a, 5 and 6; docs/privacy.md.
     """
@@ -124,15 +127,18 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._closed, self._calls_at_opening = Ledger(), 0
         self._open: StepRecord | None = None
         self._noise: tuple[float, ...] = ()
+        self._steps_begun, self._calls_before_step = 0, 0
+        self._checked: tuple[Any, ...] = ()
 
     @classmethod
-    def from_plan(cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None, **kwargs: Any) -> _Self:
+    def from_plan(
+        cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None, noise_seed: int | None = None
+    ) -> _Self:
         """Builds the callback for training on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`.
 
         Args:
           plan: the plan.
-          public_batch: as in the constructor.
-          **kwargs: `noise_seed`.
+          public_batch, noise_seed: as in the constructor.
         """
         callback = cls(
             max_batch_size=plan.max_batch_size,  # type: ignore[arg-type]
@@ -140,7 +146,7 @@ class StatisticsCallback(keras.callbacks.Callback):
             num_examples=plan.num_examples,
             public_batch=public_batch,
             delta=plan.delta,
-            **kwargs,
+            noise_seed=noise_seed,
         )
         callback._plan = plan
         return callback
@@ -163,7 +169,8 @@ class StatisticsCallback(keras.callbacks.Callback):
         ledger = self._closed.copy()
         if self._open is not None:
             calls = count_of(self._scope.calls) - self._calls_at_opening
-            ledger.record(dataclasses.replace(self._open, steps=-(-calls // self._scope.normalizations)))
+            steps = max(self._steps_begun, -(-calls // self._scope.normalizations))
+            ledger.record(dataclasses.replace(self._open, steps=steps))
         return ledger
 
     def epsilon(self, delta: float | None = None, accountant: str = "rdp") -> float:
@@ -181,10 +188,7 @@ class StatisticsCallback(keras.callbacks.Callback):
             self.ledger,
             delta=self._delta_or(delta),
             accountant=accountant,
-            not_covered=(
-                "the gradient's noise if the global seed of TensorFlow or Keras is set to a number that others know",
-                "non-finite losses and gradients, which tensorflow-privacy's optimizers do not leave out",
-            ),
+            not_covered=("non-finite losses and gradients, which tensorflow-privacy's optimizers do not leave out",),
         )
 
     def _delta_or(self, delta: float | None) -> float:
@@ -206,23 +210,59 @@ class StatisticsCallback(keras.callbacks.Callback):
         _stock_checks.check_model(model)
         _stock_checks.check_compilation(model)
         _stock_checks.check_rows(model, self._rows)
+        _stock_checks.check_seed()
         calls = _stock_checks.training_calls(model, self._rows)
-        self._closed, self._open = self.ledger, None
+        self._closed, self._open, self._steps_begun = self.ledger, None, 0
         self._calls_at_opening = count_of(self._scope.calls)
         self._choose_noise(calls)
         self._open = self._record()
         self._attach(calls)
         model.optimizer._create_all_weights(model.trainable_variables)  # in the step they would have it traced twice
         model.make_train_function(force=True)
+        self._checked = self._what_is_checked()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Brings the statistics up to the weights, and lets one step train."""
-        self._current_refresh().before_step()
-        self._scope.armed.assign(True)
+        """Books one step, brings the statistics up to the weights, and lets that step train.
+
+        Raises:
+          RuntimeError: if what `on_train_begin` has checked is different now.
+        """
+        refresh = self._current_refresh()
+        _stock_checks.check_seed()
+        if self._what_is_checked() != self._checked:
+            raise RuntimeError(
+                "The model, its optimizer, train function, loss or layers were changed within `fit`, after they were "
+                "checked. Change them between two calls of `fit`, and pass one StatisticsCallback to each. "
+                f"Received: a change before batch {batch}"
+            )
+        self._steps_begun += 1
+        self._calls_before_step = count_of(self._scope.calls)
+        refresh.before_step()
+        self._scope.allow_step()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Lets nothing train until the next batch."""
-        self._scope.armed.assign(False)
+        """Lets nothing train until the next batch.
+
+        Raises:
+          RuntimeError: if the step did not call its normalizations as often as was booked.
+        """
+        self._scope.allow_nothing()
+        calls = count_of(self._scope.calls) - self._calls_before_step
+        if calls != self._scope.normalizations:
+            raise RuntimeError(
+                f"A step called its normalizations {calls} times where {self._scope.normalizations} were expected. "
+                "The step is booked, but what it released may have been more. A pass of the model must not depend on "
+                "anything but its input: leave out run-time conditions and changes of `trainable`."
+            )
+
+    def _what_is_checked(self) -> tuple[Any, ...]:
+        """What must stay as it is while `fit` runs."""
+        model, optimizer = self.model, self.model.optimizer
+        privacy = [getattr(optimizer, f"_{name}", None) for name in _OF_OPTIMIZER]
+        states = [(id(layer), layer.trainable, id(layer.training_scope)) for layer in _normalizations(model)]
+        variables = [id(variable) for variable in model.trainable_variables]
+        objects = [id(each) for each in (optimizer, model.train_function, model.compute_loss)]
+        return (*objects, *privacy, *states, *variables)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, within `fit`."""
@@ -241,6 +281,8 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._refresh = None
         for layer in _normalizations(self.model):
             layer.training_scope = None
+        if isinstance(vars(self.model).get("compute_loss"), RowLoss):
+            del self.model.compute_loss
         self.model.train_function = None  # so that a `fit` without callback meets the layers' refusal, in words
 
     def _current_refresh(self) -> StockRefresh:
@@ -272,7 +314,7 @@ class StatisticsCallback(keras.callbacks.Callback):
                 'be given for layers with statistics="public"',
                 "It must not be private; tf_dpbn.public_data makes synthetic ones.",
             )
-        self._scope.begin(0.0 if each is None else float(each), len(calls))
+        self._scope.begin(self.model, 0.0 if each is None else float(each), len(calls))
         self._noise = (gradient, *[self._scope.noise_multiplier] * releases)
         if accounting.effective_noise_multiplier(self._noise) == 0.0:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
@@ -294,6 +336,7 @@ class StatisticsCallback(keras.callbacks.Callback):
             shapes = self.model.input
             batch = tf.nest.map_structure(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), shapes)
         self._refresh = StockRefresh(self.model, self._scope, batch)
+        self.model.compute_loss = RowLoss(self.model, self._rows, padded=self._rows != self._expected)
         for call in calls:
             call.layer.training_scope = self._scope
 
