@@ -166,6 +166,7 @@ def _noised_scores(
     run = tf.function(
         lambda: tf.map_fn(one, tf.range(trials), fn_output_signature=tf.float32, parallel_iterations=1),
         autograph=False,
+        jit_compile=True,  # a trial is a handful of small operations
     )
     return run().numpy()
 
