@@ -7,6 +7,7 @@
 # make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make check-wheel  runs the quick start from the built wheel in a fresh environment
+# make check-bazel  builds all targets with Debian's Bazel and runs some tests with it
 # make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
@@ -26,6 +27,8 @@ UTILITY_FLAGS ?=
 AUDIT_FLAGS ?=
 CONFORMANCE_FLAGS ?=
 MUTANTS_FLAGS ?=
+# Test targets of Bazel, for example "//tests:test_model //tests/conformance:test_rules".
+BAZEL_TESTS ?=
 # JAX-Privacy needs Python 3.12 or later, tensorflow-privacy 3.10 or 3.11. Where these names lead nowhere, give paths:
 # make PYTHON_JAX=/opt/python3.12/bin/python3 bench-peers
 PYTHON_JAX ?= python3.12
@@ -40,7 +43,7 @@ SOURCES := setup.py tf_dpbn/version.py
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel
+.PHONY: demo test lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -94,6 +97,10 @@ check-wheel: | check-python
 	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
 	sed -n '/^```python/,/^```$$/p' README.md | sed '/^```/d' > build/wheel/quick_start.py
 	cd build/wheel && venv/bin/python quick_start.py
+
+# Builds and tests with Bazel, as far as Debian's goes without a network.
+check-bazel: $(TEST_VENV)/.installed
+	tests/bazel.sh $(abspath $(TEST_BIN)) $(BAZEL_TESTS)
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) audit_output build dist *.egg-info

@@ -1,4 +1,4 @@
-"""Repeats the audits of tests/test_auditing.py, with fresh noise: how often a bound is above its claim.
+"""Repeats the audits of tests/audited.py, with fresh noise: how often a bound is above its claim.
 
 python -m tests.many_audits --runs=20
 """
@@ -11,7 +11,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from tests import test_auditing
+from tests import audited
 from tf_dpbn import auditing
 
 _RUNS = flags.DEFINE_integer("runs", 20, "How many audits of each kind and claim.", lower_bound=1)
@@ -21,10 +21,9 @@ _CLAIMS = (1.0, 4.0, 8.0)
 
 
 def step_bounds(claim: float) -> list[float]:
-    model, x, y = test_auditing.stepping_model(claim, seed=None)
+    model, x, y = audited.stepping_model(claim, seed=None)
     audits = [
-        auditing.audit_step(model, x, y, row=0, delta=test_auditing.DELTA, trials=_TRIALS.value)
-        for _ in range(_RUNS.value)
+        auditing.audit_step(model, x, y, row=0, delta=audited.DELTA, trials=_TRIALS.value) for _ in range(_RUNS.value)
     ]
     return [each.epsilon_lower_bound for each in audits]
 
@@ -32,7 +31,7 @@ def step_bounds(claim: float) -> list[float]:
 def training_bounds(claim: float) -> list[float]:
     found = []
     for run in range(_RUNS.value):
-        audit, *_ = test_auditing.audited_training(claim, run, noise_seed=None)
+        audit, *_ = audited.training(claim, run, noise_seed=None)
         found.append(max(audit.white_box.epsilon_lower_bound, audit.black_box.epsilon_lower_bound))
     return found
 

@@ -7,12 +7,13 @@ import pytest
 from scipy import stats
 
 import tf_dpbn
-from tests import helpers
+from tests import audited, helpers
 from tf_dpbn import accounting, auditing
 from tf_dpbn._keras import keras
 
 layers = keras.layers
-DELTA = 1e-5
+DELTA = audited.DELTA
+
 
 # ---------------------------------------------------------------------- from guesses to bounds
 
@@ -128,9 +129,15 @@ REFUSED = [
     (lambda: auditing.epsilon_lower_bound(**counts(confidence=1.0)), "confidence=1.0"),
     (lambda: auditing.two_world_epsilon([0.0] * 3, [0.0] * 4, delta=DELTA), r"scores_without=\(3, 1\)"),
     (lambda: auditing.two_world_epsilon([math.nan] * 4, [0.0] * 4, delta=DELTA), "none of them NaN"),
-    (lambda: auditing.two_world_epsilon(np.zeros((4, 2)), np.zeros((4, 1)), delta=DELTA), r"scores_without=\(1, 2\)"),
+    (
+        lambda: auditing.two_world_epsilon(np.zeros((4, 2)), np.zeros((4, 1)), delta=DELTA),
+        r"scores_without=\(1, 2\)",
+    ),
     (lambda: auditing.one_run_audit([1.0, math.nan], [True, False], delta=DELTA), "none of them NaN"),
-    (lambda: auditing.one_run_audit([1.0, 2.0], [True, False], delta=DELTA, guesses=(2, 1)), r"guesses=\(2, 1\)"),
+    (
+        lambda: auditing.one_run_audit([1.0, 2.0], [True, False], delta=DELTA, guesses=(2, 1)),
+        r"guesses=\(2, 1\)",
+    ),
     (
         lambda: auditing.one_run_p_value(canaries=5, guesses=6, correct=1, epsilon=1.0, delta=0.0),
         "rising order.*1, 6, 5",
@@ -140,7 +147,14 @@ REFUSED = [
 
 
 def counts(**changes):
-    return {"true_positives": 5, "positives": 10, "false_positives": 1, "negatives": 10, "delta": DELTA, **changes}
+    return {
+        "true_positives": 5,
+        "positives": 10,
+        "false_positives": 1,
+        "negatives": 10,
+        "delta": DELTA,
+        **changes,
+    }
 
 
 @pytest.mark.parametrize("call, message", REFUSED)
@@ -161,29 +175,11 @@ def test_result_says_what_it_contradicts():
 # ---------------------------------------------------------------------- one step
 
 
-def stepping_model(claim, mode="public", seed=0):
-    """A compiled model with its batch; the first row's gradient is clipped."""
-    sigma = accounting.calibrate_noise_multiplier(
-        target_epsilon=claim, delta=DELTA, sampling_probability=1.0, steps=1, accountant="pld"
-    )
-    inputs = keras.Input((4,))
-    x = layers.Activation("tanh")(tf_dpbn.DPBatchNormalization(statistics=mode)(layers.Dense(3)(inputs)))
-    model = tf_dpbn.DPModel(inputs, layers.Dense(3)(x))
-    helpers.randomize(model)
-    rng = np.random.default_rng(0)
-    model.set_public_batch(rng.normal(size=(9, 4)).astype("float32"))
-    optimizer = helpers.dp_optimizer(noise_multiplier=sigma, l2_norm_clip=0.1, noise_seed=seed)
-    helpers.compiled(model, optimizer=optimizer)
-    x, y = rng.normal(size=(6, 4)).astype("float32"), rng.integers(0, 3, 6)
-    x[0] *= 100.0
-    return model, x, y
-
-
 @pytest.mark.parametrize(
     "claim, trials, mode", [(1.0, 60_000, "public"), (4.0, 20_000, "anchored"), (8.0, 20_000, "noised")]
 )
 def test_audit_of_a_step_reaches_seventy_percent_of_the_claim_and_not_more_than_all(claim, trials, mode):
-    model, x, y = stepping_model(claim, mode)
+    model, x, y = audited.stepping_model(claim, mode)
     found = auditing.audit_step(model, x, y, delta=DELTA, trials=trials)
     assert found.claimed_epsilon == pytest.approx(claim, rel=1e-3)
     assert 0.7 * claim < found.epsilon_lower_bound <= found.claimed_epsilon
@@ -192,7 +188,7 @@ def test_audit_of_a_step_reaches_seventy_percent_of_the_claim_and_not_more_than_
 
 
 def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small():
-    model, x, y = stepping_model(4.0)
+    model, x, y = audited.stepping_model(4.0)
     right = auditing.audit_step(model, x, y, delta=DELTA, row=0)
     draw = model.optimizer._noise_source.standard_normal
     model.optimizer._noise_source.standard_normal = lambda shapes: [0.85 * each for each in draw(shapes)]
@@ -201,7 +197,7 @@ def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small():
 
 
 def test_audit_of_a_step_needs_noise():
-    model, x, y = stepping_model(4.0)
+    model, x, y = audited.stepping_model(4.0)
     helpers.compiled(model)
     with pytest.raises(ValueError, match="Received: noise_multiplier=0.0"):
         auditing.audit_step(model, x, y, delta=DELTA)
@@ -210,35 +206,8 @@ def test_audit_of_a_step_needs_noise():
 # ---------------------------------------------------------------------- a training run
 
 
-def audited_training(claim, seed=0, noise=1.0, noise_seed=0, canaries=300, examples=40, features=400):
-    """Trains on random vectors with random labels, whose gradients are nearly orthogonal."""
-    rng = np.random.default_rng(seed)
-    plan = tf_dpbn.PrivacyPlan(
-        target_epsilon=claim,
-        delta=DELTA,
-        num_examples=canaries + examples,
-        expected_batch_size=(canaries + examples) // 2,
-        epochs=2,
-        accountant="pld",
-    )
-    inputs = keras.Input((features,))
-    x = tf_dpbn.DPBatchNormalization()(layers.Dense(4)(inputs))
-    model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Activation("tanh")(x)))
-    model.set_public_batch(rng.normal(size=(9, features)).astype("float32"))
-    optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
-        plan, l2_norm_clip=0.5, learning_rate=0.5, noise_seed=noise_seed
-    )
-    if noise != 1.0:
-        draw = optimizer._noise_source.standard_normal
-        optimizer._noise_source.standard_normal = lambda shapes: [noise * each for each in draw(shapes)]
-    helpers.compiled(model, optimizer=optimizer)
-    x, y = rng.normal(size=(canaries + examples, features)).astype("float32"), rng.integers(0, 3, canaries + examples)
-    data = x[:examples], y[:examples], x[examples:], y[examples:]
-    return auditing.audit_training(model, *data, plan, seed=seed), model, data
-
-
 def test_audit_of_a_training_run_stays_below_the_claim_and_finds_something():
-    found, model, _ = audited_training(8.0)
+    found, model, _ = audited.training(8.0)
     assert found.white_box.claimed_epsilon == model.epsilon(DELTA, "pld") <= 8.0
     assert model.ledger.steps == 4 and model.ledger.entries[0].sampling == "poisson"
     assert 0.3 < found.white_box.epsilon_lower_bound <= 8.0
@@ -248,12 +217,12 @@ def test_audit_of_a_training_run_stays_below_the_claim_and_finds_something():
 
 
 def test_audit_of_a_training_run_sees_forgotten_noise():
-    found, _, _ = audited_training(1.0, noise=0.01)
+    found, _, _ = audited.training(1.0, noise=0.01)
     assert found.white_box.contradicts_claim
 
 
 def test_audit_of_a_training_run_refuses_a_plan_for_other_data():
-    model, x, y = stepping_model(4.0)
+    model, x, y = audited.stepping_model(4.0)
     plan = tf_dpbn.PrivacyPlan(target_epsilon=8.0, delta=DELTA, num_examples=13, expected_batch_size=6, epochs=1)
     with pytest.raises(ValueError, match="num_examples=13.*Received: x, y=12"):
         auditing.audit_training(model, x, y, x, y, plan)
@@ -264,7 +233,7 @@ def test_audit_of_a_training_run_refuses_a_plan_for_other_data():
 
 
 def test_losses_of_examples_are_kerass():
-    model, x, y = stepping_model(4.0)
+    model, x, y = audited.stepping_model(4.0)
     found = auditing.per_example_losses(model, x, y)
     for i in range(len(x)):
         assert found[i] == pytest.approx(model.evaluate(x[i : i + 1], y[i : i + 1], verbose=0), rel=1e-4)
