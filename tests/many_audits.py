@@ -16,6 +16,7 @@ from tf_dpbn import auditing
 
 _RUNS = flags.DEFINE_integer("runs", 20, "How many audits of each kind and claim.", lower_bound=1)
 _TRIALS = flags.DEFINE_integer("trials", 40_000, "Releases in each world of an audit of a step.", lower_bound=4)
+_CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of each bound of a step.", 0.5, 1.0)
 _KINDS = flags.DEFINE_multi_enum("kinds", ["step", "training"], ["step", "training"], "What to audit.")
 _CLAIMS = (1.0, 4.0, 8.0)
 
@@ -23,7 +24,8 @@ _CLAIMS = (1.0, 4.0, 8.0)
 def step_bounds(claim: float) -> list[float]:
     model, x, y = audited.stepping_model(claim, seed=None)
     audits = [
-        auditing.audit_step(model, x, y, row=0, delta=audited.DELTA, trials=_TRIALS.value) for _ in range(_RUNS.value)
+        auditing.audit_step(model, x, y, row=0, delta=audited.DELTA, trials=_TRIALS.value, confidence=_CONFIDENCE.value)
+        for _ in range(_RUNS.value)
     ]
     return [each.epsilon_lower_bound for each in audits]
 
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
             bounds = np.array({"step": step_bounds, "training": training_bounds}[kind](claim))
             line = {
                 "audit": kind,
+                "confidence": _CONFIDENCE.value,
                 "claimed": claim,
                 "runs": len(bounds),
                 "above_claim": int(np.sum(bounds > claim)),

@@ -165,8 +165,7 @@ def _noised_scores(
     # One after the other, as steps are: the noise source counts its draws.
     run = tf.function(
         lambda: tf.map_fn(one, tf.range(trials), fn_output_signature=tf.float32, parallel_iterations=1),
-        autograph=False,
-        jit_compile=True,  # a trial is a handful of small operations
+        autograph=False,  # nor by XLA, which would be faster: its normal numbers are other ones than a step's
     )
     return run().numpy()
 
