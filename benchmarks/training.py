@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -139,16 +140,7 @@ def train_stock(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Data
     model.compile(keras.optimizers.SGD(rate, momentum=0.9), loss=loss)
     start = time.perf_counter()
     model.fit(data.x_train, data.y_train, batch_size=setting.batch_size, epochs=setting.epochs, verbose=0)
-    seconds = time.perf_counter() - start
-    logits = model.predict(data.x_test, batch_size=1000, verbose=0)
-    return {
-        "accuracy": float(np.mean(np.argmax(logits, -1) == data.y_test)),
-        "spent_epsilon": None,
-        "noise_multipliers": [],
-        "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
-        "steps": int(model.optimizer.iterations),
-        "seconds": round(seconds, 1),
-    }
+    return result_of(model, data, time.perf_counter() - start, None, [], int(model.optimizer.iterations))
 
 
 def train(setting: Setting, seed: int, split: str, data_dir: str | None) -> dict[str, Any]:
@@ -167,13 +159,20 @@ def train(setting: Setting, seed: int, split: str, data_dir: str | None) -> dict
     start = time.perf_counter()
     model.fit(plan.poisson_dataset(data.x_train, data.y_train, **augmented), epochs=setting.epochs, verbose=0)
     seconds = time.perf_counter() - start
-    logits = model.predict(data.x_test, batch_size=1000, verbose=0)
     epsilon = model.epsilon(setting.delta) if setting.epsilon is not None else None
+    return result_of(model, data, seconds, epsilon, model.ledger.entries[0].noise_multipliers, model.ledger.steps)
+
+
+def result_of(
+    model: Any, data: datasets.Dataset, seconds: float, epsilon: float | None, noise: Sequence[float], steps: int
+) -> dict[str, Any]:
+    """Accuracy on the test examples, and what else there is to know of a run."""
+    logits = model.predict(data.x_test, batch_size=1000, verbose=0)
     return {
         "accuracy": float(np.mean(np.argmax(logits, -1) == data.y_test)),
         "spent_epsilon": epsilon,
-        "noise_multipliers": model.ledger.entries[0].noise_multipliers,
+        "noise_multipliers": noise,
         "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
-        "steps": model.ledger.steps,
+        "steps": steps,
         "seconds": round(seconds, 1),
     }

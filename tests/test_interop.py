@@ -450,7 +450,7 @@ def test_steps_of_the_users_own_are_refused(kind):
         model.fit(tf.data.Dataset.from_tensors(padded()), callbacks=[tfp.callback()], verbose=0)
 
 
-def by_pixel(_):
+def by_pixel():
     """Scores [rows, 6, 6] of images, labels alike: Keras would take weights of rows for weights of columns."""
     inputs = keras.Input((6, 6, 2))
     x = layers.Conv2D(3, 3, padding="same")(inputs)
@@ -458,7 +458,7 @@ def by_pixel(_):
     return keras.Model(inputs, outputs), tfp.LOSS, np.random.default_rng(0).integers(0, 3, (ROWS, 6, 6))
 
 
-def by_broadcast(_):
+def by_broadcast():
     """Outputs [rows, 1, 1] and labels [rows]: Keras would compare each output with all labels."""
     inputs = keras.Input((6, 6, 2))
     x = layers.GlobalAveragePooling2D()(normalization("public")()(layers.Conv2D(3, 3)(inputs)))
@@ -467,7 +467,7 @@ def by_broadcast(_):
     return keras.Model(inputs, outputs), loss, np.arange(ROWS, dtype="float32")
 
 
-def by_mixing_loss(_):
+def by_mixing_loss():
     """A loss of the user's that takes the mean over rows."""
 
     class Mean(keras.losses.Loss):
@@ -481,7 +481,7 @@ def by_mixing_loss(_):
 
 @pytest.mark.parametrize("case", [by_pixel, by_broadcast, by_mixing_loss])
 def test_no_loss_lets_rows_meet(case):
-    model, loss, y = case(None)
+    model, loss, y = case()
     helpers.randomize(model)
     helpers.compiled(model, loss, tfp.optimizer(l2_norm_clip=0.1))
     stepper = tfp.Stepper(model, tfp.callback())

@@ -18,15 +18,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-DEVICES = 4
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration() for _ in range(DEVICES)]
-)
+from tests.replicas import strategy_of  # first: it sets up the logical devices
 
-import tf_dpbn  # noqa: E402
-from tests import helpers, neighbours  # noqa: E402
-from tf_dpbn._keras import keras  # noqa: E402
-from tf_dpbn.mechanisms import ROUNDING  # noqa: E402
+import tf_dpbn  # isort: skip
+from tests import helpers, neighbours  # isort: skip
+from tf_dpbn._keras import keras  # isort: skip
+from tf_dpbn.mechanisms import ROUNDING  # isort: skip
 
 layers = keras.layers
 ROWS, FEATURES, CLASSES = 4, 6, 3
@@ -97,13 +94,8 @@ def network() -> Any:
 
 def prepared(name: str, replicas: int) -> tuple[Any, Boundary]:
     """The compiled network and its watched boundary."""
-    strategy = tf.distribute.get_strategy()
-    if replicas > 1:
-        # TensorFlow's collectives do not let devices join groups of different sizes in one process.
-        reduction = None if replicas == 2 else tf.distribute.ReductionToOneDevice()
-        strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(replicas)], reduction)
     rng = np.random.default_rng(0)
-    with strategy.scope():
+    with strategy_of(replicas).scope():
         model = network()
         model.set_public_batch(rng.normal(size=(8, FEATURES)).astype("float32"))
         optimizer = OPTIMIZERS[name](noise_seed=10 * list(OPTIMIZERS).index(name) + replicas, **COMMON)
@@ -113,7 +105,7 @@ def prepared(name: str, replicas: int) -> tuple[Any, Boundary]:
 
 
 def findings(name: str, replicas: int) -> dict[str, Any]:
-    """Trains on all subsets of hard batches from the same weights; see `summary`."""
+    """Trains on all subsets of hard batches from the same weights; says what their releases did."""
     model, boundary = prepared(name, replicas)
     rng = np.random.default_rng(7)
     weights, moves, subsets = model.get_weights(), [], neighbours.subsets(ROWS)
@@ -163,8 +155,6 @@ def _noise(boundary: Boundary, replicas: int, batch_size: float) -> dict[str, An
         "steps": len(steps) // replicas,
         "replicas_disagree": disagreement,
         "closest_draws": float(np.min(apart)),
-        "stddev": [float(np.sqrt(np.mean(each**2))) for each in noise],
-        "numbers": [each.size for each in noise],
         "noise": [np.round(each.ravel(), 5).tolist() for each in noise],
     }
 
