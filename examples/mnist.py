@@ -44,6 +44,7 @@ STATISTICS = ("public", "noised", "anchored")
 PUBLIC_BATCHES = ("uniform_noise", "random_fields", "dead_leaves")
 DEFAULT_EPSILON = 8.0
 _GROUPS = 8
+_EVALUATION_BATCH = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,7 @@ def train(
         plan.poisson_dataset(data.x_train, data.y_train),
         epochs=config.epochs,
         validation_data=(data.x_test, data.y_test),
+        validation_batch_size=_EVALUATION_BATCH,
         callbacks=callbacks,
         verbose=1 if sys.stdout.isatty() else 2,  # a line an epoch where bars cannot move
     ).history

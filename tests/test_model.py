@@ -315,3 +315,33 @@ def test_statistics_match_averaged_weights_that_keras_writes_at_the_end_of_fit()
     fitted = np.asarray(layer.moving_mean)
     model.refresh_statistics()
     np.testing.assert_allclose(fitted, np.asarray(layer.moving_mean), rtol=1e-5, atol=1e-6)
+
+
+def several_outputs():
+    x = keras.Input((5,))
+    return tf_dpbn.DPModel(x, {"a": layers.Dense(CLASSES, name="a")(x), "b": layers.Dense(CLASSES, name="b")(x)})
+
+
+@pytest.mark.parametrize("build", [functional, lambda: tf_dpbn.DPSequential([keras.Input((5,)), *stack()])])
+def test_metrics_by_name_do_not_have_a_step_traced_twice(build, monkeypatch):
+    assert traces_of(compiled(build(), {"metrics": ["accuracy"]}), draws(), monkeypatch) == 1
+
+
+def test_losses_and_metrics_of_several_outputs_do_not_have_a_step_traced_twice(monkeypatch):
+    x, y = vectors()
+    targets = {"a": y, "b": y}
+    batches = poisson_dataset(x, targets, expected_batch_size=EXPECTED, max_batch_size=8, steps_per_epoch=2, seed=1)
+    model = compiled(several_outputs(), {"metrics": {"a": ["accuracy"], "b": ["accuracy"]}})
+    assert traces_of(model, batches, monkeypatch) == 1
+
+
+def traces_of(model, batches, monkeypatch):
+    """How often `fit` traces the step; checks that it keeps the names of Keras' logs."""
+    if any(isinstance(layer, tf_dpbn.DPBatchNormalization) for layer in model.layers):
+        model.set_public_batch(PUBLIC)
+    traced = []
+    inner = type(model).train_step
+    monkeypatch.setattr(type(model), "train_step", lambda self, data: traced.append(1) or inner(self, data))
+    logs = model.fit(batches, verbose=0).history
+    assert any(name.endswith("accuracy") for name in logs), logs
+    return len(traced)

@@ -194,7 +194,7 @@ def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
     container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
     if not container.built:
-        with tf.init_scope():  # variables created in a step would have it traced twice
+        with tf.init_scope():
             container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred)
 
 
@@ -283,6 +283,26 @@ def tracker_variables(model: Any) -> list[Any]:
     return [v for metric in model._compile_loss.metrics for v in (metric.total, metric.count)]
 
 
+def build_compiled(model: Any, y: Any) -> None:
+    """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
+
+    It needs to know the outputs, so a model that is not functional leaves this to its first step.
+
+    Args:
+      model: a compiled model.
+      y: nest of TensorSpecs, the targets of a batch.
+    """
+    functional = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds one
+    outputs = getattr(functional, "_outputs_struct" if IS_KERAS_3 else "_nested_outputs", None)
+    if outputs is None:
+        return
+    y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, outputs))
+    build_compiled_loss(model, y, y_pred)
+    container = model._compile_metrics if IS_KERAS_3 else model.compiled_metrics
+    if container is not None and not container.built:
+        container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred, y)
+
+
 def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None) -> None:
     """Updates the compiled metrics as Keras does, leaving out rows whose mask is False.
 
@@ -299,7 +319,7 @@ def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any,
     if container is None:
         return
     if not container.built:
-        with tf.init_scope():  # variables created in a step would have it traced twice
+        with tf.init_scope():
             container.build(y, y_pred)
     if mask is None:
         container.update_state(y, y_pred, sample_weight)

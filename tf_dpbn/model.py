@@ -18,6 +18,7 @@ from tf_dpbn._class_weight import apply_class_weight
 from tf_dpbn._keras import (
     IS_KERAS_3,
     Functional,
+    build_compiled,
     call_model,
     compiled_data_loss,
     deserialize,
@@ -404,6 +405,8 @@ class DPModel(BookkeepingModel):
         if self.built:  # created in the step they would have it traced twice
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
+                if source is not None:
+                    build_compiled(self, x.element_spec[1])
         self._watch_statistics()
 
 
