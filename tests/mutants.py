@@ -268,8 +268,8 @@ MUTANTS = (
     ),
     Mutant(
         "model.py",
-        "noised = noised.plus(public.nonlocal_correction(noised))",
-        "noised.plus(public.nonlocal_correction(noised))",
+        "noised = noised.plus(public.nonlocal_correction(",
+        "noised.plus(public.nonlocal_correction(",
         _selected(_ORACLE, "local_and_nonlocal"),
     ),
     Mutant(

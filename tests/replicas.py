@@ -60,7 +60,7 @@ def trained(replicas: int, statistics: str, reduction: str | None = None) -> tup
         loss = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, **{"reduction": reduction} if reduction else {}
         )
-        helpers.compiled(model, loss, optimizer, correction="full", metrics=["accuracy"])
+        helpers.compiled(model, loss, optimizer, correction="adaptive", metrics=["accuracy"])
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         variable.assign(0.4 * rng.normal(size=variable.shape))
@@ -70,7 +70,7 @@ def trained(replicas: int, statistics: str, reduction: str | None = None) -> tup
 
 
 def values(model: Any) -> np.ndarray:
-    return helpers.flat([*model.get_weights(), *model._books._input_means.values()])
+    return helpers.flat([*model.get_weights(), *model._books._released_means.values()])
 
 
 def spread_over_replicas(model: Any, strategy: tf.distribute.Strategy) -> float:

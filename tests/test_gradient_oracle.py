@@ -8,6 +8,7 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import keras, raw
 from tf_dpbn._public_pass import PublicForward
+from tf_dpbn.mechanisms import NoisedGradients
 
 layers = keras.layers
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -89,12 +90,12 @@ NETS["assorted"] = (assorted, (8, 8, 2))
 NETS["shortcut"] = (shortcut, (7, 8, 2))
 
 
-@pytest.mark.parametrize("net", list(NETS))
-def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net):
+@pytest.mark.parametrize("net, correction", [*((net, "full") for net in NETS), ("three", "adaptive")])
+def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net, correction):
     build, shape = NETS[net]
     stock, ours = pair_of_models(build)
     x, y = helpers.images(16, shape)
-    found = our_gradient(ours, x, y, "full")
+    found = our_gradient(ours, x, y, correction)
     assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
 
 
@@ -126,6 +127,40 @@ def test_local_falls_back_to_the_nonlocal_term_where_no_kernel_layer_feeds_a_nor
     assert with_fallback < 0.5 * frozen
 
 
+def nonlocal_terms(stddev, steps):
+    """What "adaptive" and "full" add after each of some steps, the noised gradients being ones plus such noise."""
+    model = helpers.bn_stack(3, tf_dpbn.DPBatchNormalization, model=tf_dpbn.DPModel)
+    helpers.randomize(model)
+    helpers.compiled(model)
+    x, rng = helpers.images(16)[0], np.random.default_rng(0)
+    books, variables = model._books, [raw(v) for v in model.trainable_variables]
+
+    @tf.function(autograph=False)
+    def terms(*gradients):
+        found = [PublicForward(model, x, kind, books.released_mean) for kind in ("adaptive", "full")]
+        noised = NoisedGradients(gradients)
+        return [[t for t in public.nonlocal_correction(noised, stddev) if t is not None] for public in found]
+
+    for _ in range(steps):
+        released = [np.float32(1.0 + stddev * rng.normal(size=v.shape)) for v in variables]
+        yield [np.concatenate([np.ravel(t) for t in each]) for each in terms(*map(tf.constant, released))]
+
+
+def test_adaptive_correction_is_the_full_one_where_the_gradient_is_no_noise():
+    for adaptive, full in nonlocal_terms(stddev=0.01, steps=3):
+        assert helpers.relative_error([adaptive], [full]) < 0.01
+
+
+def test_adaptive_correction_vanishes_where_the_gradient_is_noise():
+    shares = [np.linalg.norm(adaptive) / np.linalg.norm(full) for adaptive, full in nonlocal_terms(100.0, steps=40)]
+    assert np.mean(shares) < 0.5
+
+
+def test_adaptive_correction_finds_a_signal_that_single_steps_hide():
+    shares = [np.linalg.norm(adaptive) / np.linalg.norm(full) for adaptive, full in nonlocal_terms(1.0, steps=40)]
+    assert np.mean(shares[20:]) > 0.8  # |signal| = |noise| in one step, and 19 times less noise in the average
+
+
 def test_bias_in_front_of_a_normalization_has_no_gradient():
     _, ours = pair_of_models(stack(1))
     x, y = helpers.images(16)
@@ -153,7 +188,7 @@ def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
 
     @tf.function(autograph=False)
     def trace(x):
-        found.extend(PublicForward(model, x, "local", model._books.input_mean).local_terms)
+        found.extend(PublicForward(model, x, "local", model._books.released_mean).local_terms)
 
     trace.get_concrete_function(tf.TensorSpec((4, *shape)))
     assert sum(bool(terms) for terms in found) == number

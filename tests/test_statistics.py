@@ -194,3 +194,30 @@ def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
     n = shape[0] * shape[1]
     np.testing.assert_allclose(full, frozen + c_mu / n + 2.0 * c_v * (z - mean) / n, rtol=1e-9, atol=1e-9)
     assert np.abs(full - frozen).max() > 0.1
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3, 3.0])
+def test_share_of_signal_knows_how_much_noise_an_average_holds(signal):
+    rng = np.random.default_rng(0)
+    runs, size, decay, stddev = 2000, 12, 0.8, 0.7
+    total, weight = np.zeros((runs, size)), 0.0
+    for steps in range(1, 9):
+        vectors = signal + stddev * rng.normal(size=(runs, size))
+        total, weight = decay * total + (1 - decay) * vectors, decay * weight + (1 - decay)
+        squared = np.sum(np.square(total), 1)
+        found = [
+            float(
+                statistics.share_of_signal(tf.constant(t, tf.float32), tf.constant(weight, tf.float32), decay, stddev)
+            )
+            for t in total[:50]
+        ]
+        noise = np.mean(squared) - size * (signal * weight) ** 2
+        np.testing.assert_allclose(found, np.maximum(0.0, 1.0 - noise / squared[:50]), atol=0.1, err_msg=str(steps))
+    mean = np.mean(found)
+    assert {0.0: mean < 0.25, 0.3: 0.25 < mean < 0.9, 3.0: mean > 0.95}[signal]
+
+
+def test_share_of_signal_is_one_without_noise_and_defined_without_signal():
+    assert float(statistics.share_of_signal(tf.constant([0.1, 0.0]), tf.constant(0.1), 0.9, 0.0)) == 1.0
+    assert float(statistics.share_of_signal(tf.zeros([2]), tf.constant(0.1), 0.9, 0.0)) == 1.0
+    assert np.isfinite(float(statistics.share_of_signal(tf.zeros([2]), tf.constant(0.1), 0.9, 1.0)))

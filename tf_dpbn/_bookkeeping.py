@@ -45,8 +45,8 @@ class Books(tf.train.experimental.PythonState):
         self._closed = Ledger()
         self._steps_at_opening = 0
         self._releases = 0
-        self._input_means: dict[str, tf.Variable] = {}
-        self._saved_input_means: dict[str, list[float]] = {}
+        self._released_means: dict[str, tf.Variable] = {}
+        self._saved_means: dict[str, list[float]] = {}
         with tf.init_scope():
             self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
@@ -89,20 +89,20 @@ class Books(tf.train.experimental.PythonState):
             multipliers = optimizer.noise_multipliers(number)
             self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
 
-    def input_mean(self, call: str, size: int) -> tf.Variable:
-        """The released mean, by channel, of what the kernel layer before a normalization call is fed with."""
-        variable = self._input_means.get(call)
+    def released_mean(self, name: str, size: int) -> tf.Variable:
+        """A float32 variable of this name and size, first zero, for a mean of released values; saved with the model."""
+        variable = self._released_means.get(name)
         if variable is None or variable.shape[0] != size:
-            value = self._saved_input_means.get(call, [])
+            value = self._saved_means.get(name, [])
             with tf.init_scope():
                 variable = tf.Variable(
                     value if len(value) == size else [0.0] * size,
                     dtype=tf.float32,
                     trainable=False,
-                    name="input_mean",
+                    name="released_mean",
                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
                 )
-            self._input_means[call] = variable
+            self._released_means[name] = variable
         return variable
 
     def ledger(self) -> Ledger:
@@ -119,7 +119,7 @@ class Books(tf.train.experimental.PythonState):
         for record in other.ledger().entries:
             ledger.record(record)
         self._close(ledger)
-        self._saved_input_means.update(json.loads(other.serialize())["input_means"])
+        self._saved_means.update(json.loads(other.serialize())["input_means"])
 
     def _close(self, ledger: Ledger) -> None:
         self._closed, self._steps_at_opening = ledger, count_of(self.steps)
@@ -127,7 +127,7 @@ class Books(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """The ledger, and released means, as text; tf.train.Checkpoint calls this too."""
-        means = {**self._saved_input_means, **{k: v.numpy().tolist() for k, v in self._input_means.items()}}
+        means = {**self._saved_means, **{k: v.numpy().tolist() for k, v in self._released_means.items()}}
         return json.dumps({"run": self._run, "ledger": self.ledger().to_json(), "input_means": means})
 
     def deserialize(self, text: str | bytes) -> None:
@@ -136,9 +136,9 @@ class Books(tf.train.experimental.PythonState):
         A saved state of the same run replaces this one only if it is longer; steps of another run are added.
         """
         saved = json.loads(text)
-        self._saved_input_means = saved.get("input_means", {})
-        for call, variable in self._input_means.items():
-            value = self._saved_input_means.get(call, [])
+        self._saved_means = saved.get("input_means", {})
+        for name, variable in self._released_means.items():
+            value = self._saved_means.get(name, [])
             variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
         theirs, ours = Ledger.from_json(saved["ledger"]), self.ledger()
         if ours.steps and saved["run"] != self._run:

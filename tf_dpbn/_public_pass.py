@@ -16,7 +16,9 @@ from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_mean
 from tf_dpbn.layers import GivenStatistics, NormalizationCall, PublicPass
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 
-CORRECTIONS = ("local", "full", "none")
+CORRECTIONS = ("local", "adaptive", "full", "none")
+# Of the average by which the adaptive correction tells signal from noise: that of about the last twenty steps.
+_DECAY = 0.9
 
 
 class PublicForward:
@@ -28,10 +30,11 @@ class PublicForward:
     Args:
       model: the model.
       public_batch: nest of tensors [public examples, ...]; any single example where all statistics are noised ones.
-      input_mean: (name of a call, size) -> variable with the released mean of what feeds its kernel layer.
+      released_mean: (name, size) -> variable that keeps a mean of released values from step to step.
       correction: which part of the gradient through the statistics to restore:
         "local": section 3a for calls that one kernel layer feeds, section 3b for the others.
         "full": 3a where possible, and 3b for every call.
+        "adaptive": as "full", but section 3b only as far as what it starts from is more than noise.
         "none": statistics are constants; training suffers badly, for studies only.
 
     Attributes:
@@ -44,8 +47,9 @@ class PublicForward:
     """
 
     def __init__(
-        self, model: Any, public_batch: Any, correction: str, input_mean: Callable[[str, int], tf.Variable]
+        self, model: Any, public_batch: Any, correction: str, released_mean: Callable[[str, int], tf.Variable]
     ) -> None:
+        self._adaptive, self._released_mean = correction == "adaptive", released_mean
         self._variables = [raw(variable) for variable in model.trainable_variables]
         inputs = tf.nest.map_structure(tf.identity, public_batch)
         with tf.GradientTape(watch_accessed_variables=False) as self._tape, PublicPass() as scope:
@@ -58,7 +62,7 @@ class PublicForward:
         self._input_means: dict[int, tf.Variable] = {}
         if correction != "none":
             flat = tf.nest.flatten(inputs)
-            self._input_means = self._create_input_means(flat, input_mean)
+            self._input_means = self._create_input_means(flat)
             known = {k: variable.read_value() for k, variable in self._input_means.items()}
             means = [known.get(k) for k in range(len(self.calls))]
             self.local_terms = find_local_terms(self.calls, flat, self._variables, means)
@@ -66,13 +70,12 @@ class PublicForward:
         self._releasing = [k for k, call in enumerate(self.calls) if call.layer.releases]
         self.releases = tuple(self._release(k) for k in self._releasing)
 
-    def _create_input_means(
-        self, inputs: Sequence[tf.Tensor], input_mean: Callable[[str, int], tf.Variable]
-    ) -> dict[int, tf.Variable]:
+    def _create_input_means(self, inputs: Sequence[tf.Tensor]) -> dict[int, tf.Variable]:
+        """For each noised call whose kernel layer was found, the released mean of what that layer is fed with."""
         noised = [k for k, call in enumerate(self.calls) if call.layer.statistics == "noised"]
         means = input_means([(self.calls[k].inputs, self.calls[k]) for k in noised], inputs, self._variables)
         sizes = {k: mean.shape[0] for k, mean in zip(noised, means, strict=True) if mean is not None}
-        return {k: input_mean(self._name_of_call(k), size) for k, size in sizes.items()}
+        return {k: self._released_mean(self._name_of_call(k), size) for k, size in sizes.items()}
 
     def _name_of_call(self, k: int) -> str:
         layer = self.calls[k].layer
@@ -139,13 +142,14 @@ class PublicForward:
             found.append((call.layer.name, kinds[bool(self.local_terms[k]), k in self._nonlocal_calls]))
         return found
 
-    def nonlocal_correction(self, noised: NoisedGradients) -> list[tf.Tensor | None]:
+    def nonlocal_correction(self, noised: NoisedGradients, stddev: float) -> list[tf.Tensor | None]:
         """The gradient that flows through the statistics into all earlier layers (section 3b).
 
         Post-processing: it uses the noised gradients of scale and offset, the weights and the public batch.
 
         Args:
           noised: the released gradients of all trainable variables.
+          stddev: of the noise in each of their entries.
 
         Returns:
           For each trainable variable the term to add, or None.
@@ -163,6 +167,9 @@ class PublicForward:
             gamma, d_gamma, d_beta, variance = (
                 tf.reshape(each, [-1]) for each in (raw(layer.gamma), d_gamma, d_beta, call.variance)
             )
+            if self._adaptive:
+                share = self._share_of_signal(k, tf.concat([d_gamma, d_beta], 0), stddev)
+                d_gamma, d_beta = share * d_gamma, share * d_beta
             c = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
             counted += [(term.index, term.pull_back(*c)) for term in self.local_terms[k]]  # before clipping
             targets += [call.public_mean, call.public_variance]
@@ -172,6 +179,14 @@ class PublicForward:
         for i, term in counted:
             terms[i] = terms[i] - term
         return [None if term is None else tf.convert_to_tensor(term) for term in terms]
+
+    def _share_of_signal(self, k: int, released: tf.Tensor, stddev: float) -> tf.Tensor:
+        """How much of a call's released gradient of scale and offset is signal, over the last steps."""
+        size = released.shape[0]
+        kept = self._released_mean(f"{self._name_of_call(k)}:gradient", size + 1)  # the last entry sums the weights
+        total = _DECAY * kept.read_value() + (1.0 - _DECAY) * tf.concat([released, [1.0]], 0)
+        kept.assign(total)
+        return statistics.share_of_signal(total[:size], total[size], _DECAY, stddev)
 
     def update_statistics(self, released: Sequence[tf.Tensor]) -> None:
         """Takes over releases, and sets the moving statistics of layers with a public part to those of this pass.

@@ -103,7 +103,9 @@ class DPModel(BookkeepingModel):
           *args, **kwargs: loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile as
             in Keras. jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
           correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md,
-            3b where 3a does not apply), "full" (3a and 3b) or "none" (statistics as constants; for studies).
+            3b where 3a does not apply), "adaptive" (3a, and 3b as far as it is more than noise: deep networks train
+            better, and a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for
+            studies).
           engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.registry`. All give the same result.
           microbatch_size: how many examples are worked on at a time, within one step; bounds memory and does not change
             the result. None chooses.
@@ -204,7 +206,7 @@ class DPModel(BookkeepingModel):
         with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
             noised, *residuals = optimizer.privatize_all(clipped)  # the privacy boundary
         if public is not None:
-            noised = noised.plus(public.nonlocal_correction(noised))
+            noised = noised.plus(public.nonlocal_correction(noised, optimizer.gradient_stddev(len(residuals))))
         noised = noised.plus(penalty_gradients)
         with tf.control_dependencies(noised.tensors):  # no variable changes while another's update still reads it
             optimizer.apply_gradients(noised, self.trainable_variables)
@@ -229,7 +231,7 @@ class DPModel(BookkeepingModel):
             public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
             if structure.needs_public_batch:
                 public_batch = self._require_public_batch()
-            return PublicForward(self, public_batch, self._dp_options["correction"], self._books.input_mean)
+            return PublicForward(self, public_batch, self._dp_options["correction"], self._books.released_mean)
         if structure.has_state:
             # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
@@ -246,7 +248,7 @@ class DPModel(BookkeepingModel):
         batch, found = self._require_public_batch(), []
 
         def trace() -> None:
-            public = PublicForward(self, batch, self._dp_options["correction"], self._books.input_mean)
+            public = PublicForward(self, batch, self._dp_options["correction"], self._books.released_mean)
             found.extend(public.corrections())
 
         tf.function(trace, autograph=False).get_concrete_function()

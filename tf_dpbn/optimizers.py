@@ -175,6 +175,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
         return split_noise_multiplier(self.noise_multiplier, self.statistics_fraction, statistic_releases)
 
+    def gradient_stddev(self, statistic_releases: int) -> float:
+        """Standard deviation of the noise in each entry of a step's released mean gradient."""
+        return self.noise_multipliers(statistic_releases)[0] * self.l2_norm_clip / self.expected_batch_size
+
     @property
     def sampling_probability(self) -> float | None:
         """expected_batch_size / num_examples, or None if num_examples was not given."""
