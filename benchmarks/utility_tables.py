@@ -29,6 +29,7 @@ _DEEP = {"public": "dead_leaves", "epochs": 2}
 _DEEP_TUNING_EPOCHS = 1
 _BATCH = {
     "batch, public": {"statistics": "public"},
+    "batch, public, adaptive": {"statistics": "public", "correction": "adaptive"},
     "batch, anchored": {"statistics": "anchored"},
     "batch, noised": {"statistics": "noised"},
 }
@@ -90,6 +91,7 @@ def _by_depth() -> Iterator[Row]:
         "group": _BASELINES["group"],
         "batch, public, 3a": _BATCH["batch, public"],
         "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
+        "batch, public, adaptive": {**_BATCH["batch, public"], "correction": "adaptive"},
     }
     for depth in _DEPTHS:
         for name, kind in kinds.items():
@@ -103,7 +105,7 @@ def _deep_row(depth: int, name: str, **fields: object) -> Row:
 
 def _ablation() -> Iterator[Row]:
     for mode in ("public", "anchored"):
-        for correction in ("none", "local", "full"):
+        for correction in ("none", "local", "adaptive", "full"):
             yield _row("correction", f"{mode}, {correction}", _GRID, statistics=mode, correction=correction)
     for correction in ("none", "local"):
         yield _row("correction", f"noised, {correction}", _GRID, statistics="noised", correction=correction)
