@@ -322,17 +322,47 @@ def several_outputs():
     return tf_dpbn.DPModel(x, {"a": layers.Dense(CLASSES, name="a")(x), "b": layers.Dense(CLASSES, name="b")(x)})
 
 
+@pytest.mark.parametrize("correction", ["local", "adaptive"])
 @pytest.mark.parametrize("build", [functional, lambda: tf_dpbn.DPSequential([keras.Input((5,)), *stack()])])
-def test_metrics_by_name_do_not_have_a_step_traced_twice(build, monkeypatch):
-    assert traces_of(compiled(build(), {"metrics": ["accuracy"]}), draws(), monkeypatch) == 1
+def test_a_step_is_traced_once_with_metrics_by_name(build, correction, monkeypatch):
+    model = compiled(build(), {"metrics": ["accuracy"], "correction": correction})
+    assert traces_of(model, draws(), monkeypatch) == 1
 
 
-def test_losses_and_metrics_of_several_outputs_do_not_have_a_step_traced_twice(monkeypatch):
-    x, y = vectors()
-    targets = {"a": y, "b": y}
-    batches = poisson_dataset(x, targets, expected_batch_size=EXPECTED, max_batch_size=8, steps_per_epoch=2, seed=1)
+def test_a_step_of_several_outputs_is_traced_once(monkeypatch):
     model = compiled(several_outputs(), {"metrics": {"a": ["accuracy"], "b": ["accuracy"]}})
-    assert traces_of(model, batches, monkeypatch) == 1
+    assert traces_of(model, draws_for({"a": vectors()[1], "b": vectors()[1]}), monkeypatch) == 1
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 wants targets in the structure of the outputs")
+@pytest.mark.parametrize("outputs", ["ab", "a"])
+@pytest.mark.parametrize("metrics", [None, {"a": ["accuracy"]}])
+def test_targets_by_the_name_of_outputs_train(outputs, metrics):
+    """As tf_keras allows; outputs are a list, or a single one."""
+    x = keras.Input((5,))
+    tensors = [layers.Dense(CLASSES, name=name)(x) for name in outputs]
+    model = tf_dpbn.DPModel(x, tensors if len(tensors) > 1 else tensors[0])
+    loss = {name: keras.losses.SparseCategoricalCrossentropy(from_logits=True) for name in outputs}
+    helpers.compiled(model, loss, helpers.dp_optimizer(expected_batch_size=EXPECTED), metrics=metrics)
+    assert np.isfinite(model.fit(draws_for({name: vectors()[1] for name in outputs}), verbose=0).history["loss"][0])
+
+
+def test_layers_of_one_name_keep_averages_of_their_own():
+    def block(width):
+        inputs = keras.Input((5,))
+        x = layers.Activation("tanh")(tf_dpbn.DPBatchNormalization(name="bn")(dense(width, 1)(inputs)))
+        return keras.Model(inputs, dense(5, 2)(x))
+
+    inputs = keras.Input((5,))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(block(6)(block(4)(inputs))))
+    compiled(model, {"correction": "adaptive"}).set_public_batch(PUBLIC)
+    model.fit(draws(), verbose=0)
+    assert sorted(mean.shape[0] for mean in model._books._released_means.values()) == [2 * 4 + 1, 2 * 6 + 1]
+
+
+def draws_for(targets):
+    x, _ = vectors()
+    return poisson_dataset(x, targets, expected_batch_size=EXPECTED, max_batch_size=8, steps_per_epoch=2, seed=1)
 
 
 def traces_of(model, batches, monkeypatch):

@@ -299,8 +299,12 @@ def build_compiled(model: Any, y: Any) -> None:
     y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, outputs))
     build_compiled_loss(model, y, y_pred)
     container = model._compile_metrics if IS_KERAS_3 else model.compiled_metrics
-    if container is not None and not container.built:
-        container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred, y)
+    if container is None or container.built:
+        return
+    if IS_KERAS_3:
+        container.build(y, y_pred)
+    else:
+        container.build(y_pred, container._conform_to_outputs(y_pred, y))  # as its update_state does
 
 
 def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None) -> None:

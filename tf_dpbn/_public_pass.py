@@ -10,14 +10,14 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import statistics
-from tf_dpbn._keras import call_model, raw
+from tf_dpbn._keras import call_model, flatten_layers, raw
 from tf_dpbn.clipping import StatisticsRelease
 from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
-from tf_dpbn.layers import GivenStatistics, NormalizationCall, PublicPass
+from tf_dpbn.layers import DPBatchNormalization, GivenStatistics, NormalizationCall, PublicPass
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 
 CORRECTIONS = ("local", "adaptive", "full", "none")
-# Of the average by which the adaptive correction tells signal from noise: that of about the last twenty steps.
+# Of the average by which the adaptive correction tells signal from noise: about the last twenty steps.
 _DECAY = 0.9
 
 
@@ -50,6 +50,7 @@ class PublicForward:
         self, model: Any, public_batch: Any, correction: str, released_mean: Callable[[str, int], tf.Variable]
     ) -> None:
         self._adaptive, self._released_mean = correction == "adaptive", released_mean
+        self._names = names_of_normalizations(model)
         self._variables = [raw(variable) for variable in model.trainable_variables]
         inputs = tf.nest.map_structure(tf.identity, public_batch)
         with tf.GradientTape(watch_accessed_variables=False) as self._tape, PublicPass() as scope:
@@ -80,7 +81,10 @@ class PublicForward:
     def _name_of_call(self, k: int) -> str:
         layer = self.calls[k].layer
         earlier = sum(call.layer is layer for call in self.calls[:k])
-        return f"{getattr(layer, 'path', layer.name)}:{earlier}"
+        return f"{self._name_of_layer(layer)}:{earlier}"
+
+    def _name_of_layer(self, layer: Any) -> str:
+        return self._names.get(id(layer), layer.name)  # Keras may not know a layer that a `call` keeps to itself
 
     def _release(self, k: int) -> StatisticsRelease:
         size = 2 * (self.calls[k].mean.shape.num_elements() or 0)
@@ -167,7 +171,7 @@ class PublicForward:
             gamma, d_gamma, d_beta, variance = (
                 tf.reshape(each, [-1]) for each in (raw(layer.gamma), d_gamma, d_beta, call.variance)
             )
-            if self._adaptive:
+            if self._adaptive and self.local_terms[k]:  # without 3a it is all the gradient there is
                 share = self._share_of_signal(k, tf.concat([d_gamma, d_beta], 0), stddev)
                 d_gamma, d_beta = share * d_gamma, share * d_beta
             c = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
@@ -182,11 +186,12 @@ class PublicForward:
 
     def _share_of_signal(self, k: int, released: tf.Tensor, stddev: float) -> tf.Tensor:
         """How much of a call's released gradient of scale and offset is signal, over the last steps."""
-        size = released.shape[0]
-        kept = self._released_mean(f"{self._name_of_call(k)}:gradient", size + 1)  # the last entry sums the weights
-        total = _DECAY * kept.read_value() + (1.0 - _DECAY) * tf.concat([released, [1.0]], 0)
-        kept.assign(total)
-        return statistics.share_of_signal(total[:size], total[size], _DECAY, stddev)
+        kept = self._released_mean(*_average(self._name_of_layer(self.calls[k].layer), self.calls[k].layer))
+        average, variance = kept[:-1], kept[-1]
+        average = _DECAY * average + (1.0 - _DECAY) * tf.cast(released, tf.float32)
+        variance = _DECAY**2 * variance + (1.0 - _DECAY) ** 2 * stddev**2
+        kept.assign(tf.concat([average, variance[None]], 0))
+        return tf.cast(statistics.share_of_signal(average, variance), released.dtype)
 
     def update_statistics(self, released: Sequence[tf.Tensor]) -> None:
         """Takes over releases, and sets the moving statistics of layers with a public part to those of this pass.
@@ -209,6 +214,27 @@ class PublicForward:
                     self._input_means[k].assign(mean + rate * scale * released[position][size:])
             residual = tf.add_n([released[position][:size] for position in positions]) / len(positions)
             first.layer.update_statistics(first, residual, len(self.calls))
+
+
+def names_of_normalizations(model: Any) -> dict[int, str]:
+    """By id of each DPBatchNormalization a name that no other one has; layers of submodels may share theirs."""
+    found = [layer for layer in flatten_layers(model) if isinstance(layer, DPBatchNormalization)]
+    return {id(layer): f"{k}:{getattr(layer, 'path', layer.name)}" for k, layer in enumerate(found)}
+
+
+def create_averages(model: Any, correction: str, released_mean: Callable[[str, int], tf.Variable]) -> None:
+    """Creates what the adaptive correction keeps: a step that creates variables is traced twice."""
+    if correction != "adaptive":
+        return
+    names = names_of_normalizations(model)
+    for layer in flatten_layers(model):
+        if id(layer) in names and layer.built and layer.center and layer.scale and layer.statistics != "noised":
+            released_mean(*_average(names[id(layer)], layer))
+
+
+def _average(name: str, layer: Any) -> tuple[str, int]:
+    """Name and size of the average of a layer's released gradients, whose last entry is the variance of its noise."""
+    return f"{name}:gradient", 2 * math.prod(layer.gamma.shape) + 1
 
 
 def _clipped(vector: tf.Tensor, root_mean_square: float) -> tf.Tensor:

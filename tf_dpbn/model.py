@@ -36,7 +36,7 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_callback,
 )
-from tf_dpbn._public_pass import CORRECTIONS, PublicForward
+from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
@@ -407,6 +407,7 @@ class DPModel(BookkeepingModel):
         if self.built:  # created in the step they would have it traced twice
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
+                create_averages(self, self._dp_options["correction"], self._books.released_mean)
                 if source is not None:
                     build_compiled(self, x.element_spec[1])
         self._watch_statistics()

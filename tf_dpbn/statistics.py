@@ -115,29 +115,25 @@ def statistics_cotangents(
     return -gamma * r * d_beta, -0.5 * gamma * tf.square(r) * d_gamma
 
 
-def share_of_signal(total: tf.Tensor, weight: tf.Tensor, decay: float, stddev: float) -> tf.Tensor:
-    """By how much to scale noised vectors so that what follows from them is wrong by as little as possible.
+def share_of_signal(average: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
+    """By how much to scale a noised vector so that what follows from it linearly is wrong by as little as possible.
 
-        share = max(0, 1 - E|noise|^2 / |average|^2)
-
-    of an exponential average of them: positive-part shrinkage. Noise that the following steps average out again is not
-    held against the vectors, which is why it looks at an average and not at one of them. Without noise it is 1.
+        share = max(0, 1 - size * variance / |average|^2)        (positive-part shrinkage)
 
     Args:
-      total: [size], exponentially weighted sum of noised vectors: total <- decay * total + (1 - decay) * vector.
-      weight: scalar, the same sum of ones: 1 - decay^steps.
-      decay: in [0, 1).
-      stddev: of the noise in each entry of a vector.
+      average: [size], a noised vector, or a weighted sum of several where the noise of one is averaged out later.
+      variance: scalar, that of the noise in each entry of `average`.
 
-    Source: James and Stein, "Estimation with Quadratic Loss", 1961; with as many degrees of freedom as entries.
+    Returns:
+      A scalar in [0, 1]; 1 without noise.
 
-    >>> round(float(share_of_signal(tf.constant([2.0, 0.0]), tf.constant(1.0), 0.0, 1.0)), 4)
+    Source: James and Stein, "Estimation with Quadratic Loss", 1961; with `size` for their size - 2.
+
+    >>> round(float(share_of_signal(tf.constant([2.0, 0.0]), tf.constant(1.0))), 4)
     0.5
     """
-    # The variances of its terms, (1 - decay)^2 (1 + decay^2 + ...), add up to this much of one vector's.
-    remaining = (1.0 - decay) / (1.0 + decay) * weight * (2.0 - weight)
-    noise = tf.cast(tf.size(total), total.dtype) * remaining * stddev**2
-    return tf.maximum(0.0, 1.0 - tf.math.divide_no_nan(noise, tf.reduce_sum(tf.square(total))))
+    noise = tf.cast(tf.size(average), average.dtype) * variance
+    return tf.maximum(0.0, 1.0 - tf.math.divide_no_nan(noise, tf.reduce_sum(tf.square(average))))
 
 
 # A release never shrinks a variance to less than this part of it: noise must not make one vanish.
