@@ -91,7 +91,7 @@ def _by_depth() -> Iterator[Row]:
         "group": _BASELINES["group"],
         "batch, public, 3a": _BATCH["batch, public"],
         "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
-        "batch, public, adaptive": {**_BATCH["batch, public"], "correction": "adaptive"},
+        "batch, public, adaptive": _BATCH["batch, public, adaptive"],
     }
     for depth in _DEPTHS:
         for name, kind in kinds.items():
