@@ -27,6 +27,11 @@ _BASELINES = {
 # take long, so that they are trained shortly, and their grids more shortly still.
 _DEEP = {"public": "dead_leaves", "epochs": 2}
 _DEEP_TUNING_EPOCHS = 1
+# The deepest take longest: of the grid two points, each of which was the best of some rows at 8 and 12 convolutions,
+# and of the modes of batch normalization the best there.
+_DEEPEST = 16
+_DEEPEST_GRID = ({"learning_rate": 0.5, "l2_norm_clip": 3.0}, {"learning_rate": 1.0, "l2_norm_clip": 1.0})
+_BEST_IN_DEPTH = ("none", "group", "batch, public, 3a and 3b")
 _BATCH = {
     "batch, public": {"statistics": "public"},
     "batch, public, adaptive": {"statistics": "public", "correction": "adaptive"},
@@ -94,13 +99,16 @@ def _by_depth() -> Iterator[Row]:
         "batch, public, adaptive": _BATCH["batch, public, adaptive"],
     }
     for depth in _DEPTHS:
-        for name, kind in kinds.items():
-            yield _deep_row(depth, name, **kind)
+        for name in kinds if depth < _DEEPEST else _BEST_IN_DEPTH:
+            yield _deep_row(f"{depth} convolutions", depth, name, **kinds[name])
+        if depth == 8:  # more steps tell more here
+            for name in _BEST_IN_DEPTH:
+                yield _deep_row(f"{depth} convolutions, 4 epochs", depth, name, epochs=4, **kinds[name])
 
 
-def _deep_row(depth: int, name: str, **fields: object) -> Row:
-    fields = {**_DEEP, **fields}
-    return _row(f"{depth} convolutions", name, _DEEP_GRID, _DEEP_TUNING_EPOCHS, net=f"deep{depth}", **fields)
+def _deep_row(group: str, depth: int, name: str, **fields: object) -> Row:
+    grid = _DEEP_GRID if depth < _DEEPEST else _DEEPEST_GRID
+    return _row(group, name, grid, _DEEP_TUNING_EPOCHS, **{"net": f"deep{depth}", **_DEEP, **fields})
 
 
 def _ablation() -> Iterator[Row]:

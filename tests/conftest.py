@@ -6,6 +6,8 @@ import os
 
 # Before TensorFlow is imported: it reports its CPU features on every start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# On by default on some CPUs only; tests see the same kernels on all of them.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 import pytest  # noqa: E402
 

@@ -385,12 +385,52 @@ MULTI_REPLICA = """
 """
 
 
-def test_refuses_replicas_without_mirrored_variables():
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(MULTI_REPLICA)]
+def run_program(source, **environment):
+    """What a program prints that runs in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    command = [sys.executable, "-c", textwrap.dedent(source)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "refused: DPModel trains under MirroredStrategy" in done.stdout, done.stdout + done.stderr[-3000:]
-    assert "Received: CentralStorageStrategy" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_refuses_replicas_without_mirrored_variables():
+    printed = run_program(MULTI_REPLICA, CUDA_VISIBLE_DEVICES="-1")
+    assert "refused: DPModel trains under MirroredStrategy" in printed
+    assert "Received: CentralStorageStrategy" in printed
+
+
+GROUPED = """
+    import numpy as np
+    import tensorflow as tf
+
+    import tf_dpbn
+    from tf_dpbn.sampling import poisson_dataset
+
+    keras = tf.keras
+    inputs = keras.Input((6, 6, 4))
+    x = keras.layers.Conv2D(4, 3, padding="same")(inputs)
+    x = keras.layers.Conv2D(6, 3, groups=2, strides=2, padding="same", name="grouped")(x)
+    model = tf_dpbn.DPModel(inputs, keras.layers.GlobalAveragePooling2D()(x))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    try:
+        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss)
+    except NotImplementedError as error:
+        print("refused:", error)
+    model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss, jit_compile=True)
+    data = np.ones((8, 6, 6, 4), "float32"), np.zeros(8, "int64")
+    history = model.fit(poisson_dataset(*data, expected_batch_size=8, max_batch_size=8), verbose=0).history
+    print("compiled:", np.isfinite(history["loss"][0]))
+"""
+
+
+@pytest.mark.parametrize("one_dnn", ["0", "1"])
+def test_grouped_convolutions_without_a_kernel_for_their_gradients(one_dnn):
+    environment = {"CUDA_VISIBLE_DEVICES": "-1", "TF_ENABLE_ONEDNN_OPTS": one_dnn}
+    printed = run_program(GROUPED, **environment)
+    assert "compiled: True" in printed
+    assert ("refused: TensorFlow has no kernel" in printed) == (one_dnn == "0")
+    assert ("layer 'grouped', groups=2" in printed) == (one_dnn == "0")
 
 
 def test_ids_outside_the_vocabulary_do_not_reach_another_example_under_xla():

@@ -31,6 +31,9 @@ from tf_dpbn.layers import DPBatchNormalization, PublicPass
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
 
+layers = tf.keras.layers
+_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
@@ -63,6 +66,44 @@ def check_layers(model: Any) -> None:
             )
         if getattr(layer, "activity_regularizer", None) is not None:
             _refuse_call_time_loss(layer)
+
+
+def check_grouped_convolutions(model: Any, compiled: bool) -> None:
+    """Refuses grouped convolutions where TensorFlow has no kernel for their gradients.
+
+    Stock Keras has these convolutions alone compiled by XLA, which vectorizing over examples undoes.
+
+    Args:
+      model: any Keras model.
+      compiled: whether XLA compiles the whole step.
+
+    Raises:
+      NotImplementedError: naming the layer.
+    """
+    layer = next((each for each in flatten_layers(model) if _is_grouped_convolution(each)), None)
+    if layer is not None and not compiled and not _has_grouped_gradients():
+        raise NotImplementedError(
+            f"TensorFlow has no kernel for the gradient of grouped convolutions on this CPU unless oneDNN is on. Set "
+            "TF_ENABLE_ONEDNN_OPTS=1 in the environment before TensorFlow is imported (which makes other convolutions "
+            f"faster, too), or pass jit_compile=True to compile. Received: layer {layer.name!r}, groups={layer.groups}"
+        )
+
+
+def _is_grouped_convolution(layer: Any) -> bool:
+    return isinstance(layer, _CONVOLUTIONS) and layer.groups > 1
+
+
+@functools.cache
+def _has_grouped_gradients() -> bool:
+    """Whether the device that TensorFlow prefers can differentiate a grouped convolution."""
+    image, kernel = tf.ones([1, 3, 3, 4]), tf.ones([1, 1, 2, 2])
+    with tf.GradientTape() as tape:
+        tape.watch((image, kernel))
+        result = tf.nn.conv2d(image, kernel, 1, "VALID")
+    try:
+        return tape.gradient(result, kernel) is not None
+    except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
+        return False
 
 
 _REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)

@@ -123,8 +123,8 @@ class DPModel(BookkeepingModel):
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
           ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
-          NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
-            replicas cannot combine with.
+          NotImplementedError: under a distribution strategy that does not mirror variables, for options that several
+            replicas cannot combine with, or for grouped convolutions where TensorFlow cannot differentiate them.
         """
         if not isinstance(optimizer, DPOptimizer):
             raise _validate.argument_error(
@@ -162,6 +162,7 @@ class DPModel(BookkeepingModel):
         super().compile(optimizer, loss, *args, **kwargs)
         self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
         _checks.check_layers(self)
+        _checks.check_grouped_convolutions(self, kwargs.get("jit_compile") is True)
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
 
