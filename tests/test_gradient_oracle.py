@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn._keras import keras, raw
+from tf_dpbn._keras import IS_KERAS_3, keras, raw
 from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.mechanisms import NoisedGradients
 
@@ -159,6 +159,18 @@ def test_adaptive_correction_vanishes_where_the_gradient_is_noise():
 def test_adaptive_correction_finds_a_signal_that_single_steps_hide():
     shares = [np.linalg.norm(adaptive) / np.linalg.norm(full) for adaptive, full in nonlocal_terms(1.0, steps=40)]
     assert np.mean(shares[20:]) > 0.8  # |signal| = |noise| in one step, and 19 times less noise in the average
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras freezes whole layers only")
+@pytest.mark.parametrize("correction", ["full", "adaptive"])
+def test_normalization_whose_scale_is_frozen_keeps_its_local_term(correction):
+    x, y = helpers.images(16)
+    stock, ours = pair_of_models(stack(1))
+    for model in (stock, ours):
+        next(layer for layer in model.layers if hasattr(layer, "gamma")).gamma.trainable = False
+    found = our_gradient(ours, x, y, correction)
+    assert len(found) == len(stock.trainable_variables) < len(stock.weights) - 2
+    assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
 
 
 def test_bias_in_front_of_a_normalization_has_no_gradient():

@@ -123,17 +123,20 @@ class PublicForward:
         if correction == "none":
             return []
         layers = [call.layer for call in self.calls]
+        trained = {id(variable) for variable in self._variables}
         chosen = []
         for k, layer in enumerate(layers):
             if correction == "local" and self.local_terms[k]:
                 continue
-            if layer.statistics != "noised" and layer.center and layer.scale and layers.count(layer) == 1:
+            both = layer.center and layer.scale and {id(raw(layer.gamma)), id(raw(layer.beta))} <= trained
+            if layer.statistics != "noised" and both and layers.count(layer) == 1:
                 chosen.append(k)
             elif not self.local_terms[k]:
                 warnings.warn(
                     f"DPBatchNormalization {layer.name!r} gets no gradient through its statistics: no single kernel "
                     "layer feeds it, and the non-local correction needs public statistics (statistics='public' or "
-                    "'anchored'), center=True, scale=True and one call of the layer a pass. It may train poorly.",
+                    "'anchored'), a scale and an offset that train, and one call of the layer a pass. It may train "
+                    "poorly.",
                     stacklevel=2,
                 )
         return chosen
