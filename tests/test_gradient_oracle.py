@@ -161,6 +161,20 @@ def test_adaptive_correction_finds_a_signal_that_single_steps_hide():
     assert np.mean(shares[20:]) > 0.8  # |signal| = |noise| in one step, and 19 times less noise in the average
 
 
+@pytest.mark.parametrize("correction", ["local", "full", "adaptive"])
+def test_double_precision_layers_among_single_precision_defaults(correction):
+    def build(normalization, model):
+        inputs = keras.Input((6, 6, 2), dtype="float64")
+        x = layers.Conv2D(4, 3, dtype="float64")(inputs)
+        x = layers.Activation("tanh", dtype="float64")(normalization(dtype="float64")(x))
+        return model(inputs, layers.Dense(3, dtype="float64")(layers.GlobalAveragePooling2D(dtype="float64")(x)))
+
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16)
+    found = our_gradient(ours, x.astype("float64"), y, correction)
+    assert helpers.relative_error(found, stock_gradient(stock, x.astype("float64"), y)) < 1e-4
+
+
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras freezes whole layers only")
 @pytest.mark.parametrize("correction", ["full", "adaptive"])
 def test_normalization_whose_scale_is_frozen_keeps_its_local_term(correction):

@@ -172,7 +172,8 @@ class PublicForward:
             d_gamma = noised.tensors[index[id(raw(layer.gamma))]]
             d_beta = noised.tensors[index[id(raw(layer.beta))]]
             gamma, d_gamma, d_beta, variance = (
-                tf.reshape(each, [-1]) for each in (raw(layer.gamma), d_gamma, d_beta, call.variance)
+                tf.cast(tf.reshape(each, [-1]), call.variance.dtype)
+                for each in (raw(layer.gamma), d_gamma, d_beta, call.variance)
             )
             if self._adaptive and self.local_terms[k]:  # without 3a it is all the gradient there is
                 share = self._share_of_signal(k, tf.concat([d_gamma, d_beta], 0), stddev)

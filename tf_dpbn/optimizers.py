@@ -215,7 +215,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if not isinstance(gradients, NoisedGradients):
             raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
         tensors = _of_first_replica(gradients.tensors)
-        return self.inner.apply_gradients(list(zip(tensors, variables, strict=True)))
+        pairs = [(tf.cast(t, v.dtype), v) for t, v in zip(tensors, variables, strict=True)]
+        return self.inner.apply_gradients(pairs)
 
     def is_built_in(self, strategy: tf.distribute.Strategy) -> bool:
         """Whether the optimizer belongs to `strategy`, so that its replicas draw the same noise."""
