@@ -329,6 +329,14 @@ def test_a_step_is_traced_once_with_metrics_by_name(build, correction, monkeypat
     assert traces_of(model, draws(), monkeypatch) == 1
 
 
+def test_a_step_with_noised_statistics_is_traced_once(monkeypatch):
+    inputs = keras.Input((5,))
+    x = tf_dpbn.DPBatchNormalization(statistics="noised")(layers.Dense(4)(inputs))
+    model = compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(x)), {"metrics": ["accuracy"]})
+    assert traces_of(model, draws(), monkeypatch) == 1
+    assert model._books.keeps_means
+
+
 def test_a_step_of_several_outputs_is_traced_once(monkeypatch):
     model = compiled(several_outputs(), {"metrics": {"a": ["accuracy"], "b": ["accuracy"]}})
     assert traces_of(model, draws_for({"a": vectors()[1], "b": vectors()[1]}), monkeypatch) == 1

@@ -105,6 +105,11 @@ class Books(tf.train.experimental.PythonState):
             self._released_means[name] = variable
         return variable
 
+    @property
+    def keeps_means(self) -> bool:
+        """Whether `released_mean` has created a variable."""
+        return bool(self._released_means)
+
     def ledger(self) -> Ledger:
         """Everything that ran, the open record included."""
         ledger = self._closed.copy()

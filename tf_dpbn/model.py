@@ -238,6 +238,17 @@ class DPModel(BookkeepingModel):
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
 
+    def _create_input_means(self, x: Any, y: Any) -> None:
+        """Creates what noised statistics keep of their kernel layers' inputs, which takes a trace to find.
+
+        Args:
+          x, y: specs of a batch.
+        """
+        noised = any(getattr(layer, "statistics", None) == "noised" for layer in flatten_layers(self))
+        if noised and not self._books.keeps_means and self.distribute_strategy.num_replicas_in_sync == 1:
+            trace = tf.function(lambda x, y: self._public_forward(Batch(x, y, None, None)) and None, autograph=False)
+            trace.get_concrete_function(x, y)
+
     def correction_report(self) -> list[tuple[str, str]]:
         """How the gradient flows through the statistics of each normalization; needs `compile` and a public batch.
 
@@ -411,6 +422,7 @@ class DPModel(BookkeepingModel):
                 create_averages(self, self._dp_options["correction"], self._books.released_mean)
                 if source is not None:
                     build_compiled(self, x.element_spec[1])
+                    self._create_input_means(*x.element_spec[:2])
         self._watch_statistics()
 
 
