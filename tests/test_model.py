@@ -342,11 +342,12 @@ def test_a_step_of_several_outputs_is_traced_once(monkeypatch):
     assert traces_of(model, draws_for({"a": vectors()[1], "b": vectors()[1]}), monkeypatch) == 1
 
 
-@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 wants targets in the structure of the outputs")
 @pytest.mark.parametrize("outputs", ["ab", "a"])
 @pytest.mark.parametrize("metrics", [None, {"a": ["accuracy"]}])
 def test_targets_by_the_name_of_outputs_train(outputs, metrics):
-    """As tf_keras allows; outputs are a list, or a single one."""
+    """As Keras allows; outputs are a list, or a single one, for which Keras 3 refuses names."""
+    if IS_KERAS_3 and outputs == "a":
+        pytest.skip("Keras 3 wants the target of a single output without a name")
     x = keras.Input((5,))
     tensors = [layers.Dense(CLASSES, name=name)(x) for name in outputs]
     model = tf_dpbn.DPModel(x, tensors if len(tensors) > 1 else tensors[0])

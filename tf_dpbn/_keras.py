@@ -195,7 +195,16 @@ def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
     if not container.built:
         with tf.init_scope():
-            container.build(y, y_pred) if IS_KERAS_3 else container.build(y_pred)
+            container.build(_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else container.build(
+                y_pred
+            )
+
+
+def _in_order_of_outputs(container: Any, y: Any, y_pred: Any) -> Any:
+    """Targets by the name of outputs as a list where the outputs are one, as a loss of Keras 3 does when called."""
+    if isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(container.output_names or ()) == set(y):
+        return [y[name] for name in container.output_names]
+    return y
 
 
 def compiled_data_loss(
