@@ -194,10 +194,9 @@ def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
     container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
     if not container.built:
+        known = (_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else (y_pred,)
         with tf.init_scope():
-            container.build(_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else container.build(
-                y_pred
-            )
+            container.build(*known)
 
 
 def _in_order_of_outputs(container: Any, y: Any, y_pred: Any) -> Any:
