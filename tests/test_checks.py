@@ -408,29 +408,57 @@ GROUPED = """
     from tf_dpbn.sampling import poisson_dataset
 
     keras = tf.keras
-    inputs = keras.Input((6, 6, 4))
-    x = keras.layers.Conv2D(4, 3, padding="same")(inputs)
-    x = keras.layers.Conv2D(6, 3, groups=2, strides=2, padding="same", name="grouped")(x)
-    model = tf_dpbn.DPModel(inputs, keras.layers.GlobalAveragePooling2D()(x))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    try:
-        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss)
-    except NotImplementedError as error:
-        print("refused:", error)
-    model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss, jit_compile=True)
-    data = np.ones((8, 6, 6, 4), "float32"), np.zeros(8, "int64")
-    history = model.fit(poisson_dataset(*data, expected_batch_size=8, max_batch_size=8), verbose=0).history
-    print("compiled:", np.isfinite(history["loss"][0]))
+
+    def train(rank, frozen=False, **options):
+        kind = getattr(keras.layers, f"Conv{rank}D")
+        inputs = keras.Input((*[4] * rank, 4))
+        x = kind(4, 3, groups=2, padding="same", name="grouped", trainable=not frozen)(inputs)
+        model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(x)))
+        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss, **options)
+        x = np.ones((8, *inputs.shape[1:]), "float32")
+        data = poisson_dataset(x, np.zeros(8, "int64"), expected_batch_size=8, max_batch_size=8)
+        try:
+            return np.isfinite(model.fit(data, verbose=0).history["loss"][0])
+        except NotImplementedError as error:
+            return error
+
+    print("2 frozen:", train(2, frozen=True))
+    for rank in (1, 2, 3):
+        print(f"{rank} compiled:", train(rank, jit_compile=True))
+        print(f"{rank}:", train(rank))
 """
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("one_dnn", ["0", "1"])
 def test_grouped_convolutions_without_a_kernel_for_their_gradients(one_dnn):
-    environment = {"CUDA_VISIBLE_DEVICES": "-1", "TF_ENABLE_ONEDNN_OPTS": one_dnn}
-    printed = run_program(GROUPED, **environment)
-    assert "compiled: True" in printed
-    assert ("refused: TensorFlow has no kernel" in printed) == (one_dnn == "0")
-    assert ("layer 'grouped', groups=2" in printed) == (one_dnn == "0")
+    printed = run_program(GROUPED, CUDA_VISIBLE_DEVICES="-1", TF_ENABLE_ONEDNN_OPTS=one_dnn)
+    found = dict(line.split(": ", 1) for line in printed.splitlines())
+    assert {found.pop(name) for name in ("2 frozen", "1 compiled", "2 compiled", "3 compiled")} == {"True"}
+    refused = {rank for rank, said in found.items() if said.startswith("TensorFlow has no kernel")}
+    assert refused == ({"1", "2", "3"} if one_dnn == "0" else {"3"})
+    assert {said for rank, said in found.items() if rank not in refused} <= {"True"}
+    assert all("layer 'grouped', groups=2" in found[rank] for rank in refused)
+    assert all(("TF_ENABLE_ONEDNN_OPTS" in found[rank]) == (rank != "3") for rank in refused)
+
+
+def test_a_model_that_compile_refused_does_not_train():
+    inputs = keras.Input((5,))
+    normalization = layers.BatchNormalization()
+    model = tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(normalization(layers.Dense(4)(inputs))))
+    normalization.trainable = False
+    helpers.compiled(model, run_eagerly=True)
+    x, y = vectors()
+    model.train_on_batch(x, y)
+    normalization.trainable = True
+    with pytest.raises(ValueError, match="stock"):
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(noise_multiplier=5.0), run_eagerly=True)
+    normalization.trainable = False
+    for train in (lambda: model.train_on_batch(x, y), lambda: model.fit(x, y), lambda: model.train_step((x, y))):
+        with pytest.raises(RuntimeError, match="compile"):
+            train()
+    assert model.ledger.steps == 1
 
 
 def test_ids_outside_the_vocabulary_do_not_reach_another_example_under_xla():

@@ -22,10 +22,10 @@ def stock_gradient(stock, x, y):
     return [g.numpy() for g in tape.gradient(loss, variables)]
 
 
-def our_gradient(model, x, y, correction):
+def our_gradient(model, x, y, correction, **options):
     """What the inner optimizer gets, without noise and clipping, the batch being public as well."""
     optimizer = helpers.dp_optimizer(l2_norm_clip=1e6, expected_batch_size=len(x))
-    helpers.compiled(model, optimizer=optimizer, correction=correction)
+    helpers.compiled(model, optimizer=optimizer, correction=correction, **options)
     model.set_public_batch(x)
     before = [v.numpy().copy() for v in map(raw, model.trainable_variables)]
     model.train_on_batch(x, y)
@@ -161,18 +161,28 @@ def test_adaptive_correction_finds_a_signal_that_single_steps_hide():
     assert np.mean(shares[20:]) > 0.8  # |signal| = |noise| in one step, and 19 times less noise in the average
 
 
-@pytest.mark.parametrize("correction", ["local", "full", "adaptive"])
-def test_double_precision_layers_among_single_precision_defaults(correction):
+@pytest.mark.parametrize(
+    "kernel, normalized, options",
+    [
+        ("float64", "float64", {"correction": "local", "engine": "vectorized"}),
+        ("float64", "float64", {"correction": "full"}),
+        ("float64", "float32", {"correction": "full"}),
+        ("float64", "float32", {"correction": "local", "engine": "loop"}),
+        ("float32", "float64", {"correction": "adaptive", "norm_method": "gram"}),
+        ("float32", "float64", {"correction": "local", "norm_method": "instantiate"}),
+    ],
+)
+def test_layers_in_double_and_single_precision_meet(kernel, normalized, options):
     def build(normalization, model):
-        inputs = keras.Input((6, 6, 2), dtype="float64")
-        x = layers.Conv2D(4, 3, dtype="float64")(inputs)
-        x = layers.Activation("tanh", dtype="float64")(normalization(dtype="float64")(x))
-        return model(inputs, layers.Dense(3, dtype="float64")(layers.GlobalAveragePooling2D(dtype="float64")(x)))
+        inputs = keras.Input((6, 6, 2), dtype=kernel)
+        x = layers.Conv2D(4, 3, dtype=kernel)(inputs)
+        x = layers.Activation("tanh", dtype=kernel)(normalization(dtype=normalized)(x))
+        return model(inputs, layers.Dense(3, dtype=kernel)(layers.GlobalAveragePooling2D(dtype=kernel)(x)))
 
     stock, ours = pair_of_models(build)
     x, y = helpers.images(16)
-    found = our_gradient(ours, x.astype("float64"), y, correction)
-    assert helpers.relative_error(found, stock_gradient(stock, x.astype("float64"), y)) < 1e-4
+    found = our_gradient(ours, x.astype(kernel), y, **options)
+    assert helpers.relative_error(found, stock_gradient(stock, x.astype(kernel), y)) < 1e-4
 
 
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras freezes whole layers only")

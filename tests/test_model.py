@@ -329,12 +329,13 @@ def test_a_step_is_traced_once_with_metrics_by_name(build, correction, monkeypat
     assert traces_of(model, draws(), monkeypatch) == 1
 
 
-def test_a_step_with_noised_statistics_is_traced_once(monkeypatch):
+def test_a_step_with_noised_and_public_statistics_is_traced_once(monkeypatch):
     inputs = keras.Input((5,))
-    x = tf_dpbn.DPBatchNormalization(statistics="noised")(layers.Dense(4)(inputs))
-    model = compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(x)), {"metrics": ["accuracy"]})
+    x = tf_dpbn.DPBatchNormalization(statistics="noised")(dense(4, 1)(inputs))
+    x = tf_dpbn.DPBatchNormalization()(dense(4, 2)(x))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(x))
+    compiled(model, {"metrics": ["accuracy"], "correction": "adaptive"})
     assert traces_of(model, draws(), monkeypatch) == 1
-    assert model._books.keeps_means
 
 
 def test_a_step_of_several_outputs_is_traced_once(monkeypatch):

@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
+import tf_dpbn
+from tests import helpers
 from tests.programs import ROOT, last_line
 from tf_dpbn._keras import IS_KERAS_3
+from tf_dpbn.sampling import poisson_dataset
+
+
+def test_a_strategy_of_one_device_trains_with_noised_statistics_and_reports_corrections():
+    x, y = helpers.images(8)
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = helpers.bn_stack(2, lambda: tf_dpbn.DPBatchNormalization(statistics="noised"), model=tf_dpbn.DPModel)
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(expected_batch_size=4))
+        model.set_public_batch(x)
+        assert [kind for _, kind in model.correction_report()] == ["local", "local"]
+        batches = poisson_dataset(x, y, expected_batch_size=4, max_batch_size=8)
+        assert np.isfinite(model.fit(batches, verbose=0).history["loss"]).all()
+    assert model.ledger.steps == 2
 
 
 @pytest.mark.slow

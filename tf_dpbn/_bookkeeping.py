@@ -90,7 +90,7 @@ class Books(tf.train.experimental.PythonState):
             self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
 
     def released_mean(self, name: str, size: int) -> tf.Variable:
-        """A float32 variable of this name and size, first zero, for a mean of released values; saved with the model."""
+        """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
         variable = self._released_means.get(name)
         if variable is None or variable.shape[0] != size:
             value = self._saved_means.get(name, [])
@@ -104,11 +104,6 @@ class Books(tf.train.experimental.PythonState):
                 )
             self._released_means[name] = variable
         return variable
-
-    @property
-    def keeps_means(self) -> bool:
-        """Whether `released_mean` has created a variable."""
-        return bool(self._released_means)
 
     def ledger(self) -> Ledger:
         """Everything that ran, the open record included."""

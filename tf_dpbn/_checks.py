@@ -32,7 +32,11 @@ from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
 
 layers = tf.keras.layers
-_CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
+_ONE_DNN = (
+    " Or set TF_ENABLE_ONEDNN_OPTS=1 in the environment before TensorFlow is imported: most CPUs then have one, and "
+    "other convolutions get faster, too."
+)
+_CONVOLUTIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,27 +84,27 @@ def check_grouped_convolutions(model: Any, compiled: bool) -> None:
     Raises:
       NotImplementedError: naming the layer.
     """
-    layer = next((each for each in flatten_layers(model) if _is_grouped_convolution(each)), None)
-    if layer is not None and not compiled and not _has_grouped_gradients():
-        raise NotImplementedError(
-            f"TensorFlow has no kernel for the gradient of grouped convolutions on this CPU unless oneDNN is on. Set "
-            "TF_ENABLE_ONEDNN_OPTS=1 in the environment before TensorFlow is imported (which makes other convolutions "
-            f"faster, too), or pass jit_compile=True to compile. Received: layer {layer.name!r}, groups={layer.groups}"
-        )
-
-
-def _is_grouped_convolution(layer: Any) -> bool:
-    return isinstance(layer, _CONVOLUTIONS) and layer.groups > 1
+    trains = False  # whether some layer so far does: only then gradients come through the next one
+    for layer in [] if compiled else flatten_layers(model):
+        own = {id(variable) for variable in own_variables(layer)}
+        trains = trains or any(id(variable) in own for variable in layer.trainable_variables)
+        rank = next((rank for rank, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
+        if trains and rank and layer.groups > 1 and not _has_grouped_gradients(rank):
+            raise NotImplementedError(
+                "TensorFlow has no kernel here for the gradient of grouped convolutions, but under XLA. Pass "
+                f"jit_compile=True to compile.{_ONE_DNN if rank < 3 else ''} Received: layer {layer.name!r}, "
+                f"groups={layer.groups}"
+            )
 
 
 @functools.cache
-def _has_grouped_gradients() -> bool:
-    """Whether the device that TensorFlow prefers can differentiate a grouped convolution."""
-    image, kernel = tf.ones([1, 3, 3, 4]), tf.ones([1, 1, 2, 2])
-    with tf.GradientTape() as tape:
-        tape.watch((image, kernel))
-        result = tf.nn.conv2d(image, kernel, 1, "VALID")
+def _has_grouped_gradients(rank: int) -> bool:
+    """Whether the device that TensorFlow prefers can differentiate a grouped convolution of so many axes."""
+    image, kernel = tf.ones([1, *[3] * rank, 4]), tf.ones([*[1] * rank, 2, 2])
     try:
+        with tf.GradientTape() as tape:
+            tape.watch((image, kernel))
+            result = tf.nn.convolution(image, kernel)
         return tape.gradient(result, kernel) is not None
     except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
         return False

@@ -71,6 +71,11 @@ def call_model(model: Any, x: Any, training: bool) -> Any:
     return model(x, training=training) if takes_training else model(x)
 
 
+def is_compiled_whole(model: Any) -> bool:
+    """Whether XLA compiles the train step of a compiled model."""
+    return bool(getattr(model, "jit_compile" if IS_KERAS_3 else "_jit_compile", False))
+
+
 def is_shape_inference() -> bool:
     """Whether tf_keras is calling layers only to infer shapes, in a graph that it throws away.
 

@@ -33,8 +33,8 @@ class PublicForward:
       released_mean: (name, size) -> variable that keeps a mean of released values from step to step.
       correction: which part of the gradient through the statistics to restore:
         "local": section 3a for calls that one kernel layer feeds, section 3b for the others.
-        "full": 3a where possible, and 3b for every call.
-        "adaptive": as "full", but section 3b only as far as what it starts from is more than noise.
+        "full": 3a where possible, and 3b for every call that it can serve.
+        "adaptive": as "full", but where there is 3a, 3b only as far as what it starts from is more than noise.
         "none": statistics are constants; training suffers badly, for studies only.
 
     Attributes:
@@ -185,7 +185,7 @@ class PublicForward:
         shaped = [tf.reshape(c, tf.shape(t)) for c, t in zip(cotangents, targets, strict=True)]
         terms = list(self._tape.gradient(targets, self._variables, output_gradients=shaped))
         for i, term in counted:
-            terms[i] = terms[i] - term
+            terms[i] = terms[i] - tf.cast(term, terms[i].dtype)
         return [None if term is None else tf.convert_to_tensor(term) for term in terms]
 
     def _share_of_signal(self, k: int, released: tf.Tensor, stddev: float) -> tf.Tensor:

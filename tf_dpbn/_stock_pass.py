@@ -156,12 +156,12 @@ class StockPass(StatisticsScope):
         held = self._terms.get(id(layer), ())
         if not held:
             return mean, variance
-        terms = [each.read() for each in held]
+        terms = [(each.read(), each.variable.dtype) for each in held]
 
         @tf.custom_gradient
         def attach(mean: tf.Tensor, variance: tf.Tensor, *parameters: tf.Tensor) -> Any:
             def gradient(c_mean: tf.Tensor, c_variance: tf.Tensor) -> Any:
-                return None, None, *[term.pull_back(c_mean, c_variance) for term in terms]
+                return None, None, *[tf.cast(term.pull_back(c_mean, c_variance), dtype) for term, dtype in terms]
 
             return (tf.identity(mean), tf.identity(variance)), gradient
 
@@ -198,7 +198,7 @@ def clipped_residuals(
 
 
 def _held(variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
-    zeros = [tf.Variable(tf.zeros(variable.shape, variable.dtype), trainable=False) for _ in range(2)]
+    zeros = [tf.Variable(tf.zeros(variable.shape, term.d_mean.dtype), trainable=False) for _ in range(2)]
     return _HeldTerm(variable, term, *zeros)
 
 

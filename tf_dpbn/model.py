@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +25,7 @@ from tf_dpbn._keras import (
     deserialize,
     draw_example_seeds,
     flatten_layers,
+    is_compiled_whole,
     is_functional_signature,
     isolated_call,
     kept_state,
@@ -123,8 +125,8 @@ class DPModel(BookkeepingModel):
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
           ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
-          NotImplementedError: under a distribution strategy that does not mirror variables, for options that several
-            replicas cannot combine with, or for grouped convolutions where TensorFlow cannot differentiate them.
+          NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
+            replicas cannot combine with.
         """
         if not isinstance(optimizer, DPOptimizer):
             raise _validate.argument_error(
@@ -159,12 +161,11 @@ class DPModel(BookkeepingModel):
             accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
             if kwargs.get("jit_compile", "auto") == "auto" and not accelerators:
                 kwargs["jit_compile"] = False
-        super().compile(optimizer, loss, *args, **kwargs)
-        self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
         _checks.check_layers(self)
-        _checks.check_grouped_convolutions(self, kwargs.get("jit_compile") is True)
+        super().compile(optimizer, loss, *args, **kwargs)
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
+        self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialized."""
@@ -183,11 +184,11 @@ class DPModel(BookkeepingModel):
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding."""
+        self._compiled_dp_optimizer()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
                 self._books.functions["step"] = tf.function(self.train_step, autograph=False)
             return self._books.functions["step"](data)
-        self._compiled_dp_optimizer()
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
@@ -245,9 +246,14 @@ class DPModel(BookkeepingModel):
           x, y: specs of a batch.
         """
         noised = any(getattr(layer, "statistics", None) == "noised" for layer in flatten_layers(self))
-        if noised and not self._books.keeps_means and self.distribute_strategy.num_replicas_in_sync == 1:
-            trace = tf.function(lambda x, y: self._public_forward(Batch(x, y, None, None)) and None, autograph=False)
-            trace.get_concrete_function(x, y)
+        if noised and self._dp_options["correction"] != "none" and "means" not in self._books.functions:
+            self._trace(lambda x, y: self._public_forward(Batch(x, y, None, None)) and None, x, y)
+            self._books.functions["means"] = True  # they are there now; the graph is of no further use
+
+    def _trace(self, function: Callable[..., Any], *specs: Any) -> None:
+        """Traces a function as the step is traced, in the context of a replica."""
+        run = self.distribute_strategy.run
+        tf.function(lambda *args: run(function, args=args), autograph=False).get_concrete_function(*specs)
 
     def correction_report(self) -> list[tuple[str, str]]:
         """How the gradient flows through the statistics of each normalization; needs `compile` and a public batch.
@@ -259,12 +265,12 @@ class DPModel(BookkeepingModel):
         self._compiled_dp_optimizer()
         batch, found = self._require_public_batch(), []
 
-        def trace() -> None:
+        def report() -> None:
             public = PublicForward(self, batch, self._dp_options["correction"], self._books.released_mean)
-            found.extend(public.corrections())
+            found.append(public.corrections())
 
-        tf.function(trace, autograph=False).get_concrete_function()
-        return found
+        self._trace(report)
+        return found[0]  # each replica reports the same
 
     def _task(self, public: PublicForward | None) -> Task:
         """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics."""
@@ -377,6 +383,7 @@ class DPModel(BookkeepingModel):
           NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
         """
         self._compiled_dp_optimizer()
+        _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
@@ -392,6 +399,7 @@ class DPModel(BookkeepingModel):
     def _prepare_training(self, x: Any, y: Any, options: dict[str, Any]) -> None:
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_dp_optimizer(), source_of(x)
+        _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         if source is None:
             warnings.warn(
                 "The batches do not come from PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The "
@@ -422,7 +430,8 @@ class DPModel(BookkeepingModel):
                 create_averages(self, self._dp_options["correction"], self._books.released_mean)
                 if source is not None:
                     build_compiled(self, x.element_spec[1])
-                    self._create_input_means(*x.element_spec[:2])
+        if self.built and source is not None:
+            self._create_input_means(*x.element_spec[:2])
         self._watch_statistics()
 
 

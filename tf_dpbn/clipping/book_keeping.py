@@ -209,7 +209,7 @@ def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[B
     """Adds local terms: K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
     for term, *cotangents in terms:
         for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True):
-            factors = [widen(jacobian)[None], widen(term.spread(cotangent))]
+            factors = [tf.cast(each, blocks[0].dtype) for each in (jacobian[None], term.spread(cotangent))]
             if rule is not None:
                 factors = [rule.split(aligned(factor, rule.shape)) for factor in factors]
             else:

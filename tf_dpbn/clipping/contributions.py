@@ -91,8 +91,9 @@ class Products(Contribution):
         self._corrections: list[tuple[tf.Tensor, tf.Tensor]] = []
         for term, *cotangents in terms:
             for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True):
-                pair = aligned(jacobian[None], rule.shape), aligned(term.spread(cotangent), rule.shape)
-                self._corrections.append((rule.to_matrix(pair[0]), rule.to_matrix(pair[1])))
+                pair = [tf.cast(each, self._a.dtype) for each in (jacobian[None], term.spread(cotangent))]
+                left, right = (rule.to_matrix(aligned(each, rule.shape)) for each in pair)
+                self._corrections.append((left, right))
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`; never below the true value by more than rounding."""

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn._graph import captured_variables, data_tensors
+from tf_dpbn.clipping.rows import widen
 from tf_dpbn.layers import NormalizationCall
 
 # Operations that multiply data by a kernel -> axes of the kernel that enumerate the output's channels.
@@ -51,8 +52,8 @@ class LocalTerm:
     Attributes:
       index: position of the variable among the trainable variables.
       channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
-      d_mean: d mean_o / d variable[.., o], of the variable's shape.
-      d_variance: d variance_o / d variable[.., o], of the variable's shape.
+      d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
+      d_variance: d variance_o / d variable[.., o], likewise.
     """
 
     index: int
@@ -69,6 +70,7 @@ class LocalTerm:
         Returns:
           [..., *variable.shape].
         """
+        c_mean, c_variance = (tf.cast(c, self.d_mean.dtype) for c in (c_mean, c_variance))
         return self.spread(c_mean) * self.d_mean + self.spread(c_variance) * self.d_variance
 
     def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
@@ -201,7 +203,7 @@ def _local_terms(
     producer: _Producer, d_means: Sequence[tf.Tensor], d_variances: Sequence[tf.Tensor]
 ) -> tuple[LocalTerm, ...]:
     return tuple(
-        LocalTerm(parameter.index, parameter.channel_axes, d_mean, d_variance)
+        LocalTerm(parameter.index, parameter.channel_axes, widen(d_mean), widen(d_variance))
         for parameter, d_mean, d_variance in zip(producer.parameters, d_means, d_variances, strict=True)
     )
 
