@@ -21,6 +21,7 @@ from tf_dpbn._keras import (
     compiled_data_loss,
     flatten_layers,
     isolated_call,
+    keras,
     own_variables,
     raw,
     seed_states,
@@ -31,12 +32,11 @@ from tf_dpbn.layers import DPBatchNormalization, PublicPass
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
 
-layers = tf.keras.layers
 _ONE_DNN = (
     " Or set TF_ENABLE_ONEDNN_OPTS=1 in the environment before TensorFlow is imported: most CPUs then have one, and "
     "other convolutions get faster, too."
 )
-_CONVOLUTIONS = {1: layers.Conv1D, 2: layers.Conv2D, 3: layers.Conv3D}
+_CONVOLUTIONS = {1: keras.layers.Conv1D, 2: keras.layers.Conv2D, 3: keras.layers.Conv3D}
 
 
 @dataclasses.dataclass(frozen=True)
