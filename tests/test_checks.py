@@ -423,6 +423,17 @@ GROUPED = """
         except NotImplementedError as error:
             return error
 
+    def sequential():
+        kind = keras.layers.Conv2D
+        model = tf_dpbn.DPSequential([kind(4, 3), kind(4, 3, groups=2, name="grouped"), keras.layers.Flatten()])
+        model.compile(tf_dpbn.DPOptimizer("sgd", 1.0, 0.0, 8), loss)
+        try:
+            model.train_on_batch(np.ones((8, 8, 8, 2), "float32"), np.zeros(8, "int64"))
+        except NotImplementedError as error:
+            return error
+        return True
+
+    print("2 unbuilt:", sequential())
     print("2 frozen:", train(2, frozen=True))
     for rank in (1, 2, 3):
         print(f"{rank} compiled:", train(rank, jit_compile=True))
@@ -437,10 +448,28 @@ def test_grouped_convolutions_without_a_kernel_for_their_gradients(one_dnn):
     found = dict(line.split(": ", 1) for line in printed.splitlines())
     assert {found.pop(name) for name in ("2 frozen", "1 compiled", "2 compiled", "3 compiled")} == {"True"}
     refused = {rank for rank, said in found.items() if said.startswith("TensorFlow has no kernel")}
-    assert refused == ({"1", "2", "3"} if one_dnn == "0" else {"3"})
+    assert refused == ({"1", "2", "2 unbuilt", "3"} if one_dnn == "0" else {"3"})
     assert {said for rank, said in found.items() if rank not in refused} <= {"True"}
     assert all("layer 'grouped', groups=2" in found[rank] for rank in refused)
     assert all(("TF_ENABLE_ONEDNN_OPTS" in found[rank]) == (rank != "3") for rank in refused)
+
+
+def test_a_fit_that_fails_before_its_first_step_does_not_lend_its_sampling_to_later_steps():
+    inputs = keras.Input((5,))
+    model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(inputs)))
+    x, y = vectors()
+    batches = every_example(x, y)
+    with pytest.raises(ValueError, match="class_weight"):
+        model.fit(batches, class_weight={"a": 1.0}, verbose=0)
+    assert model.running_record.sampling == "assumed"
+    other, first = helpers.dp_optimizer(noise_multiplier=5.0), model.optimizer
+
+    class Exchange(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            self.model.optimizer = other
+
+    model.fit(batches, callbacks=[Exchange()], verbose=0)
+    assert model.running_record.noise_multipliers == (first.noise_multiplier,)
 
 
 def test_a_model_that_compile_refused_does_not_train():

@@ -185,6 +185,19 @@ def test_layers_in_double_and_single_precision_meet(kernel, normalized, options)
     assert helpers.relative_error(found, stock_gradient(stock, x.astype(kernel), y)) < 1e-4
 
 
+@pytest.mark.parametrize("kernel, normalized", [("float64", "float32"), ("float32", "float64"), ("float64", "float64")])
+@pytest.mark.parametrize("method", ["gram", "instantiate"])
+def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(kernel, normalized, method):
+    inputs = keras.Input((6, 6, 2), dtype=kernel)
+    x = tf_dpbn.DPBatchNormalization(dtype=normalized)(layers.Conv2D(4, 3, dtype=kernel)(inputs))
+    model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D(dtype=kernel)(x)))
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=1e-3), norm_method=method)
+    x, y = helpers.images(2)
+    model.set_public_batch(helpers.images(8, seed=1)[0].astype(kernel))
+    total, _ = helpers.clipped_sum_function(model)(x.astype(kernel), y, np.array([1.0, 0.0], "float32"))
+    assert 0.9999 < np.linalg.norm(helpers.flat(total)) / 1e-3 <= 1.00001
+
+
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras freezes whole layers only")
 @pytest.mark.parametrize("correction", ["full", "adaptive"])
 def test_normalization_whose_scale_is_frozen_keeps_its_local_term(correction):

@@ -14,6 +14,7 @@ from tf_dpbn import _graph, _validate, sampling
 from tf_dpbn._keras import (
     IS_KERAS_3,
     BatchNormalizationBase,
+    Functional,
     build_compiled_loss,
     call_model,
     call_time_losses,
@@ -84,17 +85,25 @@ def check_grouped_convolutions(model: Any, compiled: bool) -> None:
     Raises:
       NotImplementedError: naming the layer.
     """
-    trains = False  # whether some layer so far does: only then gradients come through the next one
     for layer in [] if compiled else flatten_layers(model):
-        own = {id(variable) for variable in own_variables(layer)}
-        trains = trains or any(id(variable) in own for variable in layer.trainable_variables)
         rank = next((rank for rank, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
-        if trains and rank and layer.groups > 1 and not _has_grouped_gradients(rank):
-            raise NotImplementedError(
-                "TensorFlow has no kernel here for the gradient of grouped convolutions, but under XLA. Pass "
-                f"jit_compile=True to compile.{_ONE_DNN if rank < 3 else ''} Received: layer {layer.name!r}, "
-                f"groups={layer.groups}"
-            )
+        if rank is None or layer.groups == 1 or not _may_need_gradients(model, layer) or _has_grouped_gradients(rank):
+            continue
+        raise NotImplementedError(
+            "TensorFlow has no kernel here for the gradient of grouped convolutions, but under XLA. Pass "
+            f"jit_compile=True to compile.{_ONE_DNN if rank < 3 else ''} Received: layer {layer.name!r}, "
+            f"groups={layer.groups}"
+        )
+
+
+def _may_need_gradients(model: Any, layer: Any) -> bool:
+    """False if neither `layer` nor one before it trains, as far as the order of the model's layers tells."""
+    ordered = model.built and isinstance(model, (Functional, keras.Sequential))
+    position = next((k for k, each in enumerate(model.layers) if each is layer), None) if ordered else None
+    if position is None:
+        return True
+    before = model.layers[: position + 1]
+    return any(each.trainable_variables or isinstance(each, DPBatchNormalization) and each.trainable for each in before)
 
 
 @functools.cache

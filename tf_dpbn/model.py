@@ -183,7 +183,11 @@ class DPModel(BookkeepingModel):
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding."""
+        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding.
+
+        A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
+        `compile`, whose noise the ledger books from then on.
+        """
         self._compiled_dp_optimizer()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
@@ -362,16 +366,16 @@ class DPModel(BookkeepingModel):
             examples, if labels are out of range, or if a public batch is needed and missing.
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
-        self._prepare_training(x, y, kwargs)
-        steps_before = self.private_steps
-        if isinstance(x, tf.data.Dataset):
-            kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
-            if class_weight is not None:
-                x, class_weight = apply_class_weight(x, class_weight), None
+        optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
         try:
+            self._prepare_training(x, y, kwargs)
+            if isinstance(x, tf.data.Dataset):
+                kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
+                if class_weight is not None:
+                    x, class_weight = apply_class_weight(x, class_weight), None
             return super().fit(x, y, class_weight=class_weight, **kwargs)
-        finally:
-            self._books.open_record(self.optimizer, None)
+        finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
+            self._books.open_record(self._compiled_optimizer or optimizer, None)
             if self.private_steps > steps_before:
                 # Even if fresh at the last step: Keras may have written averaged or earlier weights since.
                 self.refresh_statistics()
