@@ -1,8 +1,5 @@
 """What a DPModel refuses, with what words, and what it lets pass."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -11,6 +8,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
+from tests.programs import output
 from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.sampling import poisson_dataset
 
@@ -385,17 +383,8 @@ MULTI_REPLICA = """
 """
 
 
-def run_program(source, **environment):
-    """What a program prints that runs in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    command = [sys.executable, "-c", textwrap.dedent(source)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_refuses_replicas_without_mirrored_variables():
-    printed = run_program(MULTI_REPLICA, CUDA_VISIBLE_DEVICES="-1")
+    printed = output("-c", textwrap.dedent(MULTI_REPLICA), CUDA_VISIBLE_DEVICES="-1")
     assert "refused: DPModel trains under MirroredStrategy" in printed
     assert "Received: CentralStorageStrategy" in printed
 
@@ -444,7 +433,7 @@ GROUPED = """
 @pytest.mark.once
 @pytest.mark.parametrize("one_dnn", ["0", "1"])
 def test_grouped_convolutions_without_a_kernel_for_their_gradients(one_dnn):
-    printed = run_program(GROUPED, CUDA_VISIBLE_DEVICES="-1", TF_ENABLE_ONEDNN_OPTS=one_dnn)
+    printed = output("-c", textwrap.dedent(GROUPED), CUDA_VISIBLE_DEVICES="-1", TF_ENABLE_ONEDNN_OPTS=one_dnn)
     found = dict(line.split(": ", 1) for line in printed.splitlines())
     assert {found.pop(name) for name in ("2 frozen", "1 compiled", "2 compiled", "3 compiled")} == {"True"}
     refused = {rank for rank, said in found.items() if said.startswith("TensorFlow has no kernel")}
