@@ -175,4 +175,5 @@ def result_of(
         "parameters": int(sum(np.prod(v.shape) for v in model.trainable_variables)),
         "steps": steps,
         "seconds": round(seconds, 1),
+        "device": tf.config.list_logical_devices()[-1].device_type,
     }

@@ -4,18 +4,19 @@
     make utility UTILITY_FLAGS=--report
 
 The first trains what the tables (see utility_tables.py) still lack and appends a line of JSON a run to --results;
-it can be stopped and started again, and several processes with --shard=0/2, --shard=1/2 share the work. The second
-writes the tables into docs/results.md and the plots beside it, from those lines alone.
+it can be stopped and started again. On many cores or a GPU --processes=N --threads=1 trains N networks at a time. The
+second writes the tables into docs/results.md and the plots beside it, from those lines alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import pathlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import tensorflow as tf
@@ -31,6 +32,7 @@ RESULTS = _ROOT / "docs" / "results" / "utility.jsonl"
 TUNING_SEED = 100
 
 Results = dict[str, Mapping[str, Any]]
+_Run = tuple[training.Setting, int, str]  # what is trained, its seed and split
 
 
 def key_of(setting: training.Setting, seed: int, split: str) -> str:
@@ -64,7 +66,7 @@ def best(row: Row, results: Results) -> training.Setting | None:
     return max(zip(row.settings, runs, strict=True), key=lambda pair: pair[1]["accuracy"])[0]  # type: ignore[index]
 
 
-def missing(row: Row, seeds: int, results: Results) -> list[tuple[training.Setting, int, str]]:
+def missing(row: Row, seeds: int, results: Results) -> list[_Run]:
     """The runs that a row needs next: those of its grid, then those of its seeds."""
     chosen = best(row, results)
     if chosen is None:
@@ -74,24 +76,47 @@ def missing(row: Row, seeds: int, results: Results) -> list[tuple[training.Setti
     return [run for run in wanted if key_of(*run) not in results]
 
 
-def work(tables: Sequence[Table], path: pathlib.Path, data_dir: str | None, shard: tuple[int, int]) -> None:
-    """Trains what is missing, row by row."""
+def select(tables: Sequence[Table], words: Sequence[str]) -> list[tuple[Row, int]]:
+    """Rows and their numbers of seeds: first those whose group or name holds the first of `words`, and so on."""
     rows = [(row, table.seeds) for table in tables for row in table.rows]
-    for i, (row, seeds) in enumerate(rows):
-        if i % shard[1] != shard[0]:
-            continue
-        while runs := missing(row, seeds, read(path)):
-            for setting, seed, split in runs:
-                result = training.train(setting, seed, split, data_dir)
-                print(
-                    f"row {i + 1}/{len(rows)} {row.group}, {row.name}: rate {setting.learning_rate:g}, clip "
-                    f"{setting.l2_norm_clip:g}, {split} seed {seed}: {result['accuracy']:.4f} in {result['seconds']} s",
-                    flush=True,
-                )
-                run = {"setting": dataclasses.asdict(setting), "seed": seed, "split": split, **result}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**run, "tensorflow": tf.__version__}) + "\n")
+    chosen: list[tuple[Row, int]] = []
+    for word in words:
+        chosen += [each for each in rows if word in f"{each[0].group}: {each[0].name}" and each not in chosen]
+    return chosen
+
+
+def work(
+    rows: Sequence[tuple[Row, int]], path: pathlib.Path, data_dir: str | None, pool: futures.Executor, at_once: int = 1
+) -> None:
+    """Trains what rows lack, given with their numbers of seeds, in order as far as `at_once` runs at a time allow."""
+    running: dict[futures.Future[Any], _Run] = {}
+    while True:
+        results = read(path)
+        wanted = (run for row, seeds in rows for run in missing(row, seeds, results))
+        for run in wanted:
+            if len(running) == at_once:
+                break
+            if run not in running.values():
+                running[pool.submit(training.train, *run, data_dir)] = run
+        if not running:
+            return
+        for done in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+            _record(path, running.pop(done), done.result())
+
+
+def _record(path: pathlib.Path, run: _Run, result: Mapping[str, Any]) -> None:
+    setting, seed, split = run
+    print(f"{setting}, {split} seed {seed}: {result['accuracy']:.4f} in {result['seconds']} s", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = {"setting": dataclasses.asdict(setting), "seed": seed, "split": split, **result}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "tensorflow": tf.__version__}) + "\n")
+
+
+def _limit_threads(threads: int) -> None:
+    logging.set_verbosity(logging.ERROR)
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
 
 
 def report(path: pathlib.Path, document: pathlib.Path) -> None:
@@ -108,13 +133,6 @@ def report(path: pathlib.Path, document: pathlib.Path) -> None:
     utility_report.write(document, path.parent, summaries)
 
 
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise app.UsageError(f"`shard` must be like 0/2, the first of two. Received: shard={text!r}")
-    return int(match[1]), int(match[2])
-
-
 def main(argv: list[str]) -> None:
     """Trains, or reports."""
     if len(argv) > 1:
@@ -128,19 +146,22 @@ def main(argv: list[str]) -> None:
     unknown = set(values.tables) - set(TABLES)
     if unknown:
         raise app.UsageError(f"`tables` must be among {', '.join(TABLES)}. Received: tables={values.tables}")
-    if values.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(values.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(values.threads)
-    work([TABLES[name] for name in values.tables], path, values.data_dir, _shard(values.shard))
+    processes = values.processes
+    with futures.ProcessPoolExecutor(
+        processes, multiprocessing.get_context("spawn"), _limit_threads, (values.threads,)
+    ) as pool:
+        rows = select([TABLES[name] for name in values.tables], values.rows)
+        work(rows, path, values.data_dir, pool, processes)
 
 
 def define_flags() -> None:
     """Defines the flags."""
     flags.DEFINE_list("tables", ["a", "b", "c", "depth", "d", "e", "limit"], f"Which, among {', '.join(TABLES)}.")
+    flags.DEFINE_multi_string("rows", [""], "Which rows, by a part of their group and name: '16 convolutions: group'.")
     flags.DEFINE_string("results", str(RESULTS), "File of JSON lines to read and extend.")
     flags.DEFINE_string("data_dir", None, "IDX files of Fashion-MNIST; without it TensorFlow Datasets downloads them.")
-    flags.DEFINE_string("shard", "0/1", "Which part of the rows to work on: i/n is the i-th of n, from 0 on.")
-    flags.DEFINE_integer("threads", 0, "Threads of this process; 0 leaves the choice to TensorFlow.", lower_bound=0)
+    flags.DEFINE_integer("processes", 1, "How many networks to train at a time.", lower_bound=1)
+    flags.DEFINE_integer("threads", 0, "Threads of each process; 0 leaves the choice to TensorFlow.", lower_bound=0)
     flags.DEFINE_bool("report", False, "Write the tables and plots instead of training.")
 
 

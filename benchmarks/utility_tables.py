@@ -100,15 +100,17 @@ def _by_depth() -> Iterator[Row]:
     }
     for depth in _DEPTHS:
         for name in kinds if depth < _DEEPEST else _BEST_IN_DEPTH:
-            yield _deep_row(f"{depth} convolutions", depth, name, **kinds[name])
-        if depth == 8:  # more steps tell more here
-            for name in _BEST_IN_DEPTH:
-                yield _deep_row(f"{depth} convolutions, 4 epochs", depth, name, epochs=4, **kinds[name])
+            yield _deep_row(f"{depth} convolutions", depth, name, _DEEP_TUNING_EPOCHS, **kinds[name])
+    # How long networks are trained decides what normalization is worth; here the grid is trained as long.
+    for depth, epochs in ((8, 1), (12, 1), (16, 1), (20, 1), (8, 4)):
+        group = f"{depth} convolutions, {epochs} epoch{'s' * (epochs > 1)}"
+        for name in _BEST_IN_DEPTH:
+            yield _deep_row(group, depth, name, epochs, epochs=epochs, **kinds[name])
 
 
-def _deep_row(group: str, depth: int, name: str, **fields: object) -> Row:
+def _deep_row(group: str, depth: int, name: str, tuning_epochs: int, **fields: object) -> Row:
     grid = _DEEP_GRID if depth < _DEEPEST else _DEEPEST_GRID
-    return _row(group, name, grid, _DEEP_TUNING_EPOCHS, **{"net": f"deep{depth}", **_DEEP, **fields})
+    return _row(group, name, grid, tuning_epochs, **{"net": f"deep{depth}", **_DEEP, **fields})
 
 
 def _ablation() -> Iterator[Row]:

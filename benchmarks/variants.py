@@ -71,6 +71,8 @@ class Step:
             # What the Poisson sampler yields has weights, with which it marks padding.
             self._model, self._data = _dp_model(variant), (x, y, tf.ones([variant.batch_size]))
         self._model.optimizer.build(self._model.trainable_variables)
+        # `fit` of a DPModel computes in full float32, that of Keras as TensorFlow is set.
+        self._rounds = variant.engine is None
         # Not `fit` itself, whose input pipeline would be timed too.
         self._function = tf.function(
             lambda data: self._model.train_step(data), autograph=False, jit_compile=variant.jit_compile
@@ -79,10 +81,12 @@ class Step:
 
     def trace(self) -> None:
         """Builds the graph, without running it."""
+        tf.config.experimental.enable_tensor_float_32_execution(self._rounds)
         self._function.get_concrete_function(self._data)
 
     def __call__(self) -> None:
         """Runs one step to its end."""
+        tf.config.experimental.enable_tensor_float_32_execution(self._rounds)
         self._function(self._data)["loss"].numpy()
         tf.test.experimental.sync_devices()  # the loss is ready before the weights are updated
 

@@ -70,11 +70,8 @@ def images(n: int, shape: tuple[int, ...] = (6, 6, 2), classes: int = 3, seed: i
     return rng.normal(size=(n, *shape)).astype("float32"), rng.integers(0, classes, n)
 
 
-def clipped_sum_function(model: Any, jit_compile: bool = False, all_releases: bool = False) -> Callable[..., Any]:
-    """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step.
-
-    The sums are those of the gradient, or with `all_releases` lists of those of every release, the gradient first.
-    """
+def step_function(model: Any, jit_compile: bool = False, all_releases: bool = False) -> Any:
+    """A tf.function (x, y, weight or None) -> (sums, fields of BatchResult); see `clipped_sum_function`."""
 
     def run(x: Any, y: Any, weight: Any) -> Any:
         mask = None
@@ -86,7 +83,15 @@ def clipped_sum_function(model: Any, jit_compile: bool = False, all_releases: bo
         sums = [each.tensors for each in clipped] if all_releases else clipped[0].tensors
         return sums, tuple(getattr(result, f.name) for f in dataclasses.fields(result))
 
-    traced = tf.function(run, autograph=False, jit_compile=jit_compile)
+    return tf.function(run, autograph=False, jit_compile=jit_compile)
+
+
+def clipped_sum_function(model: Any, jit_compile: bool = False, all_releases: bool = False) -> Callable[..., Any]:
+    """A function (x, y, weight or None) -> (list of sums, per-example loss) through the model's own step.
+
+    The sums are those of the gradient, or with `all_releases` lists of those of every release, the gradient first.
+    """
+    traced = step_function(model, jit_compile, all_releases)
 
     def call(x: Any, y: Any, weight: Any = None) -> Any:
         x, y, weight = (

@@ -31,7 +31,7 @@ LEVELS = (
     ("clipping.book_keeping",),
     ("clipping.registry",),
     ("optimizers",),
-    ("_accumulation", "_checks", "_public_pass", "_bookkeeping", "_stock_loss", "_stock_pass", "model"),
+    ("_accumulation", "_checks", "_precision", "_public_pass", "_bookkeeping", "_stock_loss", "_stock_pass", "model"),
     ("_coupling", "_findings", "_rebuild", "conversion"),
     ("_attacks", "_stock_checks", "callbacks"),
     ("interop",),

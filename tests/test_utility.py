@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -34,8 +35,14 @@ def trained(monkeypatch):
     return runs
 
 
+def work(table, path, at_once=1):
+    """Trains what a table lacks; in threads, which see what stands in for training."""
+    with futures.ThreadPoolExecutor(at_once) as pool:
+        utility.work(utility.select([table], [""]), path, None, pool, at_once)
+
+
 def test_rows_are_tuned_on_held_out_data_and_then_trained_with_each_seed(trained, tmp_path):
-    utility.work([TABLE], tmp_path / "runs.jsonl", None, (0, 1))
+    work(TABLE, tmp_path / "runs.jsonl")
     tuned = [(rate, utility.TUNING_SEED, "validation") for rate in (0.1, 0.2, 0.3)]
     assert trained == [*tuned, (0.2, 0, "test"), (0.2, 1, "test"), (0.1, 0, "test"), (0.1, 1, "test")]
 
@@ -43,7 +50,7 @@ def test_rows_are_tuned_on_held_out_data_and_then_trained_with_each_seed(trained
 def test_grids_can_be_trained_more_shortly(trained, tmp_path):
     table = Table("A table", (Row("one", "tuned", GRID, tuning_epochs=1),), seeds=1)
     path = tmp_path / "runs.jsonl"
-    utility.work([table], path, None, (0, 1))
+    work(table, path)
     assert [json.loads(line)["setting"]["epochs"] for line in path.read_text().splitlines()] == [
         1,
         1,
@@ -54,24 +61,39 @@ def test_grids_can_be_trained_more_shortly(trained, tmp_path):
 
 def test_goes_on_where_it_stopped(trained, tmp_path, capsys):
     path = tmp_path / "runs.jsonl"
-    utility.work([TABLE], path, None, (0, 1))
+    work(TABLE, path)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-1], lines[-1][:20]]) + "\n")
     trained.clear()
-    utility.work([TABLE], path, None, (0, 1))
+    work(TABLE, path)
     assert trained == [(0.1, 1, "test")]
     assert f"{path}:7 is no run and is left out" in capsys.readouterr().err
 
 
-def test_shards_share_the_rows(trained, tmp_path):
-    for shard in ((0, 2), (1, 2)):
-        utility.work([TABLE], tmp_path / "runs.jsonl", None, shard)
+def test_runs_at_a_time_share_the_work(trained, tmp_path):
+    work(TABLE, tmp_path / "runs.jsonl", at_once=3)
     assert len(trained) == len(set(trained)) == 7
+    assert {split for _, _, split in trained[:3]} == {"validation"}  # before what they decide
+    assert len(utility.read(tmp_path / "runs.jsonl")) == 7
+
+
+def test_rows_are_chosen_in_the_order_of_the_words():
+    one, two = TABLE.rows
+    assert utility.select([TABLE], [""]) == [(one, 2), (two, 2)]
+    assert utility.select([TABLE], ["single", ""]) == [(two, 2), (one, 2)]
+    assert utility.select([TABLE], ["two: s"]) == [(two, 2)]
+    assert utility.select([TABLE], ["three"]) == []
+
+
+def test_a_run_that_fails_stops_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        work(TABLE, tmp_path / "runs.jsonl")
 
 
 def test_lines_of_an_older_version_still_count(trained, tmp_path):
     path = tmp_path / "runs.jsonl"
-    utility.work([TABLE], path, None, (0, 1))
+    work(TABLE, path)
     runs = [json.loads(line) for line in path.read_text().splitlines()]
     for run in runs:
         del run["setting"]["ema"]
@@ -83,7 +105,7 @@ def test_report_replaces_what_is_between_the_marks(trained, tmp_path, monkeypatc
     (tmp_path / "results").mkdir()
     path, document = tmp_path / "results" / "runs.jsonl", tmp_path / "results.md"
     monkeypatch.setattr(utility, "TABLES", {"t": TABLE})
-    utility.work([TABLE], path, None, (0, 1))
+    work(TABLE, path)
     document.write_text(f"before\n\n{utility_report.BEGIN}\nold\n{utility_report.END}\n\nafter\n")
     for _ in range(2):
         utility.report(path, document)

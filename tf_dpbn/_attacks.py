@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn._keras import kept_state, keras
+from tf_dpbn._precision import full_float32
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 
@@ -37,7 +38,8 @@ def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, 
     traced = tf.function(run, autograph=False)
 
     def call(x: Any, y: Any, weights: Any) -> tuple[ClippedSum, ...]:
-        found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
+        with full_float32():
+            found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
         return tuple(ClippedSum(tuple(t), s) for t, s in zip(found, sensitivities, strict=True))
 
     return call

@@ -68,7 +68,24 @@ def own_variables(layer: Any) -> list[Any]:
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    return model(x, training=training) if takes_training else model(x)
+    with _without_cudnn(model):
+        return model(x, training=training) if takes_training else model(x)
+
+
+@contextlib.contextmanager
+def _without_cudnn(model: Any) -> Iterator[None]:
+    """Recurrent layers of Keras 3 that choose for themselves take TensorFlow's operations on GPUs too.
+
+    cuDNN's count as one that changes state, and cannot be vectorized over examples.
+    """
+    choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
+    try:
+        for layer in choosing:
+            layer.use_cudnn = False
+        yield
+    finally:
+        for layer in choosing:
+            layer.use_cudnn = "auto"
 
 
 def is_compiled_whole(model: Any) -> bool:

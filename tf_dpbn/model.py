@@ -38,10 +38,12 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_callback,
 )
+from tf_dpbn._precision import check_full_float32, full_float32
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
+from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.layers import GivenStatistics
 from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
 from tf_dpbn.optimizers import DPOptimizer
@@ -158,8 +160,7 @@ class DPModel(BookkeepingModel):
             _checks.check_reduction(loss)
         if IS_KERAS_3:
             kwargs.setdefault("auto_scale_loss", False)
-            accelerators = tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU")
-            if kwargs.get("jit_compile", "auto") == "auto" and not accelerators:
+            if kwargs.get("jit_compile", "auto") == "auto" and not has_accelerator():
                 kwargs["jit_compile"] = False
         _checks.check_layers(self)
         super().compile(optimizer, loss, *args, **kwargs)
@@ -192,7 +193,9 @@ class DPModel(BookkeepingModel):
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
                 self._books.functions["step"] = tf.function(self.train_step, autograph=False)
-            return self._books.functions["step"](data)
+            with full_float32():
+                return self._books.functions["step"](data)
+        check_full_float32()
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
@@ -373,7 +376,8 @@ class DPModel(BookkeepingModel):
                 kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                 if class_weight is not None:
                     x, class_weight = apply_class_weight(x, class_weight), None
-            return super().fit(x, y, class_weight=class_weight, **kwargs)
+            with full_float32():
+                return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
             self._books.open_record(self._compiled_optimizer or optimizer, None)
             if self.private_steps > steps_before:
@@ -391,7 +395,8 @@ class DPModel(BookkeepingModel):
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
-        return super().train_on_batch(*args, **kwargs)
+        with full_float32():
+            return super().train_on_batch(*args, **kwargs)
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
         """The optimizer that `compile` got, whose steps the ledger books; another one is refused."""

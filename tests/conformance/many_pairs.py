@@ -11,6 +11,7 @@ import time
 import warnings
 
 import numpy as np
+import tensorflow as tf
 from absl import app, flags
 
 from tests import neighbours
@@ -18,11 +19,15 @@ from tests.conformance import nets
 
 _PAIRS = flags.DEFINE_integer("pairs", 1_000_000, "How many pairs of neighbouring batches to compare.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of weights, clip norms and batches.")
+_TENSOR_FLOAT_32 = flags.DEFINE_bool(
+    "tensor_float_32", False, "Multiply as GPUs do by default, which private steps never do: to see why."
+)
 _TOGETHER = 10  # batches for each network before the next one takes its turn
 
 
 def main(argv: list[str]) -> None:
     del argv
+    tf.config.experimental.enable_tensor_float_32_execution(_TENSOR_FLOAT_32.value)
     warnings.filterwarnings("ignore", "DPBatchNormalization .* gets no gradient")
     cases = list(itertools.product([*nets.PLAIN, *nets.RELEASING], nets.ENGINES))
     total, worst, failed, start = 0, 0.0, 0, time.perf_counter()

@@ -38,6 +38,15 @@ def widen(tensor: tf.Tensor) -> tf.Tensor:
     return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
+def window_of(tensor: tf.Tensor, window: Sequence[slice]) -> tf.Tensor:
+    """The leading axes cut to slices, the others whole.
+
+    Every axis is named: TensorFlow's layout optimizer for GPUs moves the channels of images and crashes where a slice
+    says nothing of some axes (2.21).
+    """
+    return tensor[tuple(window) + (slice(None),) * (tensor.shape.rank - len(window))]
+
+
 def reshape_rows(tensor: tf.Tensor, shape: Sequence[int], like: tf.Tensor | None = None) -> tf.Tensor:
     """Reshapes a tensor with as many rows as `like` (itself if None) to [rows, *shape]."""
     like = tensor if like is None else like

@@ -2,8 +2,8 @@
 
 tf.vectorized_map turns the operations of one example's graph into operations on all examples, so that no example can
 see another one, whatever the function computes. This file adds what keeps the result safe and fast on TensorFlow's
-kernels: it refuses graphs that mix examples or that a kernel is known to compute wrongly, and mends two patterns that
-vectorizing leaves behind.
+kernels: it refuses graphs that mix examples or that a kernel is known to compute wrongly, and mends three patterns
+that vectorizing leaves behind.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ def _mend(outputs: Any) -> Any:
             if product is not None:
                 _graph.redirect(operation.outputs[0], product)
                 replaced[id(operation.outputs[0])] = product
+        elif operation.type == "BiasAdd" and has_accelerator():
+            added = _plain_sum(operation)
+            if added is not None:
+                _graph.redirect(operation.outputs[0], added)
+                replaced[id(operation.outputs[0])] = added
         elif operation.type == "MaxPoolGrad":
             _join_pooling(operation)
     return tf.nest.map_structure(lambda t: replaced.get(id(t), t), outputs)
@@ -110,6 +115,17 @@ def _flat_product(operation: tf.Operation) -> tf.Tensor | None:
     product = tf.matmul(flat, matrix, transpose_b=operation.get_attr("adj_y"))
     shape = tf.concat([tf.shape(rows)[:-1], tf.shape(product)[-1:]], 0)
     return tf.ensure_shape(tf.reshape(product, shape), operation.outputs[0].shape)
+
+
+def _plain_sum(operation: tf.Operation) -> tf.Tensor | None:
+    """What adds a bias to images in all rows, as an ordinary sum; None where it is something else.
+
+    TensorFlow's layout optimizer takes images with a further axis for volumes and moves their channels, for nothing.
+    """
+    images, bias = operation.inputs
+    if images.shape.rank != 5 or operation.get_attr("data_format") != b"NHWC":
+        return None
+    return tf.ensure_shape(images + bias, operation.outputs[0].shape)
 
 
 def _join_pooling(operation: tf.Operation) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.rows import reshape_rows, widen
+from tf_dpbn.clipping.rows import reshape_rows, widen, window_of
 from tf_dpbn.clipping.rules.base import Blocks, MatrixRule
 from tf_dpbn.clipping.vectorization import has_accelerator
 
@@ -165,7 +165,7 @@ class ConvolutionRule(MatrixRule):
             merged = position == len(others) - 1  # the window along the last axis steps over these rows
             window.append(slice(phase.first, max(phase.first, end), 1 if merged else axis.stride))
         whole = all(w == slice(0, n, 1) for w, n in zip(window[1:], data.shape[1:], strict=False))
-        data = data if whole else data[tuple(window)]
+        data = data if whole else window_of(data, window)
         rank, step = len(self._axes), others[-1].stride
         return unfold(data, rank, last.taps, last.stride, last.dilation, last.before, last.after, step)
 
@@ -263,14 +263,14 @@ def unfold(
     """
     if min(before, after) < 0:
         window = [slice(None)] * axis + [slice(max(0, -before), data.shape[axis] - max(0, -after))]
-        data, before, after = data[tuple(window)], max(0, before), max(0, after)
+        data, before, after = window_of(data, window), max(0, before), max(0, after)
     if taps == stride == step == 1 and not before and not after:
         return data
     windows = taps * data.shape[-1]
     wide = windows > (_NARROW if stride * step == 1 else _LARGEST_KERNEL)
     if wide or 0 in data.shape[1:] or not _convolves_well(data.shape[-1], step, stride):
         rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
-        return _unfold_by_slices(data[tuple(rows)], axis, taps, stride, dilation, before, after)
+        return _unfold_by_slices(window_of(data, rows), axis, taps, stride, dilation, before, after)
     return _unfold_by_convolution(data, axis, taps, stride, dilation, before, after, step)
 
 
@@ -294,7 +294,7 @@ def _unfold_by_slices(
     for tap in range(taps):
         first = tap * dilation
         window = [slice(None)] * axis + [slice(first, first + (outputs - 1) * stride + 1, stride)]
-        windows.append(padded[tuple(window)])
+        windows.append(window_of(padded, window))
     return tf.concat(windows, -1)
 
 
