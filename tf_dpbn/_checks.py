@@ -496,7 +496,7 @@ def _reason_of_change(operation: Any, changed: Sequence[Any], names: Sequence[st
     return (
         f"The model or its loss updates state {what} during training from the examples, un-noised: that "
         "couples private examples. Use a layer or loss without such state (for a recurrent layer: "
-        f"stateful=False), or freeze it. Received: {operation.type}"
+        f"stateful=False, use_cudnn='auto'), or freeze it. Received: {operation.type}"
     )
 
 

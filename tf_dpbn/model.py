@@ -38,7 +38,7 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_callback,
 )
-from tf_dpbn._precision import check_full_float32, full_float32
+from tf_dpbn._precision import check_full_float32, check_rounding, full_float32, in_full_float32
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
@@ -67,6 +67,8 @@ class DPModel(BookkeepingModel):
     l2_norm_clip; weights, moving statistics and checkpoints are post-processing of those releases, the public batch and
     the initial weights. Losses and metrics logged in training are not covered.
     """
+
+    train_function: Any  # Keras'
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Returns a DPFunctional for `DPModel(inputs, outputs)`, as keras.Model returns a functional model."""
@@ -187,7 +189,11 @@ class DPModel(BookkeepingModel):
         """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding.
 
         A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
-        `compile`, whose noise the ledger books from then on.
+        `compile`, whose noise the ledger books from then on. On GPUs and TPUs, switch TensorFloat-32 off before, and
+        leave it off while the graph is in use: `fit` and `train_on_batch` do so for each step.
+
+        Raises:
+          RuntimeError: without `compile`, or if products would be rounded to fewer bits than float32 has.
         """
         self._compiled_dp_optimizer()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
@@ -376,8 +382,7 @@ class DPModel(BookkeepingModel):
                 kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                 if class_weight is not None:
                     x, class_weight = apply_class_weight(x, class_weight), None
-            with full_float32():
-                return super().fit(x, y, class_weight=class_weight, **kwargs)
+            return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
             self._books.open_record(self._compiled_optimizer or optimizer, None)
             if self.private_steps > steps_before:
@@ -391,12 +396,20 @@ class DPModel(BookkeepingModel):
           NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
         """
         self._compiled_dp_optimizer()
+        check_rounding()
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
-        with full_float32():
-            return super().train_on_batch(*args, **kwargs)
+        return super().train_on_batch(*args, **kwargs)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """As in Keras; what it makes multiplies in full float32, on GPUs and TPUs too."""
+        before = self.train_function
+        super().make_train_function(force)
+        if self.train_function is not before:
+            self.train_function = in_full_float32(self.train_function)
+        return self.train_function
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
         """The optimizer that `compile` got, whose steps the ledger books; another one is refused."""
@@ -408,6 +421,7 @@ class DPModel(BookkeepingModel):
     def _prepare_training(self, x: Any, y: Any, options: dict[str, Any]) -> None:
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_dp_optimizer(), source_of(x)
+        check_rounding()
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         if source is None:
             warnings.warn(
