@@ -362,6 +362,16 @@ class Hook(keras.callbacks.Callback):
         setattr(self, hook, lambda *_, **__: function(self.model))
 
 
+def test_tensorflows_mixed_precision_is_refused():
+    model, data = stock(noise_multiplier=5.0, depth=1), tf.data.Dataset.from_tensors(padded(examples=0))
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True})
+    try:
+        with pytest.raises(RuntimeError, match="'auto_mixed_precision'"):
+            model.fit(data, callbacks=[tfp.callback()], verbose=0)
+    finally:
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": False})
+
+
 def test_a_global_seed_is_refused_because_noise_would_be_drawn_twice():
     model, data = stock(noise_multiplier=5.0, depth=1), tf.data.Dataset.from_tensors(padded(examples=0))
     for seed in (lambda: tf.random.set_seed(3), lambda: keras.utils.set_random_seed(0)):
