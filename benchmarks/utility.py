@@ -106,7 +106,8 @@ def work(
 
 def _record(path: pathlib.Path, run: _Run, result: Mapping[str, Any]) -> None:
     setting, seed, split = run
-    print(f"{setting}, {split} seed {seed}: {result['accuracy']:.4f} in {result['seconds']} s", flush=True)
+    what = [f"{each.name} {value}" for each in _FIELDS if (value := getattr(setting, each.name)) != each.default]
+    print(f"{', '.join(what)}, {split} seed {seed}: {result['accuracy']:.4f} in {result['seconds']} s", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = {"setting": dataclasses.asdict(setting), "seed": seed, "split": split, **result}
     with path.open("a", encoding="utf-8") as file:
@@ -146,17 +147,19 @@ def main(argv: list[str]) -> None:
     unknown = set(values.tables) - set(TABLES)
     if unknown:
         raise app.UsageError(f"`tables` must be among {', '.join(TABLES)}. Received: tables={values.tables}")
+    rows = select([TABLES[name] for name in values.tables], values.rows)
+    if not rows:
+        raise app.UsageError(f"`rows` must be parts of groups and names of rows of the tables. Received: {values.rows}")
     processes = values.processes
     with futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _limit_threads, (values.threads,)
     ) as pool:
-        rows = select([TABLES[name] for name in values.tables], values.rows)
         work(rows, path, values.data_dir, pool, processes)
 
 
 def define_flags() -> None:
     """Defines the flags."""
-    flags.DEFINE_list("tables", ["a", "b", "c", "depth", "d", "e", "limit"], f"Which, among {', '.join(TABLES)}.")
+    flags.DEFINE_list("tables", list(TABLES), f"Which, among {', '.join(TABLES)}.")
     flags.DEFINE_multi_string("rows", [""], "Which rows, by a part of their group and name: '16 convolutions: group'.")
     flags.DEFINE_string("results", str(RESULTS), "File of JSON lines to read and extend.")
     flags.DEFINE_string("data_dir", None, "IDX files of Fashion-MNIST; without it TensorFlow Datasets downloads them.")

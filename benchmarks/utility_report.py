@@ -82,7 +82,7 @@ def _plot(path: pathlib.Path, title: str, rows: _Rows) -> None:
         x, y, below, above = zip(*points, strict=True)
         style: dict[str, Any] = {"marker": "o", "capsize": 3, "label": name}
         axes.errorbar(x, y, yerr=[below, above], **style)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 4 else 0)
     axes.set_ylabel("test accuracy, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)

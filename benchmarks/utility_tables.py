@@ -31,7 +31,6 @@ _DEEP_TUNING_EPOCHS = 1
 # and of the modes of batch normalization the best there.
 _DEEPEST = 16
 _DEEPEST_GRID = ({"learning_rate": 0.5, "l2_norm_clip": 3.0}, {"learning_rate": 1.0, "l2_norm_clip": 1.0})
-_BEST_IN_DEPTH = ("none", "group", "batch, public, 3a and 3b")
 _BATCH = {
     "batch, public": {"statistics": "public"},
     "batch, public, adaptive": {"statistics": "public", "correction": "adaptive"},
@@ -90,27 +89,35 @@ def _by_epsilon(epsilons: tuple[float, ...], grid: _Grid, **fields: object) -> I
             yield _row(f"epsilon {epsilon:g}", name, grid, epsilon=epsilon, **fields, **kind)
 
 
+_IN_DEPTH = {
+    "none": _BASELINES["none"],
+    "group": _BASELINES["group"],
+    "batch, public, 3a": _BATCH["batch, public"],
+    "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
+    "batch, public, adaptive": _BATCH["batch, public, adaptive"],
+    "batch, anchored, 3a and 3b": {**_BATCH["batch, anchored"], "correction": "full"},
+}
+_BEST_IN_DEPTH = ("none", "group", "batch, public, 3a and 3b")
+
+
 def _by_depth() -> Iterator[Row]:
-    kinds = {
-        "none": _BASELINES["none"],
-        "group": _BASELINES["group"],
-        "batch, public, 3a": _BATCH["batch, public"],
-        "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
-        "batch, public, adaptive": _BATCH["batch, public, adaptive"],
-    }
     for depth in _DEPTHS:
-        for name in kinds if depth < _DEEPEST else _BEST_IN_DEPTH:
-            yield _deep_row(f"{depth} convolutions", depth, name, _DEEP_TUNING_EPOCHS, **kinds[name])
-    # How long networks are trained decides what normalization is worth; here the grid is trained as long.
+        for name, kind in _IN_DEPTH.items():
+            # The deepest take long, and released statistics are studied at one depth.
+            if name in _BEST_IN_DEPTH or depth == 8 or (depth < _DEEPEST and kind.get("statistics") == "public"):
+                yield _deep_row(f"{depth} convolutions", depth, name, **kind)
+
+
+def _by_length() -> Iterator[Row]:
     for depth, epochs in ((8, 1), (12, 1), (16, 1), (20, 1), (8, 4)):
         group = f"{depth} convolutions, {epochs} epoch{'s' * (epochs > 1)}"
         for name in _BEST_IN_DEPTH:
-            yield _deep_row(group, depth, name, epochs, epochs=epochs, **kinds[name])
+            yield _deep_row(group, depth, name, epochs=epochs, **_IN_DEPTH[name])
 
 
-def _deep_row(group: str, depth: int, name: str, tuning_epochs: int, **fields: object) -> Row:
+def _deep_row(group: str, depth: int, name: str, **fields: object) -> Row:
     grid = _DEEP_GRID if depth < _DEEPEST else _DEEPEST_GRID
-    return _row(group, name, grid, tuning_epochs, **{"net": f"deep{depth}", **_DEEP, **fields})
+    return _row(group, name, grid, _DEEP_TUNING_EPOCHS, **{"net": f"deep{depth}", **_DEEP, **fields})
 
 
 def _ablation() -> Iterator[Row]:
@@ -151,6 +158,9 @@ _BEST = tuple(
 TABLES = {
     "a": Table("Normalization by epsilon: tutorial CNN, Fashion-MNIST", tuple(_by_epsilon(_EPSILONS, _GRID))),
     "b": Table("Normalization by depth: stacks of convolutions, Fashion-MNIST, epsilon 3", tuple(_by_depth())),
+    "length": Table(
+        "Normalization by depth and length of training: stacks of convolutions, epsilon 3", tuple(_by_length())
+    ),
     "c": Table("What the corrections and the public batch contribute: tutorial CNN, epsilon 3", tuple(_ablation())),
     "depth": Table("Released statistics in depth: stack of 8 convolutions, epsilon 3", tuple(_depth_study()), seeds=1),
     "d": Table(
