@@ -38,6 +38,7 @@ _ACCOUNTING, _PLAN, _SAMPLING = (f"tests/test_{n}.py" for n in ("accounting", "a
 _DATASET = "tests/test_poisson_dataset.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
+_PRECISION, _GPU = "tests/test_precision.py", "tests/test_gpu_graphs.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +285,29 @@ MUTANTS = (
         "public.update_statistics([each.tensors[0] for each in clipped[1:]])",
         _selected(_RELEASED, "promised_noise"),
     ),
+    Mutant(
+        "model.py",
+        "self.train_function = in_full_float32(self.train_function)",
+        "self.train_function = self.train_function",
+        (_PRECISION,),
+    ),
+    Mutant(
+        "_precision.py",
+        "tensor_float_32_execution(False)\n    try",
+        "tensor_float_32_execution(True)\n    try",
+        (_PRECISION,),
+    ),
+    Mutant(
+        "_precision.py",
+        "            if not _blocks:\n                tf",
+        "            if True:\n                tf",
+        (_PRECISION,),
+    ),
+    Mutant(
+        "_precision.py", "    check_rounding()\n    with _LOCK", "    with _LOCK", _selected(_PRECISION, "callback")
+    ),
+    Mutant("clipping/rows.py", "(slice(None),) * (tensor", "() * (tensor", _selected(_GPU, "every_axis")),
+    Mutant("clipping/vectorization.py", "images.shape.rank != 5", "images.shape.rank != 6", _selected(_GPU, "sums")),
     Mutant(
         "_audit_bounds.py",
         "2.0 * canaries * delta * worst",

@@ -178,6 +178,17 @@ def test_tensorflows_mixed_precision_is_refused():
     model.train_on_batch(x, y)
 
 
+def test_an_option_that_a_callback_sets_stops_training():
+    model, x, y, _ = model_and_data()
+    switch = Callback(lambda: tf.config.optimizer.set_experimental_options({"auto_mixed_precision": True}))
+    try:
+        with pytest.raises(RuntimeError, match="'auto_mixed_precision' would narrow"):
+            model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[switch])
+    finally:
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": False})
+    assert model.private_steps == model.ledger.steps == 1
+
+
 @pytest.mark.parametrize("name, value", [("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"), ("TF_USE_CUBLASLT", "1")])
 def test_environments_that_round_are_refused(name, value, monkeypatch):
     model, x, y, _ = model_and_data()
