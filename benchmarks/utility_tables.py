@@ -96,6 +96,12 @@ _IN_DEPTH = {
     "batch, public, 3a and 3b": {**_BATCH["batch, public"], "correction": "full"},
     "batch, public, adaptive": _BATCH["batch, public, adaptive"],
     "batch, anchored, 3a and 3b": {**_BATCH["batch, anchored"], "correction": "full"},
+    # The best of the depth study.
+    "batch, anchored, adaptive, random fields": {
+        **_BATCH["batch, anchored"],
+        "correction": "adaptive",
+        "public": "random_fields",
+    },
 }
 _BEST_IN_DEPTH = ("none", "group", "batch, public, 3a and 3b")
 
@@ -141,6 +147,7 @@ def _depth_study() -> Iterator[Row]:
         "anchored, momentum 0.8": {**anchored, "momentum": 0.8},
         "anchored, momentum 0.99": {**anchored, "momentum": 0.99},
         "anchored, random fields": {**anchored, "public": "random_fields"},
+        "anchored, random fields, adaptive": {**anchored, "public": "random_fields", "correction": "adaptive"},
         "anchored, uniform noise": {**anchored, "public": "uniform_noise"},
         "anchored, clip 0.3": {**anchored, "statistics_clip": 0.3},
         "anchored, 3a and 3b, a quarter of the budget": {**anchored, "correction": "full", "statistics_fraction": 0.25},
