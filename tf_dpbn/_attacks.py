@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn._keras import kept_state, keras
-from tf_dpbn._precision import full_float32
+from tf_dpbn._precision import in_full_float32
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 
@@ -35,11 +35,10 @@ def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, 
         sensitivities[:] = [each.l2_sensitivity for each in found]
         return [each.tensors for each in found]
 
-    traced = tf.function(run, autograph=False)
+    traced = in_full_float32(tf.function(run, autograph=False))
 
     def call(x: Any, y: Any, weights: Any) -> tuple[ClippedSum, ...]:
-        with full_float32():
-            found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
+        found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
         return tuple(ClippedSum(tuple(t), s) for t, s in zip(found, sensitivities, strict=True))
 
     return call

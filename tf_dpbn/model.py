@@ -38,7 +38,7 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_callback,
 )
-from tf_dpbn._precision import check_full_float32, check_rounding, full_float32, in_full_float32
+from tf_dpbn._precision import check_full_float32, check_rounding, in_full_float32
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
@@ -198,9 +198,8 @@ class DPModel(BookkeepingModel):
         self._compiled_dp_optimizer()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
-                self._books.functions["step"] = tf.function(self.train_step, autograph=False)
-            with full_float32():
-                return self._books.functions["step"](data)
+                self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
+            return self._books.functions["step"](data)
         check_full_float32()
         batch = self._read_batch(data)
         public = self._public_forward(batch)

@@ -91,19 +91,22 @@ def _mend(outputs: Any) -> Any:
     graph = tf.compat.v1.get_default_graph()
     replaced: dict[int, tf.Tensor] = {}
     for operation in graph.get_operations():
-        if _is_unsafe_product(operation):
-            product = _flat_product(operation)
-            if product is not None:
-                _graph.redirect(operation.outputs[0], product)
-                replaced[id(operation.outputs[0])] = product
-        elif operation.type == "BiasAdd" and has_accelerator():
-            added = _plain_sum(operation)
-            if added is not None:
-                _graph.redirect(operation.outputs[0], added)
-                replaced[id(operation.outputs[0])] = added
-        elif operation.type == "MaxPoolGrad":
+        if operation.type == "MaxPoolGrad":
             _join_pooling(operation)
+        better = _replacement(operation)
+        if better is not None:
+            _graph.redirect(operation.outputs[0], better)
+            replaced[id(operation.outputs[0])] = better
     return tf.nest.map_structure(lambda t: replaced.get(id(t), t), outputs)
+
+
+def _replacement(operation: tf.Operation) -> tf.Tensor | None:
+    """What yields the same as an operation that does badly, or None."""
+    if _is_unsafe_product(operation):
+        return _flat_product(operation)
+    if operation.type == "BiasAdd" and has_accelerator():
+        return _plain_sum(operation)
+    return None
 
 
 def _flat_product(operation: tf.Operation) -> tf.Tensor | None:
