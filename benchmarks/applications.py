@@ -98,7 +98,7 @@ def _train(model: Any, shape: tuple[int, ...], microbatch_size: int) -> list[flo
     plan = tf_dpbn.PrivacyPlan(noise_multiplier=1.0, delta=1e-3, num_examples=examples, expected_batch_size=4, epochs=1)
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(plan, l2_norm_clip=1.0, learning_rate=0.01)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer=optimizer, loss=loss, microbatch_size=microbatch_size)
+    model.compile(optimizer=optimizer, loss=loss, correction="local", microbatch_size=microbatch_size)
     batches = plan.poisson_dataset(x, y)
     for _ in range(2):
         start = time.perf_counter()

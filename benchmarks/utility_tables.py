@@ -15,6 +15,8 @@ _GRID = tuple({"learning_rate": rate, "l2_norm_clip": clip} for rate in (0.25, 0
 _SMALL_DATA_GRID = tuple(
     {"learning_rate": rate, "l2_norm_clip": clip} for rate in (0.125, 0.25, 0.5) for clip in (0.5, 1.0)
 )
+# Over epsilons there are many rows; in table (c) the smaller clip norm was best in one row of fourteen, by 0.4 points.
+_EPSILON_GRID = _GRID[1::2]
 _DEEP_GRID = tuple({"learning_rate": rate, "l2_norm_clip": clip} for rate in (0.5, 1.0) for clip in (1.0, 3.0))
 _EPSILONS = (0.5, 1.0, 2.0, 3.0, 8.0)
 _DEPTHS = (2, 4, 8, 12, 16, 20)
@@ -163,7 +165,7 @@ _BEST = tuple(
     for name, kind in {"batch, public": _BATCH["batch, public"], "group": _BASELINES["group"]}.items()
 )
 TABLES = {
-    "a": Table("Normalization by epsilon: tutorial CNN, Fashion-MNIST", tuple(_by_epsilon(_EPSILONS, _GRID))),
+    "a": Table("Normalization by epsilon: tutorial CNN, Fashion-MNIST", tuple(_by_epsilon(_EPSILONS, _EPSILON_GRID))),
     "b": Table("Normalization by depth: stacks of convolutions, Fashion-MNIST, epsilon 3", tuple(_by_depth())),
     "length": Table(
         "Normalization by depth and length of training: stacks of convolutions, epsilon 3", tuple(_by_length())

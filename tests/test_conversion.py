@@ -619,6 +619,17 @@ def test_the_correction_report_tells_local_from_non_local():
     assert model.correction_report() == [("a", "none"), ("b", "none")]
 
 
+@pytest.mark.parametrize("frozen, kind", [(0, "both"), (1, "local")])
+def test_from_eight_normalizations_on_that_train_the_default_correction_is_the_adaptive_one(frozen, kind):
+    stack = [each for _ in range(8) for each in (layers.Dense(4, use_bias=False), tf_dpbn.DPBatchNormalization())]
+    model = tf_dpbn.DPSequential([keras.Input((3,)), *stack, layers.Dense(2)])
+    for layer in stack[1 : 2 * frozen : 2]:
+        layer.trainable = False
+    model.set_public_batch(np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32))
+    helpers.compiled(model)
+    assert [found for _, found in model.correction_report()] == [kind] * (8 - frozen)
+
+
 def test_a_compiled_model_is_converted_uncompiled():
     model = sequential(layers.BatchNormalization())
     model.compile("sgd", "mse")

@@ -329,6 +329,12 @@ def test_a_step_is_traced_once_with_metrics_by_name(build, correction, monkeypat
     assert traces_of(model, draws(), monkeypatch) == 1
 
 
+def test_a_step_with_so_many_normalizations_that_the_default_is_adaptive_is_traced_once(monkeypatch):
+    blocks = [each for k in range(8) for each in (dense(4, k), tf_dpbn.DPBatchNormalization())]
+    model = compiled(tf_dpbn.DPSequential([keras.Input((5,)), *blocks, dense(CLASSES, 8)]), {"metrics": ["accuracy"]})
+    assert traces_of(model, draws(), monkeypatch) == 1
+
+
 def test_a_step_with_noised_and_public_statistics_is_traced_once(monkeypatch):
     inputs = keras.Input((5,))
     x = tf_dpbn.DPBatchNormalization(statistics="noised")(dense(4, 1)(inputs))

@@ -16,7 +16,10 @@ from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_mean
 from tf_dpbn.layers import DPBatchNormalization, GivenStatistics, NormalizationCall, PublicPass
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 
-CORRECTIONS = ("local", "adaptive", "full", "none")
+CORRECTIONS = ("auto", "local", "adaptive", "full", "none")
+# From this many normalizations on "auto" is "adaptive". In stacks of 8 and 12 convolutions that gained 2.1 and 3.6
+# points over "local", in those of 2 and 4 it lost 1.0 and 0.5, within the spread of seeds (docs/results.md, table b).
+_DEEP = 8
 # Of the average by which the adaptive correction tells signal from noise: about the last twenty steps.
 _DECAY = 0.9
 
@@ -32,6 +35,7 @@ class PublicForward:
       public_batch: nest of tensors [public examples, ...]; any single example where all statistics are noised ones.
       released_mean: (name, size) -> variable that keeps a mean of released values from step to step.
       correction: which part of the gradient through the statistics to restore:
+        "auto": "adaptive" in deep models and "local" in others, see `chosen_correction`.
         "local": section 3a for calls that one kernel layer feeds, section 3b for the others.
         "full": 3a where possible, and 3b for every call that it can serve.
         "adaptive": as "full", but where there is 3a, 3b only as far as what it starts from is more than noise.
@@ -49,6 +53,7 @@ class PublicForward:
     def __init__(
         self, model: Any, public_batch: Any, correction: str, released_mean: Callable[[str, int], tf.Variable]
     ) -> None:
+        correction = chosen_correction(model, correction)
         self._adaptive, self._released_mean = correction == "adaptive", released_mean
         self._names = names_of_normalizations(model)
         self._variables = [raw(variable) for variable in model.trainable_variables]
@@ -220,15 +225,25 @@ class PublicForward:
             first.layer.update_statistics(first, residual, len(self.calls))
 
 
+def chosen_correction(model: Any, correction: str) -> str:
+    """The correction itself, or for "auto" the one for as many normalizations as train in the model."""
+    if correction != "auto":
+        return correction
+    return "adaptive" if sum(layer.trainable for layer in _normalizations(model)) >= _DEEP else "local"
+
+
 def names_of_normalizations(model: Any) -> dict[int, str]:
     """By id of each DPBatchNormalization a name that no other one has; layers of submodels may share theirs."""
-    found = [layer for layer in flatten_layers(model) if isinstance(layer, DPBatchNormalization)]
-    return {id(layer): f"{k}:{getattr(layer, 'path', layer.name)}" for k, layer in enumerate(found)}
+    return {id(layer): f"{k}:{getattr(layer, 'path', layer.name)}" for k, layer in enumerate(_normalizations(model))}
+
+
+def _normalizations(model: Any) -> list[Any]:
+    return [layer for layer in flatten_layers(model) if isinstance(layer, DPBatchNormalization)]
 
 
 def create_averages(model: Any, correction: str, released_mean: Callable[[str, int], tf.Variable]) -> None:
     """Creates what the adaptive correction keeps: a step that creates variables is traced twice."""
-    if correction != "adaptive":
+    if chosen_correction(model, correction) != "adaptive":
         return
     names = names_of_normalizations(model)
     for layer in flatten_layers(model):

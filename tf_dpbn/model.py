@@ -92,7 +92,7 @@ class DPModel(BookkeepingModel):
         optimizer: Any = None,
         loss: Any = None,
         *args: Any,
-        correction: str = "local",
+        correction: str = "auto",
         engine: str = "book_keeping",
         microbatch_size: int | None = None,
         norm_method: str = "auto",
@@ -108,10 +108,10 @@ class DPModel(BookkeepingModel):
           loss: as in Keras; any reduction. The loss of one example is what Keras computes for a batch of one.
           *args, **kwargs: loss_weights, metrics, weighted_metrics, run_eagerly, steps_per_execution, jit_compile as
             in Keras. jit_compile="auto" is off on CPUs, where XLA's convolutions are slower.
-          correction: how gradients flow through batch statistics: "local" (default; section 3a of docs/algorithm.md,
-            3b where 3a does not apply), "adaptive" (3a, and 3b as far as it is more than noise: deep networks train
-            better, and a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for
-            studies).
+          correction: how gradients flow through batch statistics: "local" (section 3a of docs/algorithm.md, 3b where
+            3a does not apply), "adaptive" (3a, and 3b as far as it is more than noise: deep networks train better, and
+            a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for studies). "auto",
+            the default, is "adaptive" from eight normalizations on that train, and else "local".
           engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.registry`. All give the same result.
           microbatch_size: how many examples are worked on at a time, within one step; bounds memory and does not change
             the result. None chooses.
