@@ -21,15 +21,17 @@ _STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """How far the resident set grew, in bytes.
+    """Peaks of the resident set, in bytes.
 
     Attributes:
-      above_start: its peak during the steps over its size just before the first one. The first step also builds and
-        optimizes the graph, once in a training.
+      process: the whole of it, with what Python and TensorFlow take before the first step.
+      above_start: how far it grew: its peak during the steps over its size just before the first one. The first step
+        also builds and optimizes the graph, once in a training.
       above_graph: its peak during the steps over its size once the graph was built.
       parameters: trainable parameters of the model.
     """
 
+    process: int
     above_start: int
     above_graph: int
     parameters: int
@@ -70,7 +72,7 @@ def _measure_here(variant: Variant) -> Peak:
     for _ in range(_STEPS):
         step()
     peak = resident("VmHWM", _STATUS.read_text())
-    return Peak(peak - start, peak - graph, step.parameters)
+    return Peak(peak, peak - start, peak - graph, step.parameters)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ the ratio is the median over the rounds. Medians are followed by [lower quartile
 
     python benchmarks/step_time.py --nets=resnet8 --batch_sizes=64,256 --engine=book_keeping,vectorized
 
-With --memory it starts a process for each measurement and prints how far its resident set grew in the steps. With
---peers other packages take part in the same rounds, each in an environment of its own (`make bench-peers` creates
-them). They run the same networks without normalization, since they do not train BatchNormalization privately, which
-spares them work; Opacus runs them with GroupNorm as well.
+With --memory it starts a process for each measurement and prints the peak of its resident set and how far that grew in
+the steps. With --peers other packages take part in the same rounds, each in an environment of its own (`make
+bench-peers` creates them). They run the same networks without normalization, since they do not train
+BatchNormalization privately, which spares them work; Opacus runs them with GroupNorm as well.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def memory_rows(config: Config, variants: Sequence[Variant]) -> list[Row]:
     for variant in variants:
         row = {**_variant_row(variant), "measured": "memory", "processes": config.memory_repeats}
         row["parameters"] = peaks[variant.label][0].parameters
-        for field in ("above_start", "above_graph"):
+        for field in ("process", "above_start", "above_graph"):
             values = {label: [getattr(peak, field) for peak in found] for label, found in peaks.items()}
             found, plain = values[variant.label], values.get(PLAIN)
             row.update(_spread(f"{field}_bytes", timing.quartiles(found)))

@@ -225,7 +225,7 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path):
     assert [row["variant"] for row in rows] == ["plain", "tf_dpbn book_keeping public microbatch=4"]
     for row in rows:
         assert row["measured"] == "memory" and row["parameters"] > 26_000
-        assert 0 < row["above_graph_bytes"] < row["above_start_bytes"] < 2**31
+        assert 0 < row["above_graph_bytes"] < row["above_start_bytes"] < row["process_bytes"] < 2**31
     assert rows[0]["above_start_ratio_to_plain"] == 1.0 and rows[1]["above_start_ratio_to_plain"] > 0.0
 
 

@@ -1,5 +1,7 @@
 """DPModel as a Keras model: ways to build and run it, what a step does to the weights, fresh moving statistics."""
 
+import gc
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,6 +9,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn.clipping.registry import ENGINES
 from tf_dpbn.sampling import poisson_dataset
 
 layers = keras.layers
@@ -333,6 +336,26 @@ def test_a_step_with_so_many_normalizations_that_the_default_is_adaptive_is_trac
     blocks = [each for k in range(8) for each in (dense(4, k), tf_dpbn.DPBatchNormalization())]
     model = compiled(tf_dpbn.DPSequential([keras.Input((5,)), *blocks, dense(CLASSES, 8)]), {"metrics": ["accuracy"]})
     assert traces_of(model, draws(), monkeypatch) == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_model_that_is_gone_leaves_no_graph_behind(engine):
+    def train():
+        inputs = keras.Input((5,))
+        x = layers.Activation("tanh")(tf_dpbn.DPBatchNormalization()(dense(6, 1)(inputs)))
+        x = layers.Add()([x, tf_dpbn.DPBatchNormalization(statistics="noised")(dense(6, 2)(x))])
+        model = compiled(tf_dpbn.DPModel(inputs, dense(CLASSES, 3)(x)), {"engine": engine, "correction": "full"})
+        model.set_public_batch(PUBLIC)
+        model.fit(draws(), verbose=0)
+
+    def graphs():
+        gc.collect()
+        return sum(isinstance(each, tf.Graph) for each in gc.get_objects())
+
+    train()  # what TensorFlow keeps once
+    before = graphs()
+    train()
+    assert graphs() <= before
 
 
 def test_a_step_with_noised_and_public_statistics_is_traced_once(monkeypatch):

@@ -453,3 +453,17 @@ def frozen(layers: Sequence[Any]) -> Iterator[None]:
             for variable, flag in zip(own_variables(layer), flags, strict=True):
                 if IS_KERAS_3 and variable.trainable != flag:
                     variable.trainable = flag
+
+
+def apply_gradients(optimizer: Any, pairs: list[tuple[tf.Tensor, Any]]) -> Any:
+    """A Keras optimizer's update by (gradient, variable) pairs, which are the same on each replica or zero.
+
+    On a single device there is nothing to add up over replicas. Keras would do so all the same, by a
+    tf.custom_gradient, which TensorFlow keeps for the life of the process, and with it the graph of the step.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or tf.distribute.has_strategy():
+        return optimizer.apply_gradients(pairs)
+    if not IS_KERAS_3:
+        return optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
+    return context.merge_call(lambda _: optimizer.apply_gradients(pairs))

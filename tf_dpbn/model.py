@@ -169,6 +169,7 @@ class DPModel(BookkeepingModel):
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
         self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
+        self._create_averages()
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialized."""
@@ -250,6 +251,12 @@ class DPModel(BookkeepingModel):
             # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
+
+    def _create_averages(self) -> None:
+        """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
+        if self.built:
+            with self.distribute_strategy.scope():
+                create_averages(self, self._dp_options["correction"], self._books.released_mean)
 
     def _create_input_means(self, x: Any, y: Any) -> None:
         """Creates what noised statistics keep of their kernel layers' inputs, which takes a trace to find.
@@ -447,9 +454,9 @@ class DPModel(BookkeepingModel):
             options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
         self._books.open_record(optimizer, source.sampling if source else None)
         if self.built:  # created in the step they would have it traced twice
+            self._create_averages()
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
-                create_averages(self, self._dp_options["correction"], self._books.released_mean)
                 if source is not None:
                     build_compiled(self, x.element_spec[1])
         if self.built and source is not None:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
+from tf_dpbn._keras import IS_KERAS_3, apply_gradients, deserialize, keras, serialize
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
 from tf_dpbn.mechanisms import SMALLEST_CLIP, ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
 
@@ -216,7 +216,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
             raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
         tensors = _of_first_replica(gradients.tensors)
         pairs = [(tf.cast(t, v.dtype), v) for t, v in zip(tensors, variables, strict=True)]
-        return self.inner.apply_gradients(pairs)
+        return apply_gradients(self.inner, pairs)
 
     def is_built_in(self, strategy: tf.distribute.Strategy) -> bool:
         """Whether the optimizer belongs to `strategy`, so that its replicas draw the same noise."""

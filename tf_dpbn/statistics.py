@@ -7,7 +7,6 @@ r = 1 / sqrt(v + epsilon).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
@@ -50,20 +49,15 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
 
 
 def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """tf.nn.moments, its gradient in one multiplication and one addition by channel: half as many passes over z."""
+    """tf.nn.moments with fewer passes over z in its gradient.
 
-    @tf.custom_gradient
-    def compute(z: tf.Tensor) -> Any:
-        mean, variance = tf.nn.moments(z, reduce, keepdims=True)
-        count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
-
-        def gradient(d_mean: tf.Tensor, d_variance: tf.Tensor) -> tf.Tensor:
-            d_mean, d_variance = (tf.reshape(d, tf.shape(mean)) / count for d in (d_mean, d_variance))
-            return z * (2.0 * d_variance) + (d_mean - 2.0 * d_variance * mean)
-
-        return (tf.squeeze(mean, reduce), tf.squeeze(variance, reduce)), gradient
-
-    return compute(z)
+    No tf.custom_gradient, which TensorFlow keeps for the life of the process with the graph around it.
+    """
+    mean = tf.reduce_sum(z, reduce, keepdims=True)
+    count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
+    mean /= count
+    centered = z - tf.stop_gradient(mean)  # moving the mean does not change the variance, to first order
+    return tf.squeeze(mean, reduce), tf.reduce_sum(tf.square(centered), reduce) / count
 
 
 def widen(z: tf.Tensor) -> tf.Tensor:

@@ -36,16 +36,39 @@ NORM_METHODS = ("auto", "instantiate", "gram")
 _OPERATIONS_PER_NUMBER = 40
 
 
+@dataclasses.dataclass(frozen=True)
+class Covered:
+    """An operation that a rule covers.
+
+    Attributes:
+      index: position of its variable among the trainable variables.
+      rule: its rule.
+      numbers: how many numbers are kept of one example: the operation's data and its result's cotangent.
+    """
+
+    index: int
+    rule: AnyRule
+    numbers: int
+
+    @classmethod
+    def of(cls, use: Use) -> Covered:
+        """Without the tensors."""
+        numbers = sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
+        return cls(use.index, use.rule, numbers)
+
+
 @dataclasses.dataclass
 class _Books:
     """What the trace of one example found.
+
+    No tensors, from which TensorFlow's graph could not be freed.
 
     Attributes:
       uses: the operations with rules, in the order of their records.
       direct: variables to differentiate directly.
     """
 
-    uses: tuple[Use, ...] = ()
+    uses: tuple[Covered, ...] = ()
     direct: tuple[int, ...] = ()
 
 
@@ -61,7 +84,7 @@ class Vectors:
     """
 
     contributions: Sequence[Contribution]
-    uses: tuple[Use, ...]
+    uses: tuple[Covered, ...]
     results: tuple[Any, Any, Any]
     residuals: Sequence[tf.Tensor]
 
@@ -109,7 +132,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         with_terms = {term.index for terms in task.local_terms for term in terms}
         numbers = sum(task.variables[i].shape.num_elements() for i in books.direct)
         for use in books.uses:
-            numbers += sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
+            numbers += use.numbers
             if not self._is_compact(use.rule, use.index in with_terms):
                 numbers += math.prod(use.rule.shape)
         return 4 * numbers
@@ -186,20 +209,20 @@ class BookKeepingEngine(MicrobatchedEngine):
 def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
     """One example's loss and prediction, direct gradients, cotangents of statistics, records of uses, residuals."""
     graph = tf.compat.v1.get_default_graph()
-    with tf.GradientTape(watch_accessed_variables=False, persistent=False) as tape:
-        statistics = tf.nest.map_structure(tf.identity, task.statistics)
-        tape.watch([*task.variables, *tf.nest.flatten(statistics)])
-        before = len(graph.get_operations())
-        result = task.run_example(x, y, weight, index, statistics)
-        scaled = task.loss_scale * widen(result.loss)
-        uses, books.direct = find_uses(graph.get_operations()[before:], task.variables)
-    books.uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
+    statistics = tf.nest.map_structure(tf.identity, task.statistics)
+    before = len(graph.get_operations())
+    result = task.run_example(x, y, weight, index, statistics)
+    by_variable, books.direct = find_uses(graph.get_operations()[before:], task.variables)
+    uses = [use for uses_of_variable in by_variable.values() for use in uses_of_variable]
+    books.uses = tuple(Covered.of(use) for use in uses)
     direct = [task.variables[i] for i in books.direct]
-    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in books.uses]]
-    found = tape.gradient(scaled, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-    found = [unscaled(densify(g, s), task.loss_scale) for g, s in zip(found, sources, strict=True)]
-    first, last = len(direct), len(found) - len(books.uses)
-    records = [(use.inputs, cotangent) for use, cotangent in zip(books.uses, found[last:], strict=True)]
+    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in uses]]
+    # Not a tape: where two of the gradients are one tensor, it never gives back the memory of the graph.
+    found = tf.gradients(task.loss_scale * widen(result.loss), sources)
+    found = [tf.zeros(s.shape, s.dtype) if g is None else densify(g, s) for g, s in zip(found, sources, strict=True)]
+    found = [unscaled(gradient, task.loss_scale) for gradient in found]
+    first, last = len(direct), len(found) - len(uses)
+    records = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[last:], strict=True)]
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
     loss = tf.cast(result.loss, tf.float32)
     return loss, parts, result.y_pred, found[:first], found[first:last], records, result.residuals
