@@ -49,15 +49,16 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
 
 
 def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
-    """tf.nn.moments with fewer passes over z in its gradient.
+    """tf.nn.moments with fewer passes over z in its gradient: it divides by channel, not by element.
 
-    No tf.custom_gradient, which TensorFlow keeps for the life of the process with the graph around it.
+    Not by a tf.custom_gradient, which TensorFlow keeps for the life of the process with the graph around it.
     """
     mean = tf.reduce_sum(z, reduce, keepdims=True)
     count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
     mean /= count
-    centered = z - tf.stop_gradient(mean)  # moving the mean does not change the variance, to first order
-    return tf.squeeze(mean, reduce), tf.reduce_sum(tf.square(centered), reduce) / count
+    # Moving the mean does not change the variance, to first order.
+    squares = tf.math.squared_difference(z, tf.stop_gradient(mean))
+    return tf.squeeze(mean, reduce), tf.reduce_sum(squares, reduce) / count
 
 
 def widen(z: tf.Tensor) -> tf.Tensor:
