@@ -89,6 +89,17 @@ def test_the_inner_optimizer_gets_the_released_mean(inner, noise_multiplier):
     assert not np.allclose(ours.get_weights()[0], make_layer().get_weights()[0])
 
 
+def test_the_inner_optimizer_may_know_no_further_arguments():
+    class Narrow(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars, name=None):
+            return super().apply_gradients(grads_and_vars)
+
+    variable = keras.Variable([1.0]) if IS_KERAS_3 else tf.Variable([1.0])
+    optimizer = helpers.dp_optimizer(inner=Narrow(1.0), noise_multiplier=0.0, expected_batch_size=2)
+    optimizer.apply_gradients(optimizer.privatize(ClippedSum((tf.constant([1.0]),), 1.0)), [variable])
+    np.testing.assert_allclose(variable, [0.5])
+
+
 def test_works_in_a_function():
     layer, optimizer = make_layer(), helpers.dp_optimizer(inner="adam")
     (clipped,) = clipped_sums(1)

@@ -464,6 +464,10 @@ def apply_gradients(optimizer: Any, pairs: list[tuple[tf.Tensor, Any]]) -> Any:
     context = tf.distribute.get_replica_context()
     if context is None or tf.distribute.has_strategy():
         return optimizer.apply_gradients(pairs)
-    if not IS_KERAS_3:
+    if IS_KERAS_3:
+        return context.merge_call(lambda _: optimizer.apply_gradients(pairs))
+    if (
+        type(optimizer).apply_gradients is keras.optimizers.Optimizer.apply_gradients
+    ):  # others may not know the argument
         return optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
-    return context.merge_call(lambda _: optimizer.apply_gradients(pairs))
+    return optimizer.apply_gradients(pairs)

@@ -1,11 +1,14 @@
 """Every engine against a naive loop over examples, for every kind of layer."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import tf_dpbn
 from tests import helpers, zoo
-from tf_dpbn._keras import raw
+from tf_dpbn._keras import keras, raw
 from tf_dpbn.clipping import Batch, StatisticsRelease, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.registry import ENGINES
@@ -13,35 +16,97 @@ from tf_dpbn.clipping.registry import ENGINES
 PLAIN = [name for name in zoo.BODIES if not name.startswith("batch_normalization")]
 
 
-def naive_clipped_sum(model, x, y, weights, clip):
-    """The definition: one example at a time, clip, add."""
-    variables = [raw(v) for v in model.trainable_variables]
-    total, norms = None, []
+def gradients_by_example(model, x, y, weights):
+    """The definition: one example at a time."""
+    variables, found = [raw(v) for v in model.trainable_variables], []
     for i in range(len(x)):
         with tf.GradientTape() as tape:
             logits = model(x[i : i + 1], training=True)
             loss = tf.reduce_sum(zoo.logits_loss(y[i : i + 1], logits)) * weights[i]
-        gradient = [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, variables)]
-        norm = np.linalg.norm(helpers.flat(gradient))
-        norms.append(norm)
-        scaled = [g * min(1.0, clip / max(norm, 1e-30)) for g in gradient]
-        total = scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
-    return total, norms
+        found.append([np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, variables)])
+    return found
+
+
+def clipped_sum(gradients, clip):
+    total = [np.zeros_like(g) for g in gradients[0]]
+    for gradient in gradients:
+        scale = min(1.0, clip / max(np.linalg.norm(helpers.flat(gradient)), 1e-30))
+        total = [a + scale * b for a, b in zip(total, gradient, strict=True)]
+    return total
+
+
+@functools.cache
+def case(name):
+    """A model, a batch, a clip norm that some examples exceed and some do not, and the sum; once for all engines."""
+    model = zoo.build(name)
+    helpers.randomize(model)
+    x, y = zoo.data(name, 5)
+    weights = np.array([1.0, 0.5, 0.0, 2.0, 1.0], "float32")
+    gradients = gradients_by_example(model, x, y, weights)
+    clip = float(np.median([np.linalg.norm(helpers.flat(gradient)) for gradient in gradients]))
+    return model, (x, y, weights), clip, clipped_sum(gradients, clip)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", PLAIN)
 def test_clipped_sum_equals_a_loop_over_examples(name, engine):
-    model = zoo.build(name)
-    helpers.randomize(model)
-    x, y = zoo.data(name, 5)
-    weights = np.array([1.0, 0.5, 0.0, 2.0, 1.0], "float32")
-    _, norms = naive_clipped_sum(model, x, y, weights, 1.0)
-    clip = float(np.median(norms))  # some examples are clipped, some are not
-    expected, _ = naive_clipped_sum(model, x, y, weights, clip)
+    model, batch, clip, expected = case(name)
     helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=2)
-    found, _ = helpers.clipped_sum_function(model)(x, y, weights)
+    found, _ = helpers.clipped_sum_function(model)(*batch)
     assert helpers.relative_error(found, expected) < 1e-4
+
+
+class Slope(keras.layers.Layer):
+    """The derivative of a dense layer and a tanh along the first input; forward-mode, of a traced function."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4, activation="tanh")
+        self.traced = tf.function(lambda x: self.dense(x), autograph=False)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        super().build(shape)
+
+    def call(self, x):
+        direction = tf.one_hot(tf.zeros(tf.shape(x)[:1], tf.int32), x.shape[1])
+        with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+            y = self.traced(x)
+        return y + accumulator.jvp(y)
+
+    def compute_output_shape(self, shape):
+        return (shape[0], 4)
+
+
+def test_derivatives_within_a_layer_are_differentiated():
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(2)(Slope()(keras.layers.Dense(3)(inputs))))
+    helpers.randomize(model)
+    x, y = np.random.default_rng(0).normal(size=(4, 3)).astype("float32"), np.arange(4) % 2
+    sums = []
+    for engine in ENGINES:
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=1e3), engine=engine)
+        sums.append(helpers.clipped_sum_function(model)(x, y)[0])
+    for found in sums[:2]:
+        assert helpers.relative_error(found, sums[2]) < 1e-5
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+def test_a_branch_without_gradient_over_sequences_of_unknown_length(microbatch_size):
+    inputs = keras.Input((None, 4))
+    used, unused = keras.layers.Dense(5), keras.layers.Dense(5)
+    positions = keras.layers.Lambda(lambda t: tf.cast(tf.argmax(t, -1), tf.float32)[..., None])
+    x = keras.layers.Add()([used(inputs), positions(unused(inputs))])
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(2)(keras.layers.GlobalAveragePooling1D()(x)))
+    helpers.randomize(model)
+    x, y = np.random.default_rng(0).normal(size=(4, 3, 4)).astype("float32"), np.arange(4) % 2
+    specs = [tf.TensorSpec([4, None, 4]), tf.TensorSpec([4], tf.int64)]
+    sums = []
+    for engine, size in (("book_keeping", microbatch_size), ("loop", None)):
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=1e3), engine=engine, microbatch_size=size)
+        step = helpers.step_function(model).get_concrete_function(*specs, None)
+        sums.append([each.numpy() for each in step(tf.constant(x), tf.constant(y))[0]])
+    assert helpers.relative_error(*sums) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["batch_normalization", "batch_normalization_twice", "batch_normalization_residual"])
@@ -99,7 +164,7 @@ def test_a_batch_of_no_rows_and_unknown_size_contributes_nothing(engine):
     sums, loss, y_pred = run(x[:0], y[:0])
     assert not np.any(helpers.flat(sums)) and loss.shape == (0,) and y_pred.shape[0] == 0
     sums, loss, _ = run(x, y)
-    expected, _ = naive_clipped_sum(model, x, y, np.ones(3), 1.0)
+    expected = clipped_sum(gradients_by_example(model, x, y, np.ones(3)), 1.0)
     assert helpers.relative_error(sums, expected) < 1e-4 and loss.shape == (3,)
 
 
@@ -199,7 +264,7 @@ def test_batches_of_no_and_of_one_example(engine, size):
     x, y = zoo.data("conv2d", 3)
     weights = np.array([1.0] * size + [0.0] * (3 - size), "float32")
     found, result = helpers.clipped_sum_function(model)(x, y, weights)
-    expected, _ = naive_clipped_sum(model, x, y, weights, 1.0)
+    expected = clipped_sum(gradients_by_example(model, x, y, weights), 1.0)
     np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
     assert (np.linalg.norm(helpers.flat(found)) > 0) == bool(size)
     assert int(result.not_finite) == 0

@@ -34,6 +34,19 @@ from tf_dpbn.mechanisms import clip_weights
 NORM_METHODS = ("auto", "instantiate", "gram")
 # How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
 _OPERATIONS_PER_NUMBER = 40
+# Operations that call a function.
+_CALLS = frozenset(
+    [
+        "PartitionedCall",
+        "StatefulPartitionedCall",
+        "While",
+        "StatelessWhile",
+        "If",
+        "StatelessIf",
+        "Case",
+        "StatelessCase",
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,23 +222,41 @@ class BookKeepingEngine(MicrobatchedEngine):
 def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
     """One example's loss and prediction, direct gradients, cotangents of statistics, records of uses, residuals."""
     graph = tf.compat.v1.get_default_graph()
-    statistics = tf.nest.map_structure(tf.identity, task.statistics)
-    before = len(graph.get_operations())
-    result = task.run_example(x, y, weight, index, statistics)
-    by_variable, books.direct = find_uses(graph.get_operations()[before:], task.variables)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        statistics = tf.nest.map_structure(tf.identity, task.statistics)
+        tape.watch([*task.variables, *tf.nest.flatten(statistics)])
+        before = len(graph.get_operations())
+        result = task.run_example(x, y, weight, index, statistics)
+        scaled = task.loss_scale * widen(result.loss)
+        operations = graph.get_operations()[before:]
+        by_variable, books.direct = find_uses(operations, task.variables)
     uses = [use for uses_of_variable in by_variable.values() for use in uses_of_variable]
     books.uses = tuple(Covered.of(use) for use in uses)
     direct = [task.variables[i] for i in books.direct]
     sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in uses]]
-    # Not a tape: where two of the gradients are one tensor, it never gives back the memory of the graph.
-    found = tf.gradients(task.loss_scale * widen(result.loss), sources)
-    found = [tf.zeros(s.shape, s.dtype) if g is None else densify(g, s) for g, s in zip(found, sources, strict=True)]
+    found = _gradients(tape, operations, scaled, sources)
     found = [unscaled(gradient, task.loss_scale) for gradient in found]
     first, last = len(direct), len(found) - len(uses)
     records = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[last:], strict=True)]
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
     loss = tf.cast(result.loss, tf.float32)
     return loss, parts, result.y_pred, found[:first], found[first:last], records, result.residuals
+
+
+def _gradients(tape: tf.GradientTape, operations: Sequence[tf.Operation], target: tf.Tensor, sources: Any) -> list[Any]:
+    """The gradients of what `operations` compute, in the scope of the tape, zeros where there are none.
+
+    Not by the tape, if possible: where two of the gradients are one tensor, TensorFlow 2.21 never frees the graph after
+    it (the tensor is counted once too often). But only the tape knows what a ForwardAccumulator made of a function.
+    """
+    if any(operation.type in _CALLS for operation in operations):
+        found = tape.gradient(target, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+    else:
+        found = [
+            tf.zeros_like(source) if gradient is None else gradient
+            for gradient, source in zip(tf.gradients(target, sources), sources, strict=True)
+        ]
+    return [densify(gradient, source) for gradient, source in zip(found, sources, strict=True)]
 
 
 def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[BoundTerm]) -> Sequence[tf.Tensor]:
