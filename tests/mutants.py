@@ -309,6 +309,19 @@ MUTANTS = (
     Mutant("clipping/rows.py", "(slice(None),) * (tensor", "() * (tensor", _selected(_GPU, "every_axis")),
     Mutant("clipping/vectorization.py", "images.shape.rank != 5", "images.shape.rank != 6", _selected(_GPU, "sums")),
     Mutant(
+        "clipping/book_keeping.py",
+        "if any(operation.type in _CALLS for operation in operations):",
+        "if False:",
+        _selected("tests/conformance/test_engines.py", "derivatives_within"),
+    ),
+    Mutant(
+        "clipping/book_keeping.py",
+        "if any(operation.type in _CALLS for operation in operations):",
+        "if True:",
+        _selected("tests/test_model.py", "no_graph_behind and book_keeping"),
+    ),
+    Mutant("_public_pass.py", ">= _DEEP", "> _DEEP", _selected("tests/test_conversion.py", "from_eight")),
+    Mutant(
         "_audit_bounds.py",
         "2.0 * canaries * delta * worst",
         "2.0 * guesses * delta * worst",
