@@ -181,6 +181,17 @@ def test_a_compile_that_fails_leaves_nothing_that_trains():
     np.testing.assert_array_equal(before[0], model.get_weights()[0])
 
 
+@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
+def test_refuses_to_train_nothing(train):
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1)(inputs), name="frozen")
+    model.trainable = False
+    helpers.compiled(model, "mse")
+    with pytest.raises(ValueError, match="The model 'frozen' has no trainable weights.*Received"):
+        getattr(model, train)(np.ones((6, 3), "float32"), np.ones((6, 1), "float32"))
+    assert model.ledger.steps == 0
+
+
 def test_refuses_to_fit_before_compile():
     with pytest.raises(RuntimeError, match="Call compile"):
         fit(network())

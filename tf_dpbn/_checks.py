@@ -311,6 +311,19 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
             )
 
 
+def check_trainable(model: Any) -> None:
+    """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing.
+
+    Raises:
+      ValueError: where there are no trainable weights.
+    """
+    if model.built and not model.trainable_variables:
+        raise ValueError(
+            f"The model {model.name!r} has no trainable weights. Set `trainable = True` of the layers to train, and of "
+            "what holds them, and call `compile` again. Received: trainable_variables=[]"
+        )
+
+
 def check_single_batch(strategy: tf.distribute.Strategy) -> None:
     """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each.
 

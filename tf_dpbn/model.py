@@ -378,7 +378,7 @@ class DPModel(BookkeepingModel):
 
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
-            examples, if labels are out of range, or if a public batch is needed and missing.
+            examples, if labels are out of range, if nothing trains, or if a public batch is needed and missing.
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
         optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
@@ -403,6 +403,7 @@ class DPModel(BookkeepingModel):
         """
         self._compiled_dp_optimizer()
         check_rounding()
+        _checks.check_trainable(self)
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
@@ -428,6 +429,7 @@ class DPModel(BookkeepingModel):
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_dp_optimizer(), source_of(x)
         check_rounding()
+        _checks.check_trainable(self)
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         if source is None:
             warnings.warn(
