@@ -63,9 +63,14 @@ def calls_with_random_state(graph: tf.Graph) -> list[tf.Operation]:
     return [operation for operation in graph.get_operations() if set(_called_functions(operation.node_def)) & random]
 
 
+def calls_functions(operation: tf.Operation) -> bool:
+    """Whether an operation calls a function: a loop, a branch, a traced function."""
+    return bool(_called_functions(operation.node_def))
+
+
 def _changes_state(operation: tf.Operation) -> bool:
     """Fails closed: any stateful operation counts that is not known to be harmless."""
-    if _called_functions(operation.node_def):
+    if calls_functions(operation):
         return False
     return _writes(operation.type) or (
         operation.op_def.is_stateful and operation.type not in _READS and not operation.type.startswith(_HARMLESS)

@@ -18,7 +18,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _validate
+from tf_dpbn import _graph, _validate
 from tf_dpbn.clipping import Task
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Lookups, Products, aligned
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
@@ -34,54 +34,18 @@ from tf_dpbn.mechanisms import clip_weights
 NORM_METHODS = ("auto", "instantiate", "gram")
 # How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
 _OPERATIONS_PER_NUMBER = 40
-# Operations that call a function.
-_CALLS = frozenset(
-    [
-        "PartitionedCall",
-        "StatefulPartitionedCall",
-        "While",
-        "StatelessWhile",
-        "If",
-        "StatelessIf",
-        "Case",
-        "StatelessCase",
-    ]
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Covered:
-    """An operation that a rule covers.
-
-    Attributes:
-      index: position of its variable among the trainable variables.
-      rule: its rule.
-      numbers: how many numbers are kept of one example: the operation's data and its result's cotangent.
-    """
-
-    index: int
-    rule: AnyRule
-    numbers: int
-
-    @classmethod
-    def of(cls, use: Use) -> Covered:
-        """Without the tensors."""
-        numbers = sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
-        return cls(use.index, use.rule, numbers)
 
 
 @dataclasses.dataclass
 class _Books:
     """What the trace of one example found.
 
-    No tensors, from which TensorFlow's graph could not be freed.
-
     Attributes:
       uses: the operations with rules, in the order of their records.
       direct: variables to differentiate directly.
     """
 
-    uses: tuple[Covered, ...] = ()
+    uses: tuple[Use, ...] = ()
     direct: tuple[int, ...] = ()
 
 
@@ -97,7 +61,7 @@ class Vectors:
     """
 
     contributions: Sequence[Contribution]
-    uses: tuple[Covered, ...]
+    uses: tuple[Use, ...]
     results: tuple[Any, Any, Any]
     residuals: Sequence[tf.Tensor]
 
@@ -145,7 +109,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         with_terms = {term.index for terms in task.local_terms for term in terms}
         numbers = sum(task.variables[i].shape.num_elements() for i in books.direct)
         for use in books.uses:
-            numbers += use.numbers
+            numbers += sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
             if not self._is_compact(use.rule, use.index in with_terms):
                 numbers += math.prod(use.rule.shape)
         return 4 * numbers
@@ -229,15 +193,14 @@ def _record(task: Task, books: _Books, x: Any, y: Any, weight: Any, index: tf.Te
         result = task.run_example(x, y, weight, index, statistics)
         scaled = task.loss_scale * widen(result.loss)
         operations = graph.get_operations()[before:]
-        by_variable, books.direct = find_uses(operations, task.variables)
-    uses = [use for uses_of_variable in by_variable.values() for use in uses_of_variable]
-    books.uses = tuple(Covered.of(use) for use in uses)
+        uses, books.direct = find_uses(operations, task.variables)
+    books.uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
     direct = [task.variables[i] for i in books.direct]
-    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in uses]]
+    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in books.uses]]
     found = _gradients(tape, operations, scaled, sources)
     found = [unscaled(gradient, task.loss_scale) for gradient in found]
-    first, last = len(direct), len(found) - len(uses)
-    records = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[last:], strict=True)]
+    first, last = len(direct), len(found) - len(books.uses)
+    records = [(use.inputs, cotangent) for use, cotangent in zip(books.uses, found[last:], strict=True)]
     parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
     loss = tf.cast(result.loss, tf.float32)
     return loss, parts, result.y_pred, found[:first], found[first:last], records, result.residuals
@@ -249,7 +212,7 @@ def _gradients(tape: tf.GradientTape, operations: Sequence[tf.Operation], target
     Not by the tape, if possible: where two of the gradients are one tensor, TensorFlow 2.21 never frees the graph after
     it (the tensor is counted once too often). But only the tape knows what a ForwardAccumulator made of a function.
     """
-    if any(operation.type in _CALLS for operation in operations):
+    if any(_graph.calls_functions(operation) for operation in operations):
         found = tape.gradient(target, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     else:
         found = [
