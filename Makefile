@@ -1,5 +1,6 @@
 # make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
 # make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
+# make thorough  the tests that the gate leaves out: further combinations on both Kerases, and very long runs
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make audit  claimed epsilon against what attacks find: a table and a plot
 # make conformance  a million pairs of neighbouring batches, then each optimizer on 1, 2 and 4 replicas
@@ -50,7 +51,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
+.PHONY: demo test thorough lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -58,9 +59,13 @@ demo: $(DEMO_VENV)/.installed
 	  --epsilon=$(EPSILON) --epochs=$(EPOCHS) --output_dir=$(OUTPUT_DIR) $(DEMO_FLAGS)
 
 test: lint
-	$(TEST_BIN)/python -m pytest -n $(WORKERS)
-	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not keras_free and not once"
+	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough"
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough and not once and not keras_free"
 	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
+
+thorough: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m thorough
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "thorough or once"
 
 lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check .

@@ -1,5 +1,7 @@
 """What the audits of tests audit: a step of a small model, and the training of another one."""
 
+import functools
+
 import numpy as np
 
 import tf_dpbn
@@ -11,18 +13,23 @@ layers = keras.layers
 DELTA = 1e-5
 
 
-def stepping_model(claim, mode="public", seed=0):
-    """A compiled model with its batch; the first row's gradient is clipped."""
-    sigma = accounting.calibrate_noise_multiplier(
+@functools.cache
+def noise_multiplier(claim):
+    """Of one step of everything that has epsilon `claim`."""
+    return accounting.calibrate_noise_multiplier(
         target_epsilon=claim, delta=DELTA, sampling_probability=1.0, steps=1, accountant="pld"
     )
+
+
+def stepping_model(claim, mode="public", seed=0):
+    """A compiled model with its batch; the first row's gradient is clipped."""
     inputs = keras.Input((4,))
     x = layers.Activation("tanh")(tf_dpbn.DPBatchNormalization(statistics=mode)(layers.Dense(3)(inputs)))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(x))
     helpers.randomize(model)
     rng = np.random.default_rng(0)
     model.set_public_batch(rng.normal(size=(9, 4)).astype("float32"))
-    optimizer = helpers.dp_optimizer(noise_multiplier=sigma, l2_norm_clip=0.1, noise_seed=seed)
+    optimizer = helpers.dp_optimizer(noise_multiplier=noise_multiplier(claim), l2_norm_clip=0.1, noise_seed=seed)
     helpers.compiled(model, optimizer=optimizer)
     x, y = rng.normal(size=(6, 4)).astype("float32"), rng.integers(0, 3, 6)
     x[0] *= 100.0

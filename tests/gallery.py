@@ -30,6 +30,7 @@ from tf_dpbn.clipping import book_keeping, contributions, microbatches, vectoriz
 
 layers = keras.layers
 SHAPE, ROWS, CLIP, DELTA = (4, 3), 6, 0.5, 1e-5
+MANY_ROWS = 8  # even, and enough that some are extreme
 REJECTED = 1e-6
 Patch = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -62,7 +63,7 @@ def check_sensitivity(mode: str = "public", **options: Any) -> Finding:
     model, rng = build(mode, **options), np.random.default_rng(0)
     run = neighbours.sums_of_subsets(model)
     for extremes in (False, True):  # what ordinary rows show is a figure; extreme ones may only make it infinite
-        found = neighbours.check(model, rng, SHAPE, lambda n: rng.integers(0, 3, n), 4, extremes, run)
+        found = neighbours.check(model, rng, SHAPE, lambda n: rng.integers(0, 3, n), 4, extremes, run, MANY_ROWS)
         if not found.within_bounds:
             break
     if found.excess <= neighbours.SLACK and not found.within_bounds:

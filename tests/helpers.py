@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import tf_dpbn
@@ -14,6 +16,21 @@ from tf_dpbn._keras import keras
 from tf_dpbn.clipping import Batch, BatchResult
 
 layers = keras.layers
+
+
+def spread(*axes: Sequence[Any], others: str = "thorough") -> list[Any]:
+    """All combinations of the axes' values, for `parametrize`; a diagonal part of them is for every run of the gate.
+
+    It holds each value of the longest axis with one of the second longest, in turn. The others get a marker: by default
+    `make test` leaves them to `make thorough`; with "once" it runs them on Keras 3.
+    """
+    period = sorted(map(len, axes))[-2]
+    mark = getattr(pytest.mark, others)
+    found = []
+    for numbered in itertools.product(*map(enumerate, axes)):
+        values = [value for _, value in numbered]
+        found.append(pytest.param(*values, marks=[] if sum(k for k, _ in numbered) % period == 0 else [mark]))
+    return found
 
 
 def dp_optimizer(**kwargs: Any) -> tf_dpbn.DPOptimizer:

@@ -1,7 +1,7 @@
 """The check of sensitivity: all subsets of a batch go through a model's step, and each two neighbours are compared.
 
-A batch of n rows has 2^n subsets (by the mask), of which n 2^(n-1) pairs differ by one example: 1,024 pairs for 256
-evaluations of 8 rows. Each evaluation is a whole step, public pass included, in one traced function.
+A batch of n rows has 2^n subsets (by the mask), of which n 2^(n-1) pairs differ by one example: 448 pairs for 128
+evaluations of 7 rows. Each evaluation is a whole step, public pass included, in one traced function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from tf_dpbn.clipping import Batch
 
-ROWS = 8
+ROWS = 7
 PAIRS = ROWS * 2 ** (ROWS - 1)
 # Float32 rounding in a sum of a few terms; docs/privacy.md states the bound.
 SLACK, ROUNDING = 1 + 1e-5, 1e-6
@@ -86,7 +86,10 @@ def sums_of_subsets(model: Any) -> Callable[..., list[np.ndarray]]:
     traced = tf.function(run, autograph=False)
 
     def call(x: Any, y: Any, weights: np.ndarray) -> list[np.ndarray]:
-        found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights))).numpy().astype(np.float64)
+        x, y = tf.nest.map_structure(tf.convert_to_tensor, (x, y))
+        specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
+        any_number = traced.get_concrete_function(*specs, tf.TensorSpec([None, weights.shape[1]], tf.float32))
+        found = any_number(x, y, tf.constant(weights)).numpy().astype(np.float64)
         parts = np.split(found, np.cumsum([size for size, _ in released])[:-1], axis=1)
         return [part / sensitivity for part, (_, sensitivity) in zip(parts, released, strict=True)]
 
@@ -139,7 +142,7 @@ def _padding_move(run: Any, x: Any, y: Any, weights: np.ndarray, sums: list[np.n
     padding = weights[half] == 0
     other = np.array(x)
     other[padding] = 7.0 if np.issubdtype(other.dtype, np.floating) else 0
-    again = run(other, y, np.repeat(weights[half : half + 1], len(weights), 0))
+    again = run(other, y, weights[half : half + 1])
     return max(float(np.linalg.norm(one[0] - each[half])) for one, each in zip(again, sums, strict=True))
 
 
@@ -151,8 +154,9 @@ def check(
     batches: int = 1,
     extremes: bool = True,
     run: Any = None,
+    rows: int = ROWS,
 ) -> Moves:
-    """Compares `batches * PAIRS` pairs of neighbouring batches of a compiled model.
+    """Compares all pairs of neighbouring subsets of some batches, `PAIRS` in each, for a compiled model.
 
     Args:
       model, rng: compiled; and what draws the batches.
@@ -160,9 +164,10 @@ def check(
       batches: how many batches, with all their subsets.
       extremes: whether some rows are extreme.
       run: `sums_of_subsets(model)`, if at hand.
+      rows: of a batch.
     """
     run = run or sums_of_subsets(model)
-    return sum_moves(moves_of(run, *hard_batch(rng, shape, targets, extremes=extremes)) for _ in range(batches))
+    return sum_moves(moves_of(run, *hard_batch(rng, shape, targets, rows, extremes)) for _ in range(batches))
 
 
 def sum_moves(moves: Any) -> Moves:

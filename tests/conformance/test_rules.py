@@ -95,13 +95,23 @@ def rows_of(x, y, mask=None):
     return tf.constant(x), tf.constant(y), (), tf.range(len(x)), tf.constant(mask)
 
 
+class Recording(BookKeepingEngine):
+    """Keeps the vectors that it clips and sums."""
+
+    found = None
+
+    def vectors(self, task, rows):
+        self.found = super().vectors(task, rows)
+        return self.found
+
+
 def norms_and_sums(engine, task, rows, clip):
     """(squared norms or None, clipped sums), in one graph."""
 
     def run(rows):
-        vectors = engine.vectors(task, rows) if isinstance(engine, BookKeepingEngine) else None
-        norms = None if vectors is None else vectors.squared_norms()
-        return norms, engine.sum_slice(task, rows, clip)[0]
+        sums = engine.sum_slice(task, rows, clip)[0]
+        vectors = getattr(engine, "found", None)
+        return None if vectors is None else vectors.squared_norms(), sums
 
     norms, sums = tf.function(run, autograph=False)(rows)
     return norms, [s.numpy() for s in sums]
@@ -122,7 +132,7 @@ def check(task, rows, method, tolerance=1e-4):
     vectors = true_vectors(task, rows)
     norms = np.linalg.norm(vectors, axis=1)
     clip = float(np.median(norms))
-    found, sums = norms_and_sums(BookKeepingEngine(norm_method=method), task, rows, clip)
+    found, sums = norms_and_sums(Recording(norm_method=method), task, rows, clip)
     assert found is not None, "the rule was not used: examples were looped over"
     np.testing.assert_allclose(np.sqrt(found), norms, rtol=tolerance, atol=tolerance * norms.max())
     weights = np.minimum(1.0, clip / np.maximum(norms, 1e-30)) * rows[-1].numpy()
@@ -142,8 +152,7 @@ def layer_task(name, n, dtype="float32", seed=0):
     return task_of(layer, variables, dtype), x, y
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", list(TABLE))
+@pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS, others="once"))
 def test_norms_and_clipped_sums_equal_plain_differentiation(name, method):
     task, x, y = layer_task(name, 4)
     if not task.variables:
@@ -189,9 +198,11 @@ def test_every_variable_of_common_layers_has_a_rule(name):
     assert found[-1] == TABLE[name][2] == len(task.variables)
 
 
-@pytest.mark.parametrize("size", [0, 1])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["dense", "dense_rank_3", "conv2d_strides_2_3", "depthwise", "conv1d"])
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name, method, size",
+    helpers.spread(["dense", "dense_rank_3", "conv2d_strides_2_3", "depthwise", "conv1d"], METHODS, [0, 1]),
+)
 def test_batches_of_no_and_of_one_example(name, method, size):
     task, x, y = layer_task(name, 3)
     mask = np.arange(3) < size
@@ -201,8 +212,12 @@ def test_batches_of_no_and_of_one_example(name, method, size):
     assert (np.linalg.norm(helpers.flat(sums)) > 0.4) == bool(size)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["dense", "dense_rank_3", "conv2d_strides_2_3", "conv2d_wide", "conv3d", "depthwise"])
+@pytest.mark.parametrize(
+    "name, method",
+    helpers.spread(
+        ["dense", "dense_rank_3", "conv2d_strides_2_3", "conv2d_wide", "conv3d", "depthwise"], METHODS, others="once"
+    ),
+)
 def test_double_precision(name, method):
     keras.mixed_precision.set_global_policy("float64")
     try:
@@ -212,17 +227,17 @@ def test_double_precision(name, method):
         keras.mixed_precision.set_global_policy("float32")
 
 
-@pytest.mark.parametrize("name", list(TABLE))
-def test_rules_compile_with_xla_and_agree(name):
+@pytest.mark.once
+@pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS))
+def test_rules_compile_with_xla_and_agree(name, method):
     task, x, y = layer_task(name, 3) if name != "unit_normalization" else unit_normalized_dense()
-    rows = rows_of(x, y)
-    for method in ("instantiate", "gram"):
-        engine = BookKeepingEngine(norm_method=method)
-        plain = tf.function(lambda rows, engine=engine: engine.sum_slice(task, rows, 0.7)[0], autograph=False)
-        compiled = tf.function(
-            lambda rows, engine=engine: engine.sum_slice(task, rows, 0.7)[0], autograph=False, jit_compile=True
-        )
-        assert helpers.relative_error(compiled(rows), plain(rows)) < 1e-4
+    rows, engine = rows_of(x, y), BookKeepingEngine(norm_method=method)
+
+    def run(rows):
+        return engine.sum_slice(task, rows, 0.7)[0]
+
+    plain, compiled = (tf.function(run, autograph=False, jit_compile=jit) for jit in (False, True))
+    assert helpers.relative_error(compiled(rows), plain(rows)) < 1e-4
 
 
 def shared_twice(first, second):
@@ -250,6 +265,7 @@ def test_layers_called_twice_are_exact(shape, first, method):
     check(task_of(function, variables), rows_of(x, y), method)
 
 
+@pytest.mark.keras_free
 def test_weights_shared_by_look_up_and_product_are_exact():
     """A tied embedding: the table is looked up in, and multiplies from the right, transposed."""
     table = tf.Variable(np.random.default_rng(0).normal(size=(7, 4)).astype("float32"))
@@ -262,6 +278,7 @@ def test_weights_shared_by_look_up_and_product_are_exact():
     check(task_of(function, [table]), rows_of(ids, y), "instantiate")
 
 
+@pytest.mark.keras_free
 @pytest.mark.parametrize("resource", [False, True])
 def test_look_ups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
     table = tf.Variable(np.random.default_rng(0).normal(size=(6, 3)).astype("float32"))
@@ -282,6 +299,7 @@ def test_look_ups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
     np.testing.assert_allclose(foreign, expected, rtol=1e-5)
 
 
+@pytest.mark.keras_free
 def test_a_variable_with_some_use_that_no_rule_covers_is_differentiated_directly():
     kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 4)).astype("float32"))
     x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
@@ -292,6 +310,7 @@ def test_a_variable_with_some_use_that_no_rule_covers_is_differentiated_directly
     check(task_of(function, [kernel]), rows_of(x, x), "gram")
 
 
+@pytest.mark.keras_free
 def test_transposed_and_foreign_operands():
     rng = np.random.default_rng(0)
     kernel = tf.Variable(rng.normal(size=(3, 5)).astype("float32"))
@@ -306,15 +325,17 @@ def test_transposed_and_foreign_operands():
         check(task_of(function, [kernel, left]), rows_of(x, y), method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_examples_that_are_not_finite_contribute_nothing(method):
-    for name in ("dense", "dense_rank_3", "conv2d_same", "conv2d_wide"):
-        task, x, y = layer_task(name, 4)
-        x[1].flat[0], y[2].flat[0] = np.inf, np.nan
-        _, sums = norms_and_sums(BookKeepingEngine(norm_method=method), task, rows_of(x, y), 0.5)
-        alone = rows_of(x[[0, 3]], y[[0, 3]])
-        _, expected = norms_and_sums(PerExampleEngine(vectorize=False), task, alone, 0.5)
-        np.testing.assert_allclose(helpers.flat(sums), helpers.flat(expected), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    "name, method",
+    helpers.spread(["dense", "dense_rank_3", "conv2d_same", "conv2d_wide"], METHODS, others="once"),
+)
+def test_examples_that_are_not_finite_contribute_nothing(name, method):
+    task, x, y = layer_task(name, 4)
+    x[1].flat[0], y[2].flat[0] = np.inf, np.nan
+    _, sums = norms_and_sums(BookKeepingEngine(norm_method=method), task, rows_of(x, y), 0.5)
+    alone = rows_of(x[[0, 3]], y[[0, 3]])
+    _, expected = norms_and_sums(PerExampleEngine(vectorize=False), task, alone, 0.5)
+    np.testing.assert_allclose(helpers.flat(sums), helpers.flat(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_norms_by_inner_products_are_never_too_small_under_cancellation():
@@ -327,12 +348,13 @@ def test_norms_by_inner_products_are_never_too_small_under_cancellation():
     y = rng.normal(size=(20, 2, 8)).astype("float32")
     y[:, 1] = -y[:, 0]
     task = task_of(dense, [raw(v) for v in dense.trainable_variables])
+    engine = BookKeepingEngine(norm_method="gram")
+    run = tf.function(lambda rows: engine.sum_slice(task, rows, 1e-5)[0], autograph=False)
     for i in range(20):
-        row = rows_of(x[i : i + 1], y[i : i + 1])
-        _, sums = norms_and_sums(BookKeepingEngine(norm_method="gram"), task, row, 1e-5)
-        assert np.linalg.norm(helpers.flat(sums)) <= 1e-5 * (1 + 1e-3)
+        assert np.linalg.norm(helpers.flat(run(rows_of(x[i : i + 1], y[i : i + 1])))) <= 1e-5 * (1 + 1e-3)
 
 
+@pytest.mark.keras_free
 @hypothesis.settings(derandomize=True, max_examples=25, deadline=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
@@ -355,6 +377,7 @@ def test_convolutions_of_any_shape(size, taps, strides, channels, padding, metho
     check(task_of(function, [kernel]), rows_of(x, y), method)
 
 
+@pytest.mark.keras_free
 @hypothesis.settings(derandomize=True, max_examples=10, deadline=None)
 @hypothesis.given(
     leading=st.lists(st.integers(1, 4), max_size=3),
@@ -374,6 +397,7 @@ def test_dense_layers_of_any_rank(leading, inputs, outputs, method):
     check(task_of(function, [kernel]), rows_of(x, y), method)
 
 
+@pytest.mark.keras_free
 def test_custom_gradients_are_respected():
     """A variable inside tf.custom_gradient gets the gradient that the function defines, not that of its operations."""
     kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 3)).astype("float32"))
@@ -395,6 +419,7 @@ def test_custom_gradients_are_respected():
             check(task_of(function, [kernel]), rows_of(x, x[:, :3]), method)
 
 
+@pytest.mark.keras_free
 def test_variables_inside_control_flow_and_functions_are_exact():
     kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 4)).astype("float32"))
     x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")

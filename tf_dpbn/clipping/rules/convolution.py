@@ -126,7 +126,9 @@ class ConvolutionRule(MatrixRule):
 
     def _operands(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(a, g), float, [rows, *axes, channels]."""
-        data, cotangent = widen(inputs[0]), widen(cotangent)
+        with tf.control_dependencies([cotangent]):  # unfolded before it is needed, the input would lie in memory
+            data = tf.identity(inputs[0])
+        data, cotangent = widen(data), widen(cotangent)
         if self._channels_first:
             data, cotangent = (tf.transpose(t, [0, 1, *range(3, t.shape.rank), 2]) for t in (data, cotangent))
         return (cotangent, data) if self._transposed else (data, cotangent)
