@@ -325,16 +325,15 @@ def several_outputs():
     return tf_dpbn.DPModel(x, {"a": layers.Dense(CLASSES, name="a")(x), "b": layers.Dense(CLASSES, name="b")(x)})
 
 
-@pytest.mark.parametrize("correction", ["local", "adaptive"])
-@pytest.mark.parametrize("build", [functional, lambda: tf_dpbn.DPSequential([keras.Input((5,)), *stack()])])
-def test_a_step_is_traced_once_with_metrics_by_name(build, correction, monkeypatch):
-    model = compiled(build(), {"metrics": ["accuracy"], "correction": correction})
+@pytest.mark.parametrize("kind, correction", helpers.spread(list(KINDS), ["adaptive", "local"]))
+def test_a_step_is_traced_once_with_metrics_by_name(kind, correction, monkeypatch):
+    model = compiled(KINDS[kind](), {"metrics": ["accuracy"], "correction": correction})
     assert traces_of(model, draws(), monkeypatch) == 1
 
 
 def test_a_step_with_so_many_normalizations_that_the_default_is_adaptive_is_traced_once(monkeypatch):
     blocks = [each for k in range(8) for each in (dense(4, k), tf_dpbn.DPBatchNormalization())]
-    model = compiled(tf_dpbn.DPSequential([keras.Input((5,)), *blocks, dense(CLASSES, 8)]), {"metrics": ["accuracy"]})
+    model = compiled(tf_dpbn.DPSequential([*blocks, dense(CLASSES, 8)]), {"metrics": ["accuracy"]})
     assert traces_of(model, draws(), monkeypatch) == 1
 
 

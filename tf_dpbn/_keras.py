@@ -313,20 +313,21 @@ def tracker_variables(model: Any) -> list[Any]:
     return [v for metric in model._compile_loss.metrics for v in (metric.total, metric.count)]
 
 
-def build_compiled(model: Any, y: Any) -> None:
-    """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
+def symbolic_outputs(model: Any) -> Any:
+    """The outputs of a functional model, None of others."""
+    functional = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds one
+    return getattr(functional, "_outputs_struct" if IS_KERAS_3 else "_nested_outputs", None)
 
-    It needs to know the outputs, so a model that is not functional leaves this to its first step.
+
+def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
+    """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
 
     Args:
       model: a compiled model.
       y: nest of TensorSpecs, the targets of a batch.
+      y_pred: nest of what has shapes and types: the predictions, with any number of rows.
     """
-    functional = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds one
-    outputs = getattr(functional, "_outputs_struct" if IS_KERAS_3 else "_nested_outputs", None)
-    if outputs is None:
-        return
-    y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, outputs))
+    y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, y_pred))
     build_compiled_loss(model, y, y_pred)
     container = model._compile_metrics if IS_KERAS_3 else model.compiled_metrics
     if container is None or container.built:

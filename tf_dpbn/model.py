@@ -34,6 +34,7 @@ from tf_dpbn._keras import (
     raw,
     regularization_losses,
     steps_per_execution,
+    symbolic_outputs,
     tracker_variables,
     update_compiled_metrics,
     with_callback,
@@ -252,6 +253,24 @@ class DPModel(BookkeepingModel):
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
 
+    def _build_for(self, x: Any, y: Any) -> None:
+        """Creates the variables of the model, its losses and its metrics: in a step, it is traced twice.
+
+        Args:
+          x, y: specs of a batch. Where x has axes of unknown size, models that are not functional are left to the step.
+        """
+        if "variables" in self._books.functions:
+            return
+        leading = 2 if self._dp_options["augmentation_multiplicity"] > 1 else 1
+        with self.distribute_strategy.scope():
+            y_pred = symbolic_outputs(self)
+            if y_pred is None and all(spec.shape[leading:].is_fully_defined() for spec in tf.nest.flatten(x)):
+                row = tf.nest.map_structure(lambda spec: tf.zeros([1, *spec.shape[leading:]], spec.dtype), x)
+                y_pred = call_model(self, row, training=False)
+            if y_pred is not None:
+                build_compiled(self, y, y_pred)
+        self._books.functions["variables"] = True
+
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
         if self.built:
@@ -454,13 +473,13 @@ class DPModel(BookkeepingModel):
         if self._accumulator.parts > 1:
             _checks.check_steps(options.get("steps_per_epoch"), steps_per_execution(self), self._accumulator.parts)
             options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
+        if source is not None:
+            self._build_for(*x.element_spec[:2])
         self._books.open_record(optimizer, source.sampling if source else None)
         if self.built:  # created in the step they would have it traced twice
             self._create_averages()
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
-                if source is not None:
-                    build_compiled(self, x.element_spec[1])
         if self.built and source is not None:
             self._create_input_means(*x.element_spec[:2])
         self._watch_statistics()
