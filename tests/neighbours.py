@@ -156,7 +156,7 @@ def check(
     run: Any = None,
     rows: int = ROWS,
 ) -> Moves:
-    """Compares all pairs of neighbouring subsets of some batches, `PAIRS` in each, for a compiled model.
+    """Compares all pairs of neighbouring subsets of some batches for a compiled model.
 
     Args:
       model, rng: compiled; and what draws the batches.

@@ -337,6 +337,49 @@ def test_a_step_with_so_many_normalizations_that_the_default_is_adaptive_is_trac
     assert traces_of(model, draws(), monkeypatch) == 1
 
 
+class TrainsOtherwise(tf_dpbn.DPModel):
+    """In training it has a layer and an output more, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.more, self.aside = dense(4, 1), dense(CLASSES, 2), dense(4, 3), dense(CLASSES, 4)
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False, name="calls")
+
+    def call(self, x, training=None):
+        x = self.first(x)
+        if not training:
+            return self.last(x)
+        self.calls.assign_add(1.0)
+        x = x + self.more(x)
+        return self.last(x), self.aside(x)
+
+
+def test_what_a_model_does_in_training_only_is_built_and_state_moves_in_steps_only():
+    model, calls_a_step = TrainsOtherwise(), []
+    losses = [keras.losses.SparseCategoricalCrossentropy(from_logits=True) for _ in range(2)]
+    helpers.compiled(model, losses, helpers.dp_optimizer(expected_batch_size=EXPECTED))
+    y = vectors()[1]
+    for epochs in (1, 2):  # a new `compile` builds anew
+        model.fit(draws_for((y, y)), epochs=epochs, verbose=0)
+        calls_a_step.append(float(model.calls) / model.ledger.steps)
+        helpers.compiled(model, losses, helpers.dp_optimizer(expected_batch_size=EXPECTED))
+    assert len(model.trainable_variables) == 8
+    assert calls_a_step == [1.0, 1.0]
+
+
+def test_a_new_compile_leaves_statistics_that_are_up_to_date_alone():
+    model = trained(functional())
+    layer = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))
+    layer.moving_mean.assign(np.full(6, 7.0))
+    compiled(model)
+    model.predict(vectors()[0], verbose=0)
+    np.testing.assert_array_equal(layer.moving_mean, np.full(6, 7.0))
+    model.train_on_batch(*vectors(n=EXPECTED))
+    compiled(model)
+    model.predict(vectors()[0], verbose=0)  # those of the step before `compile` were not yet
+    assert np.all(np.asarray(layer.moving_mean) != 7.0)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_model_that_is_gone_leaves_no_graph_behind(engine):
     def train():

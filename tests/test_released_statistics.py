@@ -296,7 +296,11 @@ def test_noised_local_term_removes_the_bias_and_the_length_of_the_kernel():
 
 
 @pytest.mark.parametrize(
-    "mode, other", helpers.spread(MODES, [("vectorized", False), ("loop", False), ("book_keeping", True)])
+    "mode, other",
+    [
+        *helpers.spread(MODES, [("vectorized", False), ("loop", False)]),
+        *((mode, ("book_keeping", True)) for mode in MODES),
+    ],
 )
 def test_engines_agree_on_every_release(mode, other):
     x, y = helpers.images(6)

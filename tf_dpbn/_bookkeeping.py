@@ -250,11 +250,20 @@ class BookkeepingModel(keras.Model):
         if self._books.statistics_are_of is None:
             self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
+    def _statistics_are_stale(self) -> bool:
+        """Whether steps have changed weights since the moving statistics were set."""
+        counted = self._books.statistics_are_of
+        return counted is not None and count_of(self.optimizer.iterations) != counted
+
+    def _count_statistics_anew(self, stale: bool) -> None:
+        """The optimizer was exchanged, whose count is another one: what was set stays so."""
+        if self._books.statistics_are_of is not None:
+            self._books.statistics_are_of = -1 if stale else count_of(self.optimizer.iterations)
+
     def _refresh_if_stale(self) -> None:
-        books = getattr(self, "_books", None)
-        if books is None or books.statistics_are_of is None or current_scope() is not None:
+        if getattr(self, "_books", None) is None or current_scope() is not None or not tf.executing_eagerly():
             return
-        if tf.executing_eagerly() and count_of(self.optimizer.iterations) != books.statistics_are_of:
+        if self._statistics_are_stale():
             self.refresh_statistics()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -447,12 +447,14 @@ class TrainingTrace:
 
     Attributes:
       scope: the normalization calls.
+      outputs: nest of TensorSpecs, the predictions.
       layers_with_losses: layers that added a loss while they were called.
       changes_from_data: state changes that depend on the examples.
       has_state: whether there are other state changes than those of random generators.
     """
 
     scope: PublicPass
+    outputs: Any
     layers_with_losses: list[Any]
     changes_from_data: list[StateChange]
     has_state: bool
@@ -478,10 +480,10 @@ def trace_training_pass(
 
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
     clear_call_time_losses(model)
-    graph = tf.function(forward, autograph=False).get_concrete_function(*specs).graph
+    traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
     added = call_time_losses(model)
     clear_call_time_losses(model)
-    return TrainingTrace(scope, added, *_state_changes(model, graph))
+    return TrainingTrace(scope, traced.structured_outputs[0], added, *_state_changes(model, traced.graph))
 
 
 def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:

@@ -319,6 +319,14 @@ def symbolic_outputs(model: Any) -> Any:
     return getattr(functional, "_outputs_struct" if IS_KERAS_3 else "_nested_outputs", None)
 
 
+def compiled_is_built(model: Any) -> bool:
+    """Whether the compiled losses and metrics have created their variables."""
+    parts = (
+        [model._compile_loss, model._compile_metrics] if IS_KERAS_3 else [model.compiled_loss, model.compiled_metrics]
+    )
+    return all(part is None or part.built for part in parts)
+
+
 def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
     """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
 

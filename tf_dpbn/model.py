@@ -22,6 +22,7 @@ from tf_dpbn._keras import (
     build_compiled,
     call_model,
     compiled_data_loss,
+    compiled_is_built,
     deserialize,
     draw_example_seeds,
     flatten_layers,
@@ -166,10 +167,12 @@ class DPModel(BookkeepingModel):
             if kwargs.get("jit_compile", "auto") == "auto" and not has_accelerator():
                 kwargs["jit_compile"] = False
         _checks.check_layers(self)
+        stale = self._statistics_are_stale()
         super().compile(optimizer, loss, *args, **kwargs)
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
         self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
+        self._count_statistics_anew(stale)
         self._create_averages()
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -256,20 +259,24 @@ class DPModel(BookkeepingModel):
     def _build_for(self, x: Any, y: Any) -> None:
         """Creates the variables of the model, its losses and its metrics: in a step, it is traced twice.
 
+        A model that is not functional is traced for that. On several replicas it is left to the step.
+
         Args:
-          x, y: specs of a batch. Where x has axes of unknown size, models that are not functional are left to the step.
+          x, y: specs of a batch.
         """
-        if "variables" in self._books.functions:
+        if self.built and compiled_is_built(self):
             return
-        leading = 2 if self._dp_options["augmentation_multiplicity"] > 1 else 1
-        with self.distribute_strategy.scope():
-            y_pred = symbolic_outputs(self)
-            if y_pred is None and all(spec.shape[leading:].is_fully_defined() for spec in tf.nest.flatten(x)):
-                row = tf.nest.map_structure(lambda spec: tf.zeros([1, *spec.shape[leading:]], spec.dtype), x)
-                y_pred = call_model(self, row, training=False)
-            if y_pred is not None:
+        _checks.check_layers(self)
+        y_pred = symbolic_outputs(self)
+        if y_pred is None and self.distribute_strategy.num_replicas_in_sync == 1:
+            if self._dp_options["augmentation_multiplicity"] > 1:
+                x = tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
+            with self.distribute_strategy.scope():
+                y_pred = _checks.trace_training_pass(self, x).outputs
+            _checks.check_trainable(self)
+        if y_pred is not None:
+            with self.distribute_strategy.scope():
                 build_compiled(self, y, y_pred)
-        self._books.functions["variables"] = True
 
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""

@@ -1,6 +1,7 @@
 """Every engine against a naive loop over examples, for every kind of layer."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -127,8 +128,15 @@ def test_engines_and_microbatches_agree_for_batch_normalization(name, engine, mi
     np.testing.assert_allclose(other.y_pred, one.y_pred, rtol=1e-4, atol=1e-5)
 
 
+EXAMPLES = [(), (6,), (1, 4, 5, 8, 9)]
+
+
 @pytest.mark.parametrize(
-    "engine, jit_compile, examples", helpers.spread(ENGINES, [False, True], [(), (6,), (1, 4, 5, 8, 9)])
+    "engine, jit_compile, examples",
+    [
+        *itertools.product(["book_keeping"], [False, True], EXAMPLES),
+        *helpers.spread(["vectorized", "loop"], [False, True], EXAMPLES),
+    ],
 )
 def test_padding_anywhere_in_a_batch_changes_nothing(engine, jit_compile, examples):
     model = zoo.build("batch_normalization")
