@@ -367,6 +367,14 @@ def test_what_a_model_does_in_training_only_is_built_and_state_moves_in_steps_on
     assert calls_a_step == [1.0, 1.0]
 
 
+def test_a_sequential_model_that_fit_built_takes_public_batches_of_any_size(tmp_path):
+    model = trained(tf_dpbn.DPSequential(stack()))
+    model.set_public_batch(vectors(seed=2, n=11)[0])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.public_batch.shape == (11, 5)
+
+
 def test_a_new_compile_leaves_statistics_that_are_up_to_date_alone():
     model = trained(functional())
     layer = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))

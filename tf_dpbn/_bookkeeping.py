@@ -186,7 +186,7 @@ class BookkeepingModel(keras.Model):
         checked = [
             public_data.validate_batch(
                 array,
-                expected_shape=None if spec is None else tuple(spec.shape),
+                expected_shape=None if spec is None else (None, *spec.shape[1:]),
                 dtype=None if spec is None else tf.as_dtype(spec.dtype).as_numpy_dtype,
                 value_range=value_range,
                 name=name,
