@@ -212,9 +212,16 @@ def kept_state(model: Any) -> Iterator[None]:
         variable.assign(value)
 
 
+def _compiled(model: Any) -> tuple[Any, Any]:
+    """Keras' containers of the losses and of the metrics that `compile` got; None where there are none."""
+    return (
+        (model._compile_loss, model._compile_metrics) if IS_KERAS_3 else (model.compiled_loss, model.compiled_metrics)
+    )
+
+
 def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
-    container = model._compile_loss if IS_KERAS_3 else model.compiled_loss
+    container, _ = _compiled(model)
     if not container.built:
         known = (_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else (y_pred,)
         with tf.init_scope():
@@ -321,10 +328,7 @@ def symbolic_outputs(model: Any) -> Any:
 
 def compiled_is_built(model: Any) -> bool:
     """Whether the compiled losses and metrics have created their variables."""
-    parts = (
-        [model._compile_loss, model._compile_metrics] if IS_KERAS_3 else [model.compiled_loss, model.compiled_metrics]
-    )
-    return all(part is None or part.built for part in parts)
+    return all(container is None or container.built for container in _compiled(model))
 
 
 def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
@@ -337,7 +341,7 @@ def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
     """
     y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, y_pred))
     build_compiled_loss(model, y, y_pred)
-    container = model._compile_metrics if IS_KERAS_3 else model.compiled_metrics
+    _, container = _compiled(model)
     if container is None or container.built:
         return
     if IS_KERAS_3:

@@ -267,15 +267,14 @@ class DPModel(BookkeepingModel):
         if self.built and compiled_is_built(self):
             return
         _checks.check_layers(self)
-        y_pred = symbolic_outputs(self)
-        if y_pred is None and self.distribute_strategy.num_replicas_in_sync == 1:
-            if self._dp_options["augmentation_multiplicity"] > 1:
-                x = tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
-            with self.distribute_strategy.scope():
+        if self._dp_options["augmentation_multiplicity"] > 1:
+            x = tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
+        with self.distribute_strategy.scope():
+            y_pred = symbolic_outputs(self)
+            if y_pred is None and self.distribute_strategy.num_replicas_in_sync == 1:
                 y_pred = _checks.trace_training_pass(self, x).outputs
-            _checks.check_trainable(self)
-        if y_pred is not None:
-            with self.distribute_strategy.scope():
+                _checks.check_trainable(self)
+            if y_pred is not None:
                 build_compiled(self, y, y_pred)
 
     def _create_averages(self) -> None:
