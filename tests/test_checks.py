@@ -1,5 +1,6 @@
 """What a DPModel refuses, with what words, and what it lets pass."""
 
+import contextlib
 import textwrap
 
 import numpy as np
@@ -190,6 +191,23 @@ def test_refuses_to_train_nothing(train):
     with pytest.raises(ValueError, match="The model 'frozen' has no trainable weights.*Received"):
         getattr(model, train)(np.ones((6, 3), "float32"), np.ones((6, 1), "float32"))
     assert model.ledger.steps == 0
+
+
+@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
+@pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
+@pytest.mark.filterwarnings("ignore:The batches do not come from")
+def test_what_trains_is_decided_at_compile_by_tf_keras(train, trainable):
+    inputs = keras.Input((3,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1)(inputs))
+    model.trainable = trainable
+    helpers.compiled(model, "mse", helpers.dp_optimizer(expected_batch_size=32))
+    model.trainable = not trainable
+    before = model.get_weights()
+    trains = model.trainable if IS_KERAS_3 else trainable
+    with contextlib.nullcontext() if trains else pytest.raises(ValueError, match="no trainable weights"):
+        getattr(model, train)(np.ones((32, 3), "float32"), np.ones((32, 1), "float32"))
+    assert (before[0] != model.get_weights()[0]).any() == trains
+    assert model.trainable is not trainable
 
 
 def test_refuses_to_fit_before_compile():

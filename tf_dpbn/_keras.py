@@ -65,6 +65,17 @@ def own_variables(layer: Any) -> list[Any]:
     return list(layer._trainable_weights) + list(layer._non_trainable_weights)
 
 
+def as_compiled(model: Any) -> Any:
+    """A scope in which `trainable` of a compiled model's layers is what its training goes by.
+
+    On tf_keras that is what it was at `compile`; on Keras 3 what it is now.
+    """
+    if IS_KERAS_3:
+        return contextlib.nullcontext()
+    package = keras.Model.__module__.rpartition(".")[0]
+    return importlib.import_module(f"{package}.training_utils").RespectCompiledTrainableState(model)
+
+
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg

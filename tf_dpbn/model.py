@@ -19,6 +19,7 @@ from tf_dpbn._class_weight import apply_class_weight
 from tf_dpbn._keras import (
     IS_KERAS_3,
     Functional,
+    as_compiled,
     build_compiled,
     call_model,
     compiled_data_loss,
@@ -408,7 +409,8 @@ class DPModel(BookkeepingModel):
         kwargs.update(batch_size=batch_size, epochs=epochs)
         optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
         try:
-            self._prepare_training(x, y, kwargs)
+            with as_compiled(self):
+                self._prepare_training(x, y, kwargs)
             if isinstance(x, tf.data.Dataset):
                 kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                 if class_weight is not None:
@@ -428,7 +430,8 @@ class DPModel(BookkeepingModel):
         """
         self._compiled_dp_optimizer()
         check_rounding()
-        _checks.check_trainable(self)
+        with as_compiled(self):
+            _checks.check_trainable(self)
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
