@@ -33,6 +33,15 @@ def spread(*axes: Sequence[Any], others: str = "thorough") -> list[Any]:
     return found
 
 
+def first_on_both(values: Sequence[Any], first: int = 1) -> list[Any]:
+    """Values, or tuples of them, for `parametrize`: the first few run on both versions of Keras, the others on Keras 3.
+
+    For what hardly depends on Keras.
+    """
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*row, marks=[] if k < first else [pytest.mark.once]) for k, row in enumerate(rows)]
+
+
 def dp_optimizer(**kwargs: Any) -> tf_dpbn.DPOptimizer:
     """Plain SGD at rate 1 with a clip norm and no noise, unless told otherwise."""
     arguments = {

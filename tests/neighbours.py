@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping import Batch
-
 ROWS = 7
 PAIRS = ROWS * 2 ** (ROWS - 1)
 # Float32 rounding in a sum of a few terms; docs/privacy.md states the bound.
@@ -175,14 +173,3 @@ def sum_moves(moves: Any) -> Moves:
     for each in others:
         first += each
     return first
-
-
-def released_by(model: Any, x: Any, y: Any) -> tuple[Any, ...]:
-    """What the model's step releases of statistics."""
-    found: list[Any] = []
-
-    def trace(x: Any, y: Any) -> None:
-        found.extend(model._task(model._public_forward(Batch(x, y, None, None))).releases)
-
-    tf.function(trace, autograph=False).get_concrete_function(*tf.nest.map_structure(tf.convert_to_tensor, (x, y)))
-    return tuple(found)

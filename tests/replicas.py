@@ -46,16 +46,21 @@ def batches() -> tf.data.Dataset:
     return tf.data.Dataset.from_tensor_slices((x, y.reshape(4, ROWS), weights))
 
 
-def trained(replicas: int, statistics: str, reduction: str | None = None) -> tuple[Any, tf.distribute.Strategy]:
+def trained(
+    replicas: int, statistics: tuple[str, ...], reduction: str | None = None
+) -> tuple[Any, tf.distribute.Strategy]:
     strategy = strategy_of(replicas)
     with strategy.scope():
-        model = helpers.bn_stack(2, lambda: tf_dpbn.DPBatchNormalization(statistics=statistics), model=tf_dpbn.DPModel)
+        each = iter(statistics)
+        model = helpers.bn_stack(
+            len(statistics), lambda: tf_dpbn.DPBatchNormalization(statistics=next(each)), model=tf_dpbn.DPModel
+        )
         # Clips what it gets and has a memory: the gradient must be whole when it gets there.
         inner = keras.optimizers.SGD(0.5, momentum=0.9, clipnorm=0.2)
         optimizer = helpers.dp_optimizer(
             inner=inner, noise_multiplier=0.5, expected_batch_size=ROWS, num_examples=64, noise_seed=1
         )
-        if statistics != "noised":
+        if set(statistics) - {"noised"}:
             model.set_public_batch(helpers.images(6, seed=1)[0])
         loss = keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, **{"reduction": reduction} if reduction else {}
@@ -79,7 +84,7 @@ def spread_over_replicas(model: Any, strategy: tf.distribute.Strategy) -> float:
     return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b[0])))) for b in copies for a in b)
 
 
-def comparison(statistics: str, counts: tuple[int, ...], reduction: str | None = None) -> dict[str, Any]:
+def comparison(statistics: tuple[str, ...], counts: tuple[int, ...], reduction: str | None = None) -> dict[str, Any]:
     one, _ = trained(1, statistics, reduction)
     found: dict[str, Any] = {"steps": [one.ledger.steps], "weights": [], "logs": [], "copies": []}
     for count in counts:
@@ -177,11 +182,10 @@ def train_on_batch() -> str | float:
 def main() -> None:
     warnings.simplefilter("ignore")  # the batches are not Poisson-sampled
     result = {
-        "public": comparison("public", (2, 4)),
-        "anchored": comparison("anchored", (2,)),
-        "noised": comparison("noised", (2,)),
-        "sum": comparison("public", (2,), "sum"),
-        "none": comparison("public", (2,), "none"),
+        "public": comparison(("public", "public"), (2, 4)),
+        "released": comparison(("anchored", "noised"), (2,)),
+        "sum": comparison((), (2,), "sum"),
+        "none": comparison((), (2,), "none"),
         "noise": [noise_scale(1), noise_scale(2)],
         "dropout": dropout_agreement(),
         "refusals": refusals(),

@@ -45,7 +45,7 @@ def trained(parts, noise_seed=3, epochs=1, noise_multiplier=1.0, correction="ful
     return model, history
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.once)])
+@pytest.mark.parametrize("parts", helpers.first_on_both([2, 4]))
 def test_parts_of_a_logical_batch_give_the_same_weights_as_the_whole(parts):
     whole, _ = trained(1)
     split, _ = trained(parts)

@@ -19,9 +19,7 @@ def network(seed=0):
     return model
 
 
-@pytest.mark.parametrize(
-    "engine", ["book_keeping", *(pytest.param(engine, marks=pytest.mark.once) for engine in ("vectorized", "loop"))]
-)
+@pytest.mark.parametrize("engine", helpers.first_on_both(["book_keeping", "vectorized", "loop"]))
 def test_gradient_is_the_clipped_mean_over_copies(engine):
     copies, clip = 3, 0.05
     x, y = helpers.images(12, seed=4)
@@ -41,9 +39,7 @@ def test_gradient_is_the_clipped_mean_over_copies(engine):
     assert result.y_pred.shape == (4, 3)
 
 
-@pytest.mark.parametrize(
-    "statistics", ["noised", *(pytest.param(each, marks=pytest.mark.once) for each in ("public", "anchored"))]
-)
+@pytest.mark.parametrize("statistics", helpers.first_on_both(["noised", "public", "anchored"]))
 def test_one_example_moves_every_release_by_at_most_its_bound(statistics):
     rng = np.random.default_rng(0)
     model = helpers.bn_stack(2, lambda: tf_dpbn.DPBatchNormalization(statistics=statistics), model=tf_dpbn.DPModel)

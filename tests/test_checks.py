@@ -210,6 +210,15 @@ def test_what_trains_is_decided_at_compile_by_tf_keras(train, trainable):
     assert model.trainable is not trainable
 
 
+@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
+def test_refuses_to_train_without_a_loss(train):
+    model = network()
+    model.compile(helpers.dp_optimizer())
+    with pytest.raises(ValueError, match="`loss` must be given to compile.*Received: loss=None"):
+        getattr(model, train)(*vectors())
+    assert model.ledger.steps == 0
+
+
 def test_refuses_to_fit_before_compile():
     with pytest.raises(RuntimeError, match="Call compile"):
         fit(network())

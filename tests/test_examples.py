@@ -30,6 +30,7 @@ import text
 import text_datasets
 import tf_dpbn
 import tpu_resnet
+from tests import helpers
 from tests import tensorflow_privacy as tfp
 
 MNIST = pathlib.Path(mnist.__file__)
@@ -159,7 +160,9 @@ def short_config(tmp_path, **changes) -> mnist.Config:
 
 @pytest.mark.parametrize(
     "normalization, statistics",
-    [(each, "public") for each in mnist.NORMALIZATIONS] + [("batch", "noised"), ("batch", "anchored")],
+    helpers.first_on_both(
+        [(each, "public") for each in mnist.NORMALIZATIONS] + [("batch", "noised"), ("batch", "anchored")], first=2
+    ),
 )
 def test_a_short_run_writes_everything(tmp_path, normalization, statistics, capsys):
     config = short_config(tmp_path, normalization=normalization, statistics=statistics, delta=1e-3, epsilon=3.0)

@@ -336,6 +336,21 @@ def test_averaged_weights_are_written_back():
 # ------------------------------------------------------------ plans, tensorflow-privacy's arguments
 
 
+@pytest.mark.skipif(not IS_KERAS_3, reason="as the documentation of Keras 3 has it")
+def test_variables_of_an_optimizer_of_the_users_own_are_built_once():
+    class Momentum(keras.optimizers.Optimizer):
+        def build(self, variables):
+            super().build(variables)
+            self.sums = [self.add_variable_from_reference(each, name="sum") for each in variables]
+
+    layer, inner = make_layer(), Momentum(0.1)
+    optimizer = optimizers.DPOptimizer(inner, **PRIVACY)
+    for _ in range(2):  # as each `fit` does
+        optimizer.build(layer.trainable_variables)
+        inner.sums[0].assign(np.ones(inner.sums[0].shape))
+    assert len(inner.variables) == 2 + len(layer.trainable_variables)
+
+
 def make_plan():
     return tf_dpbn.PrivacyPlan(noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1)
 

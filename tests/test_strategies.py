@@ -11,14 +11,24 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tests.programs import ROOT, last_line
-from tf_dpbn._keras import IS_KERAS_3
+from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.sampling import poisson_dataset
 
 
-def test_a_strategy_of_one_device_trains_with_noised_statistics_and_reports_corrections():
+def noised():
+    return tf_dpbn.DPBatchNormalization(statistics="noised")
+
+
+def unbuilt():
+    blocks = [each for _ in range(2) for each in (keras.layers.Conv2D(5, 3), noised())]
+    return tf_dpbn.DPSequential([*blocks, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
+
+
+@pytest.mark.parametrize("build", [lambda: helpers.bn_stack(2, noised, model=tf_dpbn.DPModel), unbuilt])
+def test_a_strategy_of_one_device_trains_with_noised_statistics_and_reports_corrections(build):
     x, y = helpers.images(8)
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        model = helpers.bn_stack(2, lambda: tf_dpbn.DPBatchNormalization(statistics="noised"), model=tf_dpbn.DPModel)
+        model = build()
         helpers.compiled(model, optimizer=helpers.dp_optimizer(expected_batch_size=4))
         model.set_public_batch(x)
         assert [kind for _, kind in model.correction_report()] == ["local", "local"]
@@ -31,7 +41,7 @@ def test_a_strategy_of_one_device_trains_with_noised_statistics_and_reports_corr
 def test_replicas_do_what_one_device_does():
     """One test, so that the program runs once."""
     found = json.loads(last_line("-m", "tests.replicas"))
-    for case in ("public", "anchored", "noised", "sum", "none"):
+    for case in ("public", "released", "sum", "none"):
         assert max(found[case]["weights"]) < 1e-5, case
         assert max(found[case]["logs"]) < 1e-5, case
         assert max(found[case]["copies"]) == 0.0, case

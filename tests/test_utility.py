@@ -136,6 +136,7 @@ def test_stock_keras_trains_for_comparison():
     assert 0.1 < found["accuracy"] <= 1.0 and found["spent_epsilon"] is None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", utility_nets.NORMALIZATIONS)
 @pytest.mark.parametrize("net", ["cnn", "wide_cnn", "deep4", "res1"])
 def test_networks_take_every_normalization(net, kind):

@@ -20,6 +20,7 @@ from tf_dpbn.sampling import PoissonSampling
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
+_STALE = -1  # no optimizer has made so many steps
 _LEGACY_ENDINGS = (".h5", ".hdf5")
 
 
@@ -31,6 +32,8 @@ class Books(tf.train.experimental.PythonState):
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
       steps, not_finite: counters that the train step advances.
+      statistics_are_of: how many steps the optimizer had made when moving statistics were set; None before training.
+      functions: what was traced since `compile`, by its name.
       version: changes whenever the ledger changes otherwise than by steps of the open record.
     """
 
@@ -255,10 +258,15 @@ class BookkeepingModel(keras.Model):
         counted = self._books.statistics_are_of
         return counted is not None and count_of(self.optimizer.iterations) != counted
 
-    def _count_statistics_anew(self, stale: bool) -> None:
-        """The optimizer was exchanged, whose count is another one: what was set stays so."""
-        if self._books.statistics_are_of is not None:
-            self._books.statistics_are_of = -1 if stale else count_of(self.optimizer.iterations)
+    def _keep_staleness(self) -> None:
+        """Before the optimizer, whose count says it, is exchanged."""
+        if self._statistics_are_stale():
+            self._books.statistics_are_of = _STALE
+
+    def _count_statistics_anew(self) -> None:
+        """The optimizer was exchanged: what was set stays so."""
+        if self._books.statistics_are_of not in (None, _STALE):
+            self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
     def _refresh_if_stale(self) -> None:
         if getattr(self, "_books", None) is None or current_scope() is not None or not tf.executing_eagerly():

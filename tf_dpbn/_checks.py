@@ -311,6 +311,19 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
             )
 
 
+def check_loss(model: Any) -> None:
+    """Refuses to train a model that was compiled without a loss.
+
+    Raises:
+      ValueError: without one.
+    """
+    if not model.loss:
+        raise ValueError(
+            f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
+            "example by example. Call compile(optimizer, loss=...) again. Received: loss=None"
+        )
+
+
 def check_trainable(model: Any) -> None:
     """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing.
 
@@ -447,14 +460,12 @@ class TrainingTrace:
 
     Attributes:
       scope: the normalization calls.
-      outputs: nest of TensorSpecs, the predictions.
       layers_with_losses: layers that added a loss while they were called.
       changes_from_data: state changes that depend on the examples.
       has_state: whether there are other state changes than those of random generators.
     """
 
     scope: PublicPass
-    outputs: Any
     layers_with_losses: list[Any]
     changes_from_data: list[StateChange]
     has_state: bool
@@ -483,7 +494,7 @@ def trace_training_pass(
     traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
     added = call_time_losses(model)
     clear_call_time_losses(model)
-    return TrainingTrace(scope, traced.structured_outputs[0], added, *_state_changes(model, traced.graph))
+    return TrainingTrace(scope, added, *_state_changes(model, traced.graph))
 
 
 def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:

@@ -68,7 +68,7 @@ def own_variables(layer: Any) -> list[Any]:
 def as_compiled(model: Any) -> Any:
     """A scope in which `trainable` of a compiled model's layers is what its training goes by.
 
-    On tf_keras that is what it was at `compile`; on Keras 3 what it is now.
+    On tf_keras that is what it was at `compile`; on Keras 3 what it is when a step is traced.
     """
     if IS_KERAS_3:
         return contextlib.nullcontext()

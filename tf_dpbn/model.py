@@ -22,6 +22,7 @@ from tf_dpbn._keras import (
     as_compiled,
     build_compiled,
     call_model,
+    clear_call_time_losses,
     compiled_data_loss,
     compiled_is_built,
     deserialize,
@@ -47,7 +48,7 @@ from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
 from tf_dpbn.clipping.vectorization import has_accelerator
-from tf_dpbn.layers import GivenStatistics
+from tf_dpbn.layers import GivenStatistics, PublicPass
 from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_of
@@ -168,12 +169,12 @@ class DPModel(BookkeepingModel):
             if kwargs.get("jit_compile", "auto") == "auto" and not has_accelerator():
                 kwargs["jit_compile"] = False
         _checks.check_layers(self)
-        stale = self._statistics_are_stale()
+        self._keep_staleness()  # of whatever optimizer there is after this
         super().compile(optimizer, loss, *args, **kwargs)
         self._books.functions.clear()
         self._books.open_record(optimizer, None)
         self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
-        self._count_statistics_anew(stale)
+        self._count_statistics_anew()
         self._create_averages()
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -205,7 +206,8 @@ class DPModel(BookkeepingModel):
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
                 self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
-            return self._books.functions["step"](data)
+            with as_compiled(self):
+                return self._books.functions["step"](data)
         check_full_float32()
         batch = self._read_batch(data)
         public = self._public_forward(batch)
@@ -257,26 +259,54 @@ class DPModel(BookkeepingModel):
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
         return None
 
-    def _build_for(self, x: Any, y: Any) -> None:
+    def _build_for(self, x: Any, y: Any) -> bool:
         """Creates the variables of the model, its losses and its metrics: in a step, it is traced twice.
 
-        A model that is not functional is traced for that. On several replicas it is left to the step.
+        A model that is not functional is traced for that, once after each `compile`; on several replicas it is left to
+        the step.
 
         Args:
           x, y: specs of a batch.
+
+        Returns:
+          Whether the model has all its variables.
         """
-        if self.built and compiled_is_built(self):
-            return
+        y_pred = symbolic_outputs(self)
+        if self._books.functions.get("built") or (y_pred is not None and compiled_is_built(self)):
+            return True
+        if y_pred is None and self.distribute_strategy.num_replicas_in_sync > 1:
+            return self.built
         _checks.check_layers(self)
-        if self._dp_options["augmentation_multiplicity"] > 1:
-            x = tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
+        if y_pred is None:
+            if self._dp_options["augmentation_multiplicity"] > 1:
+                x = tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
+            y_pred = self._trace_outputs(x)
+            _checks.check_trainable(self)
         with self.distribute_strategy.scope():
-            y_pred = symbolic_outputs(self)
-            if y_pred is None and self.distribute_strategy.num_replicas_in_sync == 1:
-                y_pred = _checks.trace_training_pass(self, x).outputs
-                _checks.check_trainable(self)
-            if y_pred is not None:
-                build_compiled(self, y, y_pred)
+            build_compiled(self, y, y_pred)
+        self._books.functions["built"] = True
+        return True
+
+    def _trace_outputs(self, x: Any) -> Any:
+        """Creates all variables, of layers in training only and in inference only too.
+
+        Args:
+          x: nest of TensorSpecs, a batch without augmented copies.
+
+        Returns:
+          Nest of TensorSpecs, what the model returns in training.
+        """
+        found = []
+
+        def passes(x: Any) -> None:
+            with PublicPass():
+                y_pred = call_model(self, x, training=True)
+            found.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), y_pred))
+            call_model(self, x, training=False)
+
+        self._trace(passes, x)
+        clear_call_time_losses(self)
+        return found[0]
 
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
@@ -314,7 +344,10 @@ class DPModel(BookkeepingModel):
             public = PublicForward(self, batch, self._dp_options["correction"], self._books.released_mean)
             found.append(public.corrections())
 
-        self._trace(report)
+        with as_compiled(self):
+            if not self.built and self.distribute_strategy.num_replicas_in_sync == 1:
+                self._trace_outputs(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), batch))
+            self._trace(report)
         return found[0]  # each replica reports the same
 
     def _task(self, public: PublicForward | None) -> Task:
@@ -430,9 +463,10 @@ class DPModel(BookkeepingModel):
         """
         self._compiled_dp_optimizer()
         check_rounding()
+        _checks.check_loss(self)
         with as_compiled(self):
             _checks.check_trainable(self)
-        _checks.check_grouped_convolutions(self, is_compiled_whole(self))
+            _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
@@ -457,6 +491,7 @@ class DPModel(BookkeepingModel):
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_dp_optimizer(), source_of(x)
         check_rounding()
+        _checks.check_loss(self)
         _checks.check_trainable(self)
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         if source is None:
@@ -482,14 +517,13 @@ class DPModel(BookkeepingModel):
         if self._accumulator.parts > 1:
             _checks.check_steps(options.get("steps_per_epoch"), steps_per_execution(self), self._accumulator.parts)
             options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
-        if source is not None:
-            self._build_for(*x.element_spec[:2])
+        built = self._build_for(*x.element_spec[:2]) if source is not None else symbolic_outputs(self) is not None
         self._books.open_record(optimizer, source.sampling if source else None)
-        if self.built:  # created in the step they would have it traced twice
+        if built:  # created in the step they would have it traced twice
             self._create_averages()
             with self.distribute_strategy.scope():
                 optimizer.build(self.trainable_variables)
-        if self.built and source is not None:
+        if built and source is not None:
             self._create_input_means(*x.element_spec[:2])
         self._watch_statistics()
 

@@ -231,7 +231,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def build(self, variables: Any) -> None:
         """Creates the inner optimizer's variables."""
-        if hasattr(self.inner, "build"):
+        if hasattr(self.inner, "build") and not (IS_KERAS_3 and self.inner.built):
             self.inner.build(variables)
         if IS_KERAS_3:
             self.built = True
