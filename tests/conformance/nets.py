@@ -73,6 +73,13 @@ RELEASING = {
 }
 
 
+def releases_of_statistics(net: str) -> int:
+    """How many a step has, one for each call of a normalization whose statistics are released."""
+    modes = net.split("-") if net in RELEASING else ["public"]
+    calls = [*modes, *modes, *modes][:3] + 2 * modes[:1]  # of `net_of_modes`
+    return sum(mode != "public" for mode in calls)
+
+
 def compiled(net: str, rng: np.random.Generator, **options: Any) -> tuple[Any, tuple[int, ...], Any]:
     """(model, shape, targets) with random weights, clip norm and public batch, in microbatches of four."""
     model, loss, shape, targets = {**PLAIN, **RELEASING}[net](rng)
