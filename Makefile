@@ -93,7 +93,8 @@ bench: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python benchmarks/step_time.py $(BENCH_FLAGS)
 
 bench-peers: $(TEST_VENV)/.installed $(PEERS:%=.venv-peer-%/.installed)
-	$(TEST_BIN)/python benchmarks/step_time.py --peers=opacus,jax_privacy,tensorflow_privacy $(BENCH_FLAGS)
+	$(TEST_BIN)/python benchmarks/step_time.py --peers=opacus,jax_privacy,tensorflow_privacy \
+	  --statistics=public,none $(BENCH_FLAGS)
 
 utility: $(TEST_VENV)/.installed
 	$(KEEP_MEMORY) PYTHONPATH=examples $(TEST_BIN)/python benchmarks/utility.py $(UTILITY_FLAGS)

@@ -9,7 +9,8 @@ the ratio is the median over the rounds. Medians are followed by [lower quartile
 With --memory it starts a process for each measurement and prints the peak of its resident set and how far that grew in
 the steps. With --peers other packages take part in the same rounds, each in an environment of its own (`make
 bench-peers` creates them). They run the same networks without normalization, since they do not train
-BatchNormalization privately, which spares them work; Opacus runs them with GroupNorm as well.
+BatchNormalization privately, which spares them work; Opacus runs them with GroupNorm as well. With
+--statistics=public,none tf_dpbn takes part with and without normalization.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from architectures import ARCHITECTURES
 from op_times import op_times
 from tf_dpbn.clipping.book_keeping import NORM_METHODS
 from tf_dpbn.clipping.registry import ENGINES
-from variants import PLAIN, Step, Variant
+from variants import NO_NORMALIZATION, PLAIN, Step, Variant
 
 # Threads of another process may still be waiting busily for work just after its step.
 _PAUSE_BETWEEN_PROCESSES = 0.02
@@ -101,7 +102,7 @@ def check(config: Config) -> None:
     for name, least in (("batch_sizes", 1), ("microbatch_size", 0)):
         if any(value < least for value in getattr(config, name)):
             raise ValueError(f"`{name}` must be at least {least}. Received: {getattr(config, name)}")
-    for mode in config.statistics:
+    for mode in set(config.statistics) - {NO_NORMALIZATION}:
         tf_dpbn.DPBatchNormalization(statistics=mode)  # which knows its modes
     if config.memory and (config.peers or config.profile):
         raise ValueError("`memory` measures neither peers nor profiles. Leave out --peers and --profile.")
@@ -285,7 +286,7 @@ def define_flags() -> None:
         "Sizes of the microbatches in which tf_dpbn works through a batch; 0 leaves the choice to it.",
     )
     flags.DEFINE_enum("norm_method", defaults.norm_method, NORM_METHODS, "How norms are found, for book_keeping.")
-    flags.DEFINE_list("statistics", list(defaults.statistics), "Modes of DPBatchNormalization.")
+    flags.DEFINE_list("statistics", list(defaults.statistics), "Modes of DPBatchNormalization; none: no layer.")
     flags.DEFINE_integer("public_batch", defaults.public_batch, "Examples in the public batch.", lower_bound=2)
     flags.DEFINE_bool("plain", defaults.plain, "Whether stock Keras takes part, to which ratios refer.")
     flags.DEFINE_bool("jit_compile", defaults.jit_compile, "Whether XLA compiles the steps; slower on CPUs.")

@@ -16,6 +16,7 @@ from architectures import ARCHITECTURES, CLASSES
 keras = tf.keras
 
 PLAIN = "plain"
+NO_NORMALIZATION = "none"
 _LEARNING_RATE = 0.1
 _L2_NORM_CLIP = 1.0
 _NOISE_MULTIPLIER = 1.0
@@ -31,7 +32,7 @@ class Variant:
       jit_compile: whether XLA compiles the step.
       engine, microbatch_size, norm_method: as in DPModel.compile; engine=None is stock Keras without privacy, for
         which the other fields are None.
-      statistics: as in DPBatchNormalization.
+      statistics: as in DPBatchNormalization, or "none" for the network without normalization.
       public_batch: examples in the public batch.
     """
 
@@ -49,7 +50,8 @@ class Variant:
         """A name that tells apart the variants of one net and batch size."""
         if self.engine is None:
             return PLAIN
-        words = ["tf_dpbn", self.engine, self.statistics]
+        words = ["tf_dpbn", self.engine]
+        words.append("without normalization" if self.statistics == NO_NORMALIZATION else self.statistics)
         if self.norm_method != "auto":
             words.append(self.norm_method)
         if self.microbatch_size:
@@ -102,10 +104,13 @@ def _plain_model(variant: Variant) -> Any:
 
 
 def _dp_model(variant: Variant) -> tf_dpbn.DPModel:
-    normalization = functools.partial(tf_dpbn.DPBatchNormalization, statistics=variant.statistics)
-    model = nets.build(variant.net, normalization, tf_dpbn.DPModel)
-    image = ARCHITECTURES[variant.net].image
-    model.set_public_batch(tf_dpbn.public_data.uniform_noise(image, variant.public_batch))
+    if variant.statistics == NO_NORMALIZATION:
+        model = nets.build(variant.net, nets.no_normalization, tf_dpbn.DPModel)
+    else:
+        normalization = functools.partial(tf_dpbn.DPBatchNormalization, statistics=variant.statistics)
+        model = nets.build(variant.net, normalization, tf_dpbn.DPModel)
+        image = ARCHITECTURES[variant.net].image
+        model.set_public_batch(tf_dpbn.public_data.uniform_noise(image, variant.public_batch))
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer(
         _L2_NORM_CLIP,
         _NOISE_MULTIPLIER,

@@ -86,12 +86,15 @@ def test_both_sides_run_the_same_network(name):
 def test_labels_tell_variants_apart():
     config = step_time.Config(engine=("book_keeping", "loop"), microbatch_size=(0, 4), norm_method="gram")
     found = [variant.label for variant in step_time.variants_of(config, "resnet8", 8)]
+    config = step_time.Config(statistics=("none",), plain=False)
+    found += [variant.label for variant in step_time.variants_of(config, "resnet8", 8)]
     assert found == [
         "plain",
         "tf_dpbn book_keeping public gram",
         "tf_dpbn book_keeping public gram microbatch=4",
         "tf_dpbn loop public",
         "tf_dpbn loop public microbatch=4",
+        "tf_dpbn book_keeping without normalization",
     ]
 
 
@@ -113,6 +116,15 @@ def test_labels_tell_variants_apart():
 def test_settings_that_cannot_be_measured_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         step_time.check(step_time.Config(**settings))
+
+
+@pytest.mark.once
+def test_a_private_step_without_normalization_has_the_weights_of_the_peers_network():
+    config = step_time.Config(statistics=("none",), plain=False)
+    (variant,) = step_time.variants_of(config, "tutorial_cnn", 4)
+    step = variants.Step(variant)
+    step()
+    assert step.parameters == ARCHITECTURES["tutorial_cnn"].parameters
 
 
 @pytest.mark.keras_free
