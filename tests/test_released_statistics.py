@@ -113,10 +113,10 @@ def test_statistics_approach_the_moments_of_the_data(mode):
 
 def test_deep_stack_settles_in_as_many_updates_as_it_has_layers():
     x, y = helpers.images(64)
-    model = stack(*["noised"] * 3)
+    model = stack(*["noised"] * 4)
     for layer in normalizations(model):
         layer.statistics_clip = 100.0
-    train(model, 3.0 * x, y, 5)
+    train(model, 3.0 * x, y, 6)
     expected = keras.Model(model.inputs[0], [layer.input for layer in normalizations(model)])(3.0 * x)
     for layer, z in zip(normalizations(model), expected, strict=True):
         np.testing.assert_allclose(layer.moving_mean, np.mean(z, (0, 1, 2)), atol=0.05)
@@ -374,13 +374,13 @@ def test_half_precision_trains(mode, policy):
 
 def test_gradient_accumulation_releases_once():
     x, y = helpers.images(16)
-    model = stack("noised", "anchored")
+    model = stack("noised", "public", "anchored")
     optimizer = helpers.dp_optimizer(expected_batch_size=16)
     helpers.compiled(model, optimizer=optimizer, accumulation_steps=2)
     with pytest.warns(accounting.PrivacyWarning, match="Poisson"):
         model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(8, drop_remainder=True), verbose=0)
     assert model.ledger.steps == 1
-    assert [float(layer.statistic_updates) for layer in normalizations(model)] == [1.0, 1.0]
+    assert [float(layer.statistic_updates) for layer in normalizations(model) if layer.releases] == [1.0, 1.0]
 
 
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 takes a single axis")

@@ -437,7 +437,8 @@ class DPModel(BookkeepingModel):
 
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
-            examples, if labels are out of range, if nothing trains, or if a public batch is needed and missing.
+            examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
+            and missing.
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
         optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
