@@ -321,6 +321,31 @@ def test_statistics_match_averaged_weights_that_keras_writes_at_the_end_of_fit()
     np.testing.assert_allclose(fitted, np.asarray(layer.moving_mean), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_statistics_can_be_refreshed_before_any_training(with_optimizer):
+    inputs = keras.Input((5,))
+    frozen = tf_dpbn.DPBatchNormalization(trainable=False)
+    outputs = layers.Dense(CLASSES)(frozen(tf_dpbn.DPBatchNormalization()(inputs)))
+    model = tf_dpbn.DPModel(inputs, outputs)
+    model.set_public_batch(PUBLIC)
+    if with_optimizer:
+        compiled(model)
+    before = model.predict(vectors()[0], verbose=0)
+    model.refresh_statistics()
+    expected = [PUBLIC.mean(0), PUBLIC.var(0), np.zeros(5), np.ones(5)]
+    np.testing.assert_allclose(moving(model), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(model.predict(vectors()[0], verbose=0) - before).max() > 1e-2
+
+
+def test_refreshing_needs_a_public_batch_and_weights():
+    with pytest.raises(ValueError, match="public_batch=None"):
+        functional().refresh_statistics()
+    model = tf_dpbn.DPSequential(stack())
+    model.set_public_batch(PUBLIC)
+    with pytest.raises(RuntimeError, match="Build the model"):
+        model.refresh_statistics()
+
+
 def several_outputs():
     x = keras.Input((5,))
     return tf_dpbn.DPModel(x, {"a": layers.Dense(CLASSES, name="a")(x), "b": layers.Dense(CLASSES, name="b")(x)})

@@ -11,10 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _checks, public_data
-from tf_dpbn._keras import IS_KERAS_3, count_of, keras
+from tf_dpbn._keras import IS_KERAS_3, as_compiled, count_of, flatten_layers, keras
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
-from tf_dpbn.layers import current_scope
+from tf_dpbn.layers import DPBatchNormalization, current_scope
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
 
@@ -237,16 +237,40 @@ class BookkeepingModel(keras.Model):
 
         Evaluation, prediction, saving and export after training do it by themselves; a custom loop that changes
         weights in other ways can call it.
+
+        Raises:
+          RuntimeError: if the model is not built.
+          ValueError: if a public batch is needed and there is none.
         """
+        books = self._books
+        refresh = books.functions.get("refresh") or self._refresh_function()
+        if refresh is not None:
+            refresh()
+            if books.structure is not None:
+                books.functions["refresh"] = refresh
+        if getattr(self, "optimizer", None) is not None:
+            books.statistics_are_of = count_of(self.optimizer.iterations)
+
+    def _refresh_function(self) -> Any:
+        """What sets the moving statistics, or None if the public batch decides none of them."""
         structure = self._books.structure
-        if structure is not None and structure.needs_public_batch:
-            batch, active = self._require_public_batch(), structure.active
-            if "refresh" not in self._books.functions:
-                self._books.functions["refresh"] = tf.function(
-                    lambda: refresh_moving_statistics(self, batch, active), autograph=False
-                )
-            self._books.functions["refresh"]()
-        self._books.statistics_are_of = count_of(self.optimizer.iterations)
+        if structure is None:
+            normalizations = [each for each in flatten_layers(self) if isinstance(each, DPBatchNormalization)]
+            needed = any(each.statistics != "noised" for each in normalizations)
+        else:
+            needed = structure.needs_public_batch
+        if not needed:
+            return None
+        batch = self._require_public_batch()
+        active = self._active_calls(batch) if structure is None else structure.active
+        return tf.function(lambda: refresh_moving_statistics(self, batch, active), autograph=False)
+
+    def _active_calls(self, batch: Any) -> frozenset[tuple[int, int]]:
+        """The normalization calls that are in training during a step, none of which was traced yet."""
+        if not self.built:
+            raise RuntimeError("Build the model before refresh_statistics: call it on a batch, or train it.")
+        with as_compiled(self):
+            return frozenset(_checks.trace_training_pass(self, batch).scope.active)
 
     def _watch_statistics(self) -> None:
         """From here on steps make the moving statistics stale."""
