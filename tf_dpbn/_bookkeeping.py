@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _checks, public_data
+from tf_dpbn import _training_trace, public_data
 from tf_dpbn._keras import IS_KERAS_3, as_compiled, count_of, flatten_layers, keras
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
@@ -39,7 +39,7 @@ class Books(tf.train.experimental.PythonState):
 
     def __init__(self) -> None:
         self.public_batch: Any = None
-        self.structure: _checks.Structure | None = None
+        self.structure: _training_trace.Structure | None = None
         self.configuration: StepRecord | None = None
         self.statistics_are_of: int | None = None
         self.functions: dict[str, Any] = {}
@@ -270,7 +270,7 @@ class BookkeepingModel(keras.Model):
         if not self.built:
             raise RuntimeError("Build the model before refresh_statistics: call it on a batch, or train it.")
         with as_compiled(self):
-            return frozenset(_checks.trace_training_pass(self, batch).scope.active)
+            return frozenset(_training_trace.trace_training_pass(self, batch).scope.active)
 
     def _watch_statistics(self) -> None:
         """From here on steps make the moving statistics stale."""

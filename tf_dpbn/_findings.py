@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from tf_dpbn import _checks, _coupling
+from tf_dpbn import _coupling, _training_trace
 from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state
 from tf_dpbn.layers import DPBatchNormalization
 
@@ -91,7 +91,7 @@ def inspect_model(model: Any, x: Any) -> Findings:
         if not model.built or not model.weights:
             with kept_state(model):
                 call_model(model, x, training=False)
-        trace = _checks.trace_training_pass(model, x)
+        trace = _training_trace.trace_training_pass(model, x)
     except Exception as error:
         raise ValueError(
             f"Model {model.name!r} does not run on the examples: {error} Pass `x`, examples of the kind that it takes."

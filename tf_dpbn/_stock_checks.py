@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _checks, _validate
+from tf_dpbn import _checks, _training_trace, _validate
 from tf_dpbn._coupling import make_batch
 from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
 from tf_dpbn._stock_loss import RowLoss
@@ -195,7 +195,7 @@ def training_calls(model: Any, rows: int) -> list[NormalizationCall]:
     """
     batch = make_batch(model)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec([rows, *t.shape[1:]], tf.as_dtype(t.dtype)), batch)
-    trace = _checks.trace_training_pass(model, specs)
+    trace = _training_trace.trace_training_pass(model, specs)
     for change in trace.changes_from_data:
         raise ValueError(change.reason)
     if not trace.scope.calls:

@@ -12,7 +12,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _checks, _validate
+from tf_dpbn import _checks, _training_trace, _validate
 from tf_dpbn._accumulation import Accumulator, EpochBoundaries
 from tf_dpbn._bookkeeping import BookkeepingModel, Books
 from tf_dpbn._class_weight import apply_class_weight
@@ -248,7 +248,7 @@ class DPModel(BookkeepingModel):
         x = batch.x
         if self._dp_options["augmentation_multiplicity"] > 1:
             x = tf.nest.map_structure(lambda t: t[:, 0], x)
-        structure = self._books.structure = _checks.trace_structure(self, x, batch.y)
+        structure = self._books.structure = _training_trace.trace_structure(self, x, batch.y)
         if structure.active:
             public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
             if structure.needs_public_batch:

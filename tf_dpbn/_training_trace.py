@@ -1,0 +1,153 @@
+"""What a trace of a model's training pass shows: its normalization calls, and state that its examples would change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn import _graph
+from tf_dpbn._checks import refuse_call_time_loss
+from tf_dpbn._keras import (
+    build_compiled_loss,
+    call_model,
+    call_time_losses,
+    clear_call_time_losses,
+    compiled_data_loss,
+    flatten_layers,
+    isolated_call,
+    own_variables,
+    raw,
+    seed_states,
+    tracker_variables,
+)
+from tf_dpbn.layers import PublicPass
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What a trace of the model's training pass shows.
+
+    Attributes:
+      active: the normalization calls that are in training (see `layers.PublicPass`).
+      needs_public_batch: some of these take statistics from a public batch.
+      has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
+    """
+
+    active: frozenset[tuple[int, int]]
+    needs_public_batch: bool
+    has_state: bool
+
+
+def trace_structure(model: Any, x: Any, y: Any) -> Structure:
+    """Traces the model's training pass once, without running it, and checks what it does.
+
+    Args:
+      model: a compiled model.
+      x, y: nests of tensors or TensorSpecs, a batch.
+
+    Raises:
+      ValueError: if a layer's state depends on the examples, or a layer adds a loss during its call.
+    """
+
+    def loss(y_pred: Any, y: Any) -> Any:
+        build_compiled_loss(model, y, y_pred)
+        with isolated_call([], tf.constant(0), tracker_variables(model)) as isolated:
+            return compiled_data_loss(model, y, y_pred, None, isolated)[0]
+
+    trace = trace_training_pass(model, x, y, loss)
+    for layer in trace.layers_with_losses:
+        refuse_call_time_loss(layer)
+    for change in trace.changes_from_data:
+        raise ValueError(change.reason)
+    needs_public_batch = any(call.layer.statistics != "noised" for call in trace.scope.calls)
+    return Structure(frozenset(trace.scope.active), needs_public_batch, trace.has_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateChange:
+    """An operation that writes what depends on examples to state.
+
+    Attributes:
+      layers: names of the layers that own the state, as far as it is among the model's weights.
+      operation: name of the operation.
+      reason: what to tell the user.
+    """
+
+    layers: tuple[str, ...]
+    operation: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingTrace:
+    """What a trace of a training pass shows.
+
+    Attributes:
+      scope: the normalization calls.
+      layers_with_losses: layers that added a loss while they were called.
+      changes_from_data: state changes that depend on the examples.
+      has_state: whether there are other state changes than those of random generators.
+    """
+
+    scope: PublicPass
+    layers_with_losses: list[Any]
+    changes_from_data: list[StateChange]
+    has_state: bool
+
+
+def trace_training_pass(
+    model: Any, x: Any, y: Any = (), then: Callable[[Any, Any], Any] = lambda y_pred, y: ()
+) -> TrainingTrace:
+    """Traces the model's training pass, without running it.
+
+    Args:
+      model: a model, compiled or not.
+      x: nest of tensors or TensorSpecs, a batch.
+      y: passed to `then`.
+      then: what else belongs to the pass, from (predictions, y).
+    """
+    scope = PublicPass()
+
+    def forward(x: Any, y: Any) -> Any:
+        with scope:
+            y_pred = call_model(model, x, training=True)
+        return y_pred, then(y_pred, y)
+
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
+    clear_call_time_losses(model)
+    traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
+    added = call_time_losses(model)
+    clear_call_time_losses(model)
+    return TrainingTrace(scope, added, *_state_changes(model, traced.graph))
+
+
+def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:
+    """State changes that depend on examples; and whether there are any others."""
+    owners = {}
+    for layer in [model, *flatten_layers(model)]:
+        owners.update({id(raw(variable)): layer.name for variable in own_variables(layer)})
+    variables = _graph.captured_variables(graph, [raw(variable) for variable in model.variables])
+    captured = {id(inside) for _, inside in graph.captures}
+    data = _graph.data_tensors(graph, [t for t in graph.inputs if id(t) not in captured])
+    random_states = {id(state) for state in seed_states(model)}
+    from_data, has_state = [], False
+    for operation in _graph.state_changes(graph):
+        changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
+        if any(id(tensor) in data for tensor in operation.inputs):
+            names = [owners.get(id(v), model.name) for v in changed]
+            from_data.append(StateChange(tuple(names), operation.name, _reason_of_change(operation, changed, names)))
+        has_state = has_state or any(id(variable) not in random_states for variable in changed)
+    return from_data, has_state
+
+
+def _reason_of_change(operation: Any, changed: Sequence[Any], names: Sequence[str]) -> str:
+    parts = [f"{v.name!r} of layer {name!r}" for v, name in zip(changed, names, strict=True)]
+    what = ", ".join(parts) or f"outside the model's weights (operation {operation.type} {operation.name!r})"
+    return (
+        f"The model or its loss updates state {what} during training from the examples, un-noised: that "
+        "couples private examples. Use a layer or loss without such state (for a recurrent layer: "
+        f"stateful=False, use_cudnn='auto'), or freeze it. Received: {operation.type}"
+    )
