@@ -210,12 +210,40 @@ def test_what_trains_is_decided_at_compile_by_tf_keras(train, trainable):
     assert model.trainable is not trainable
 
 
-@pytest.mark.parametrize("train", ["fit", "train_on_batch"])
-def test_refuses_to_train_without_a_loss(train):
+TRAIN = {
+    "fit": lambda model: model.fit(*vectors()),
+    "train_on_batch": lambda model: model.train_on_batch(*vectors()),
+    "train_step": lambda model: model.train_step(tuple(map(tf.constant, vectors()))),
+}
+
+
+@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("loss", [None, [None]])
+def test_refuses_to_train_without_a_loss(train, loss):
     model = network()
-    model.compile(helpers.dp_optimizer())
-    with pytest.raises(ValueError, match="`loss` must be given to compile.*Received: loss=None"):
-        getattr(model, train)(*vectors())
+    model.compile(helpers.dp_optimizer(), loss)
+    with pytest.raises(ValueError, match="`loss` must be given to compile.*Received: loss=.*None"):
+        TRAIN[train](model)
+    assert model.ledger.steps == 0
+
+
+class OwnLoss(tf_dpbn.DPModel):
+    def __init__(self):
+        super().__init__()
+        self.last = layers.Dense(3)
+
+    def call(self, x):
+        return self.last(x)
+
+    def compute_loss(self, *args, **kwargs):
+        return 0.0
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_refuses_a_loss_that_a_private_step_would_not_compute(train):
+    model = helpers.compiled(OwnLoss())
+    with pytest.raises(NotImplementedError, match="overrides compute_loss.*compile"):
+        TRAIN[train](model)
     assert model.ledger.steps == 0
 
 

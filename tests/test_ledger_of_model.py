@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
@@ -97,6 +98,28 @@ def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
     model.train_on_batch(X[:4], Y[:4])
     model.train_on_batch(X[:4], Y[:4])
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(2)])
+
+
+class TrainsBeside(keras.callbacks.Callback):
+    """After each epoch a step on batches of its own: by Keras, by hand, and by a graph of its own."""
+
+    def on_train_begin(self, logs=None):
+        self.own_graph = tf.function(self.model.train_step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        batch = tf.constant(X[:4]), tf.constant(Y[:4])
+        self.model.train_on_batch(*batch)
+        self.model.train_step(batch)
+        self.own_graph(batch)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_steps_that_a_callback_takes_are_booked_as_assumed_within_a_poisson_fit(run_eagerly):
+    plan = make_plan()
+    model = make_model(plan, run_eagerly=run_eagerly)
+    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[TrainsBeside()])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(6)])
+    assert "ASSUMED" in model.privacy_statement(DELTA)
 
 
 @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)

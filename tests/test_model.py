@@ -340,10 +340,55 @@ def test_statistics_can_be_refreshed_before_any_training(with_optimizer):
 def test_refreshing_needs_a_public_batch_and_weights():
     with pytest.raises(ValueError, match="public_batch=None"):
         functional().refresh_statistics()
-    model = tf_dpbn.DPSequential(stack())
+    model = MakesNormalization()
     model.set_public_batch(PUBLIC)
     with pytest.raises(RuntimeError, match="Build the model"):
         model.refresh_statistics()
+    inputs = keras.Input((5,))
+    frozen = tf_dpbn.DPModel(inputs, tf_dpbn.DPBatchNormalization(trainable=False)(inputs))
+    frozen.refresh_statistics()  # there is nothing to set
+    np.testing.assert_array_equal(moving(frozen), [np.zeros(5), np.ones(5)])
+
+
+class MakesNormalization(tf_dpbn.DPModel):
+    """Has no layers before it is built."""
+
+    def build(self, shape):
+        self.norm, self.last = tf_dpbn.DPBatchNormalization(), dense(CLASSES, 1)
+
+    def call(self, x, training=None):
+        return self.last(self.norm(x, training=training))
+
+
+@pytest.mark.parametrize("own_graph", [False, True])
+def test_statistics_are_fresh_after_steps_of_ones_own(own_graph):
+    model = functional()
+    model.set_public_batch(PUBLIC)
+    compiled(model)
+    step = tf.function(model.train_step) if own_graph else model.train_step
+    step(tuple(map(tf.constant, vectors(n=EXPECTED))))
+    found = model.predict(vectors()[0], verbose=0)
+    model.refresh_statistics()
+    np.testing.assert_allclose(found, model.predict(vectors()[0], verbose=0), atol=1e-6)
+
+
+def test_what_is_in_training_counts_from_compile_to_compile(tmp_path):
+    model = functional()
+    model.set_public_batch(PUBLIC)
+    first = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))
+    compiled(model).train_on_batch(*vectors(n=EXPECTED))
+    first.trainable = False
+    compiled(model)
+    settled = np.asarray(first.moving_mean)  # those of the step before
+    assert np.abs(settled).max() > 0.0
+    first.moving_mean.assign(np.full(6, 7.0))
+    model.train_on_batch(*vectors(n=EXPECTED))
+    model.predict(vectors()[0], verbose=0)
+    np.testing.assert_array_equal(first.moving_mean, np.full(6, 7.0))
+    first.trainable = True
+    compiled(model)
+    model.refresh_statistics()
+    assert np.abs(np.asarray(first.moving_mean) - 7.0).min() > 1e-3
 
 
 def several_outputs():
@@ -399,21 +444,30 @@ class OneSided(tf_dpbn.DPModel):
     def __init__(self):
         super().__init__()
         self.first, self.last, self.more, self.other = dense(4, 1), dense(CLASSES, 2), dense(4, 3), dense(4, 4)
+        self.norm = tf_dpbn.DPBatchNormalization()
 
     def call(self, x, training=None):
         x = self.first(x)
-        return self.last(x + (self.more(x) if training else self.other(x)))
+        return self.last(x + (self.norm(self.more(x), training=True) if training else self.other(x)))
 
 
 @pytest.mark.filterwarnings(r"ignore:`build\(\)` was called:UserWarning")
 # Under a strategy `evaluate` of Keras 3 gives the optimizer the variables of inference; stock models fail there, too.
-@pytest.mark.parametrize("before, placed", [("evaluate", False), ("predict", False), ("predict", True)])
+@pytest.mark.parametrize(
+    "before, placed", [("evaluate", False), ("predict", False), ("predict", True), ("refresh_statistics", True)]
+)
 def test_layers_in_training_only_and_in_inference_only_train_after_use_and_after_another_compile(before, placed):
     with tf.distribute.OneDeviceStrategy("CPU:0").scope() if placed else contextlib.nullcontext():
         model = compiled(OneSided())
-    getattr(model, before)(*vectors()[: 1 if before == "predict" else 2], verbose=0)
+    model.set_public_batch(PUBLIC)
+    if before == "evaluate":
+        model.evaluate(*vectors(), verbose=0)
+    else:
+        model.predict(vectors()[0], verbose=0)
+    if before == "refresh_statistics":
+        model.refresh_statistics()
     model.fit(draws(), verbose=0)
-    assert len(model.trainable_variables) == 8
+    assert len(model.trainable_variables) == 10
     helpers.compiled(model, optimizer=model.optimizer)
     model.fit(draws(), verbose=0)
     assert model.ledger.steps == 2 * STEPS

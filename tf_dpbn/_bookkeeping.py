@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _training_trace, public_data
-from tf_dpbn._keras import IS_KERAS_3, as_compiled, count_of, flatten_layers, keras
+from tf_dpbn._keras import (
+    IS_KERAS_3,
+    as_compiled,
+    call_model,
+    clear_call_time_losses,
+    count_of,
+    flatten_layers,
+    keras,
+    symbolic_outputs,
+)
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
-from tf_dpbn.layers import DPBatchNormalization, current_scope
+from tf_dpbn.layers import DPBatchNormalization, PublicPass, current_scope
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
-_STALE = -1  # no optimizer has made so many steps
 _LEGACY_ENDINGS = (".h5", ".hdf5")
 
 
@@ -32,6 +42,8 @@ class Books(tf.train.experimental.PythonState):
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
       steps, not_finite: counters that the train step advances.
+      others: the counter of steps that Keras' `fit` did not run, but a callback of it; see `booking`.
+      sampling_is_known: whether who runs the step that is being run or traced sees to `others`.
       statistics_are_of: how many steps the optimizer had made when moving statistics were set; None before training.
       functions: what was traced since `compile`, by its name.
       version: changes whenever the ledger changes otherwise than by steps of the open record.
@@ -45,13 +57,16 @@ class Books(tf.train.experimental.PythonState):
         self.functions: dict[str, Any] = {}
         self.version = 0
         self._run = uuid.uuid4().hex
+        self.sampling_is_known = False
         self._closed = Ledger()
-        self._steps_at_opening = 0
+        self._assumed: StepRecord | None = None
+        self._steps_at_opening, self._others_at_opening = 0, 0
         self._releases = 0
         self._released_means: dict[str, tf.Variable] = {}
         self._saved_means: dict[str, list[float]] = {}
         with tf.init_scope():
             self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self.others = _counter("other_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
 
     @property
@@ -62,21 +77,45 @@ class Books(tf.train.experimental.PythonState):
     def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
         """Books the steps so far and starts a record with the configuration that is about to run."""
         self._close(self.ledger())
-        if sampling is None:
-            rate: dict[str, Any] = {
-                "sampling_probability": optimizer.sampling_probability,
-                "num_examples": optimizer.num_examples,
-                "sampling": "assumed",
-            }
-        else:
-            rate = {
-                "sampling_probability": sampling.sampling_probability,
-                "num_examples": sampling.num_examples,
-                "max_batch_size": sampling.max_batch_size,
-                "sampling": "poisson",
-            }
-        multipliers = optimizer.noise_multipliers(self._releases)
-        self.configuration = StepRecord(noise_multipliers=multipliers, steps=1, **rate)
+        self._assumed = self.configuration = StepRecord(
+            noise_multipliers=optimizer.noise_multipliers(self._releases),
+            steps=1,
+            sampling_probability=optimizer.sampling_probability,
+            num_examples=optimizer.num_examples,
+            sampling="assumed",
+        )
+        if sampling is not None:
+            self.configuration = dataclasses.replace(
+                self._assumed,
+                sampling_probability=sampling.sampling_probability,
+                num_examples=sampling.num_examples,
+                max_batch_size=sampling.max_batch_size,
+                sampling="poisson",
+            )
+
+    @contextlib.contextmanager
+    def booking(self, *, sampled: bool) -> Iterator[None]:
+        """A scope for steps of which it is known whether their batches are those that `fit` was given.
+
+        A graph of a step that is traced outside of any counts itself among `others`.
+        """
+        known, before = self.sampling_is_known, 0 if sampled else count_of(self.steps)
+        self.sampling_is_known = True
+        try:
+            yield
+        finally:
+            self.sampling_is_known = known
+            if not sampled:
+                self.others.assign_add(count_of(self.steps) - before)
+
+    def of_fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Keras' train function, whose batches are those that `fit` was given."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.booking(sampled=True):
+                return function(*args, **kwargs)
+
+        return call
 
     def set_releases(self, optimizer: DPOptimizer, number: int) -> None:
         """Notes how many releases of statistics a step of the running record has; known once the step is traced.
@@ -88,9 +127,10 @@ class Books(tf.train.experimental.PythonState):
         with tf.init_scope():  # a step is being traced
             self._close(self.ledger())  # what ran before keeps its record
         self._releases = number
-        if self.configuration is not None:
+        if self.configuration is not None and self._assumed is not None:
             multipliers = optimizer.noise_multipliers(number)
             self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
+            self._assumed = dataclasses.replace(self._assumed, noise_multipliers=multipliers)
 
     def released_mean(self, name: str, size: int) -> tf.Variable:
         """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
@@ -112,8 +152,10 @@ class Books(tf.train.experimental.PythonState):
         """Everything that ran, the open record included."""
         ledger = self._closed.copy()
         steps = count_of(self.steps) - self._steps_at_opening
-        if self.configuration is not None and steps:
-            ledger.record(dataclasses.replace(self.configuration, steps=steps))
+        others = count_of(self.others) - self._others_at_opening
+        for record, number in ((self.configuration, steps - others), (self._assumed, others)):
+            if record is not None and number:
+                ledger.record(dataclasses.replace(record, steps=number))
         return ledger
 
     def take_over(self, other: Books) -> None:
@@ -126,6 +168,7 @@ class Books(tf.train.experimental.PythonState):
 
     def _close(self, ledger: Ledger) -> None:
         self._closed, self._steps_at_opening = ledger, count_of(self.steps)
+        self._others_at_opening = count_of(self.others)
         self.version += 1
 
     def serialize(self) -> str:
@@ -242,35 +285,66 @@ class BookkeepingModel(keras.Model):
           RuntimeError: if the model is not built.
           ValueError: if a public batch is needed and there is none.
         """
-        books = self._books
-        refresh = books.functions.get("refresh") or self._refresh_function()
-        if refresh is not None:
+        active = self._calls_in_training()
+        if active:
+            batch = self._require_public_batch()
+            kept, refresh = self._books.functions.get("refresh", (None, None))
+            if kept != active:
+                refresh = tf.function(lambda: refresh_moving_statistics(self, batch, active), autograph=False)
+                self._books.functions["refresh"] = active, refresh
             refresh()
-            if books.structure is not None:
-                books.functions["refresh"] = refresh
         if getattr(self, "optimizer", None) is not None:
-            books.statistics_are_of = count_of(self.optimizer.iterations)
+            self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
-    def _refresh_function(self) -> Any:
-        """What sets the moving statistics, or None if the public batch decides none of them."""
+    def _calls_in_training(self) -> frozenset[tuple[int, int]]:
+        """The normalization calls in training during a step, as far as the public batch decides any of them."""
         structure = self._books.structure
-        if structure is None:
-            normalizations = [each for each in flatten_layers(self) if isinstance(each, DPBatchNormalization)]
-            needed = any(each.statistics != "noised" for each in normalizations)
-        else:
-            needed = structure.needs_public_batch
-        if not needed:
-            return None
-        batch = self._require_public_batch()
-        active = self._active_calls(batch) if structure is None else structure.active
-        return tf.function(lambda: refresh_moving_statistics(self, batch, active), autograph=False)
-
-    def _active_calls(self, batch: Any) -> frozenset[tuple[int, int]]:
-        """The normalization calls that are in training during a step, none of which was traced yet."""
+        if structure is not None:
+            return structure.active if structure.needs_public_batch else frozenset()
         if not self.built:
             raise RuntimeError("Build the model before refresh_statistics: call it on a batch, or train it.")
         with as_compiled(self):
-            return frozenset(_training_trace.trace_training_pass(self, batch).scope.active)
+            layers = [each for each in flatten_layers(self) if isinstance(each, DPBatchNormalization)]
+            needed = any(each.trainable and each.statistics != "noised" for each in layers)
+            if self._books.public_batch is None and not needed:
+                return frozenset()
+            batch = self._require_public_batch()
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), batch)
+            if symbolic_outputs(self) is None and self.distribute_strategy.num_replicas_in_sync == 1:
+                self._trace_outputs(specs)
+            found: list[frozenset[tuple[int, int]]] = []
+
+            def trace(x: Any) -> None:
+                found.append(frozenset(_training_trace.trace_training_pass(self, x).scope.active))
+
+            self._trace(trace, specs)
+        return found[0]
+
+    def _trace(self, function: Callable[..., Any], *specs: Any) -> None:
+        """Traces a function as the step is traced, in the context of a replica."""
+        run = self.distribute_strategy.run
+        tf.function(lambda *args: run(function, args=args), autograph=False).get_concrete_function(*specs)
+
+    def _trace_outputs(self, x: Any) -> Any:
+        """Creates all variables, of layers in training only and in inference only too.
+
+        Args:
+          x: nest of TensorSpecs, a batch without augmented copies.
+
+        Returns:
+          Nest of TensorSpecs, what the model returns in training.
+        """
+        found = []
+
+        def passes(x: Any) -> None:
+            with PublicPass():
+                y_pred = call_model(self, x, training=True)
+            found.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), y_pred))
+            call_model(self, x, training=False)
+
+        self._trace(passes, x)
+        clear_call_time_losses(self)
+        return found[0]
 
     def _watch_statistics(self) -> None:
         """From here on steps make the moving statistics stale."""
@@ -282,14 +356,9 @@ class BookkeepingModel(keras.Model):
         counted = self._books.statistics_are_of
         return counted is not None and count_of(self.optimizer.iterations) != counted
 
-    def _keep_staleness(self) -> None:
-        """Before the optimizer, whose count says it, is exchanged."""
-        if self._statistics_are_stale():
-            self._books.statistics_are_of = _STALE
-
     def _count_statistics_anew(self) -> None:
         """The optimizer was exchanged: what was set stays so."""
-        if self._books.statistics_are_of not in (None, _STALE):
+        if self._books.statistics_are_of is not None:
             self._books.statistics_are_of = count_of(self.optimizer.iterations)
 
     def _refresh_if_stale(self) -> None:

@@ -298,15 +298,21 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
 
 
 def check_loss(model: Any) -> None:
-    """Refuses to train a model that was compiled without a loss.
+    """Refuses to train a model that was compiled without a loss, or computes it in a method of its own.
 
     Raises:
-      ValueError: without one.
+      ValueError: without a loss.
+      NotImplementedError: if `compute_loss` is overridden, which a private step does not call.
     """
-    if not model.loss:
+    if type(model).compute_loss is not keras.Model.compute_loss:
+        raise NotImplementedError(
+            f"Model {model.name!r} overrides compute_loss, which a private step does not call: it takes the compiled "
+            "loss of one example at a time. Give the loss to compile(loss=...) instead."
+        )
+    if all(each is None for each in tf.nest.flatten(model.loss)):
         raise ValueError(
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
-            "example by example. Call compile(optimizer, loss=...) again. Received: loss=None"
+            f"example by example. Call compile(optimizer, loss=...) again. Received: loss={model.loss}"
         )
 
 

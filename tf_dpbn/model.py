@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -22,7 +21,6 @@ from tf_dpbn._keras import (
     as_compiled,
     build_compiled,
     call_model,
-    clear_call_time_losses,
     compiled_data_loss,
     compiled_is_built,
     deserialize,
@@ -48,7 +46,7 @@ from tf_dpbn.accounting import PrivacyWarning
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
 from tf_dpbn.clipping.registry import get_engine
 from tf_dpbn.clipping.vectorization import has_accelerator
-from tf_dpbn.layers import GivenStatistics, PublicPass
+from tf_dpbn.layers import GivenStatistics
 from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_of
@@ -169,9 +167,10 @@ class DPModel(BookkeepingModel):
             if kwargs.get("jit_compile", "auto") == "auto" and not has_accelerator():
                 kwargs["jit_compile"] = False
         _checks.check_layers(self)
-        self._keep_staleness()  # of whatever optimizer there is after this
+        self._refresh_if_stale()  # as what trained so far, and by the optimizer that counted it
         super().compile(optimizer, loss, *args, **kwargs)
         self._books.functions.clear()
+        self._books.structure = None
         self._books.open_record(optimizer, None)
         self.optimizer = self._compiled_optimizer = optimizer  # tf_keras wraps it under mixed_float16
         self._count_statistics_anew()
@@ -203,10 +202,13 @@ class DPModel(BookkeepingModel):
           RuntimeError: without `compile`, or if products would be rounded to fewer bits than float32 has.
         """
         self._compiled_dp_optimizer()
+        _checks.check_loss(self)
+        with tf.init_scope():
+            self._watch_statistics()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
                 self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
-            with as_compiled(self):
+            with as_compiled(self), self._books.booking(sampled=self._books.sampling_is_known):
                 return self._books.functions["step"](data)
         check_full_float32()
         batch = self._read_batch(data)
@@ -225,7 +227,10 @@ class DPModel(BookkeepingModel):
     def _release(self, clipped: tuple[ClippedSum, ...], public: PublicForward | None, penalty_gradients: Any) -> None:
         """Noise, post-processing, update: what follows once a logical batch is complete."""
         optimizer = self._compiled_dp_optimizer()
-        with tf.control_dependencies([self._books.steps.assign_add(1)]):  # booked before it is released
+        booked = [self._books.steps.assign_add(1)]  # before it is released
+        if not self._books.sampling_is_known:
+            booked.append(self._books.others.assign_add(1))
+        with tf.control_dependencies(booked):
             noised, *residuals = optimizer.privatize_all(clipped)  # the privacy boundary
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised, optimizer.gradient_stddev(len(residuals))))
@@ -287,27 +292,6 @@ class DPModel(BookkeepingModel):
         self._books.functions["built"] = True
         return True
 
-    def _trace_outputs(self, x: Any) -> Any:
-        """Creates all variables, of layers in training only and in inference only too.
-
-        Args:
-          x: nest of TensorSpecs, a batch without augmented copies.
-
-        Returns:
-          Nest of TensorSpecs, what the model returns in training.
-        """
-        found = []
-
-        def passes(x: Any) -> None:
-            with PublicPass():
-                y_pred = call_model(self, x, training=True)
-            found.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), y_pred))
-            call_model(self, x, training=False)
-
-        self._trace(passes, x)
-        clear_call_time_losses(self)
-        return found[0]
-
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
         if self.built:
@@ -324,11 +308,6 @@ class DPModel(BookkeepingModel):
         if noised and self._dp_options["correction"] != "none" and "means" not in self._books.functions:
             self._trace(lambda x, y: self._public_forward(Batch(x, y, None, None)) and None, x, y)
             self._books.functions["means"] = True  # they are there now; the graph is of no further use
-
-    def _trace(self, function: Callable[..., Any], *specs: Any) -> None:
-        """Traces a function as the step is traced, in the context of a replica."""
-        run = self.distribute_strategy.run
-        tf.function(lambda *args: run(function, args=args), autograph=False).get_concrete_function(*specs)
 
     def correction_report(self) -> list[tuple[str, str]]:
         """How the gradient flows through the statistics of each normalization; needs `compile` and a public batch.
@@ -471,14 +450,15 @@ class DPModel(BookkeepingModel):
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._watch_statistics()
-        return super().train_on_batch(*args, **kwargs)
+        with self._books.booking(sampled=False):
+            return super().train_on_batch(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
         """As in Keras; what it makes multiplies in full float32, on GPUs and TPUs too."""
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
-            self.train_function = in_full_float32(self.train_function)
+            self.train_function = self._books.of_fit(in_full_float32(self.train_function))
         return self.train_function
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
