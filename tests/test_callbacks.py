@@ -148,6 +148,16 @@ def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
     assert model.epsilon(DELTA) <= budget_for(allowed)
 
 
+def test_steps_that_another_callback_takes_count():
+    model = make_model()
+    budget = PrivacyBudget(budget_for(6))
+    batch = [tensor[:4] for tensor in (X, Y)]
+    beside = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: [model.train_on_batch(*batch) for _ in range(2)])
+    with pytest.raises(ValueError, match="leave room for another step after 6 steps"):
+        fit(model, budget, beside, epochs=3)
+    assert model.ledger.steps == 6
+
+
 def test_a_stride_that_does_not_fit_is_refused():
     model = make_model(steps_per_execution=3)
     with pytest.raises(ValueError, match="leave room for another step after 0 steps"):

@@ -22,9 +22,10 @@ def make_plan(**kwargs):
     return tf_dpbn.PrivacyPlan(**{**arguments, **kwargs})
 
 
-def make_model(plan=None, optimizer=None, **kwargs):
-    inputs = keras.Input((3,))
-    model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
+def make_model(plan=None, optimizer=None, model=None, **kwargs):
+    if model is None:
+        inputs = keras.Input((3,))
+        model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
     optimizer = optimizer or tf_dpbn.DPOptimizer.from_plan(plan or make_plan(), keras.optimizers.SGD(0.01), 1.0)
     return helpers.compiled(model, "mse", optimizer, **kwargs)
 
@@ -100,26 +101,85 @@ def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(2)])
 
 
+class SharedGraph(tf_dpbn.DPModel):
+    """Its step is one graph, whoever runs it."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = layers.Dense(2)
+
+    def call(self, x):
+        return self.last(x)
+
+    @tf.function
+    def train_step(self, data):
+        return super().train_step(data)
+
+
 class TrainsBeside(keras.callbacks.Callback):
-    """After each epoch a step on batches of its own: by Keras, by hand, and by a graph of its own."""
+    """Takes steps on batches of its own: by Keras, by hand, and by a graph of its own."""
 
     def on_train_begin(self, logs=None):
         self.own_graph = tf.function(self.model.train_step)
+        self.train()
 
     def on_epoch_end(self, epoch, logs=None):
-        batch = tf.constant(X[:4]), tf.constant(Y[:4])
+        self.train()
+
+    def train(self):
+        rows = make_plan().max_batch_size  # as many as those of `fit`, which may then share a graph
+        batch = tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
         self.model.train_on_batch(*batch)
         self.model.train_step(batch)
         self.own_graph(batch)
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
-def test_steps_that_a_callback_takes_are_booked_as_assumed_within_a_poisson_fit(run_eagerly):
+@pytest.mark.parametrize("shared, run_eagerly", [(False, False), (False, True), (True, False), (True, True)])
+def test_steps_that_a_callback_takes_are_booked_as_assumed_within_a_poisson_fit(shared, run_eagerly):
     plan = make_plan()
-    model = make_model(plan, run_eagerly=run_eagerly)
+    model = make_model(plan, model=SharedGraph() if shared else None, run_eagerly=run_eagerly)
     model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[TrainsBeside()])
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(6)])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(9)])
     assert "ASSUMED" in model.privacy_statement(DELTA)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_steps_by_any_way_outside_of_fit_are_booked_as_assumed(shared):
+    model = make_model(model=SharedGraph() if shared else None)
+    beside = TrainsBeside()
+    beside.set_model(model)
+    beside.on_train_begin()
+    beside.train()
+    assert model.ledger == tf_dpbn.Ledger([assumed_record(6)])
+
+
+def test_a_fit_within_a_fit_is_booked_by_its_own_sampling():
+    plan = make_plan()
+    model = make_model(plan)
+    inner = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: model.fit(X, Y, batch_size=4, verbose=0))
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
+        model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[inner])
+    assert [(each.sampling, each.steps) for each in model.ledger.entries] == [("poisson", 8), ("assumed", 8)]
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger.entries[-1].steps == 9
+
+
+TRAIN = {
+    "train_on_batch": lambda model: model.train_on_batch(X[:4], Y[:4]),
+    "train_step": lambda model: model.train_step((tf.constant(X[:4]), tf.constant(Y[:4]))),
+    "fit": lambda model: model.fit(X, Y, batch_size=2, verbose=0),
+}
+
+
+@pytest.mark.parametrize("train", TRAIN)
+def test_a_callback_adds_no_part_to_a_logical_batch_of_fit(train):
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=2)
+    beside = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: TRAIN[train](model))
+    with pytest.raises(RuntimeError, match="accumulation_steps=2.*within `fit`"):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
+    assert model.ledger.steps == 0
+    TRAIN["train_on_batch"](model)  # afterwards it may
 
 
 @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)

@@ -42,8 +42,10 @@ class Books(tf.train.experimental.PythonState):
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
       steps, not_finite: counters that the train step advances.
-      others: the counter of steps that Keras' `fit` did not run, but a callback of it; see `booking`.
-      sampling_is_known: whether who runs the step that is being run or traced sees to `others`.
+      others: the counter of those of them that `fit` did not take on the batches that it was given.
+      is_of_fit: 1 while `fit` takes a step, else 0; read by the step when it runs, for a graph can be run by anyone.
+      sampling: of the data set of the running `fit`, or None.
+      depth: how many `fit` run, one called by a callback of the other.
       statistics_are_of: how many steps the optimizer had made when moving statistics were set; None before training.
       functions: what was traced since `compile`, by its name.
       version: changes whenever the ledger changes otherwise than by steps of the open record.
@@ -57,7 +59,10 @@ class Books(tf.train.experimental.PythonState):
         self.functions: dict[str, Any] = {}
         self.version = 0
         self._run = uuid.uuid4().hex
-        self.sampling_is_known = False
+        self.sampling: PoissonSampling | None = None
+        self.depth = 0
+        self.takes_step_of_fit = False
+        self._is_beside_fit = False
         self._closed = Ledger()
         self._assumed: StepRecord | None = None
         self._steps_at_opening, self._others_at_opening = 0, 0
@@ -67,6 +72,7 @@ class Books(tf.train.experimental.PythonState):
         with tf.init_scope():
             self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.others = _counter("other_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self.is_of_fit = _counter("is_of_fit", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
 
     @property
@@ -77,6 +83,7 @@ class Books(tf.train.experimental.PythonState):
     def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
         """Books the steps so far and starts a record with the configuration that is about to run."""
         self._close(self.ledger())
+        self.sampling = sampling
         self._assumed = self.configuration = StepRecord(
             noise_multipliers=optimizer.noise_multipliers(self._releases),
             steps=1,
@@ -93,29 +100,46 @@ class Books(tf.train.experimental.PythonState):
                 sampling="poisson",
             )
 
-    @contextlib.contextmanager
-    def booking(self, *, sampled: bool) -> Iterator[None]:
-        """A scope for steps of which it is known whether their batches are those that `fit` was given.
+    def count_step(self) -> list[tf.Tensor]:
+        """Counts a step, within its graph; returns what must have run before the step releases anything."""
+        return [self.steps.assign_add(1), self.others.assign_add(1 - self.is_of_fit)]
 
-        A graph of a step that is traced outside of any counts itself among `others`.
-        """
-        known, before = self.sampling_is_known, 0 if sampled else count_of(self.steps)
-        self.sampling_is_known = True
+    @contextlib.contextmanager
+    def beside_fit(self) -> Iterator[None]:
+        """A scope in which Keras' train function gets batches that `fit` was not given."""
+        before, self._is_beside_fit = self._is_beside_fit, True
         try:
             yield
         finally:
-            self.sampling_is_known = known
-            if not sampled:
-                self.others.assign_add(count_of(self.steps) - before)
+            self._is_beside_fit = before
 
     def of_fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Keras' train function, whose batches are those that `fit` was given."""
+        """Keras' train function, whose batches are those that `fit` was given unless it is called `beside_fit`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self.booking(sampled=True):
+            if self._is_beside_fit:
                 return function(*args, **kwargs)
+            self.is_of_fit.assign(1)
+            self.takes_step_of_fit = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.takes_step_of_fit = False
+                self.is_of_fit.assign(0)
 
         return call
+
+    def check_parts(self, parts: int) -> None:
+        """Refuses a step beside a running `fit` whose logical batches have several parts: it would be one of them.
+
+        Raises:
+          RuntimeError: for more than one part.
+        """
+        if parts > 1 and self.depth and not self.takes_step_of_fit:
+            raise RuntimeError(
+                f"With accumulation_steps={parts} a step within `fit`, by a callback, would become a part of `fit`'s "
+                "logical batch, in which an example could then be twice. Train before or after `fit`."
+            )
 
     def set_releases(self, optimizer: DPOptimizer, number: int) -> None:
         """Notes how many releases of statistics a step of the running record has; known once the step is traced.
@@ -152,7 +176,7 @@ class Books(tf.train.experimental.PythonState):
         """Everything that ran, the open record included."""
         ledger = self._closed.copy()
         steps = count_of(self.steps) - self._steps_at_opening
-        others = count_of(self.others) - self._others_at_opening
+        others = min(steps, count_of(self.others) - self._others_at_opening)
         for record, number in ((self.configuration, steps - others), (self._assumed, others)):
             if record is not None and number:
                 ledger.record(dataclasses.replace(record, steps=number))

@@ -84,14 +84,21 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._require_room()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Computes anew how many steps fit if the ledger has changed, by a checkpoint loaded after the start, say."""
-        if self.model.ledger_version != self._version:
+        """Computes anew how many steps fit if the ledger has changed, by a checkpoint loaded after the start, say.
+
+        Raises:
+          ValueError: if the next call of the train function would exceed the budget: another callback took steps.
+        """
+        if self.model.ledger_version != self._version or self._is_used_up():
             self._require_room()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
-        if self.model.private_steps + self._stride() > self._last_step:
+        if self._is_used_up():
             self.model.stop_training = True
+
+    def _is_used_up(self) -> bool:
+        return self.model.private_steps + self._stride() > self._last_step
 
     def _require_room(self) -> None:
         record = self.model.running_record

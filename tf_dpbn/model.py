@@ -203,12 +203,13 @@ class DPModel(BookkeepingModel):
         """
         self._compiled_dp_optimizer()
         _checks.check_loss(self)
+        self._books.check_parts(self._accumulator.parts)
         with tf.init_scope():
             self._watch_statistics()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             if "step" not in self._books.functions:
                 self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
-            with as_compiled(self), self._books.booking(sampled=self._books.sampling_is_known):
+            with as_compiled(self):
                 return self._books.functions["step"](data)
         check_full_float32()
         batch = self._read_batch(data)
@@ -227,10 +228,7 @@ class DPModel(BookkeepingModel):
     def _release(self, clipped: tuple[ClippedSum, ...], public: PublicForward | None, penalty_gradients: Any) -> None:
         """Noise, post-processing, update: what follows once a logical batch is complete."""
         optimizer = self._compiled_dp_optimizer()
-        booked = [self._books.steps.assign_add(1)]  # before it is released
-        if not self._books.sampling_is_known:
-            booked.append(self._books.others.assign_add(1))
-        with tf.control_dependencies(booked):
+        with tf.control_dependencies(self._books.count_step()):  # booked before it is released
             noised, *residuals = optimizer.privatize_all(clipped)  # the privacy boundary
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised, optimizer.gradient_stddev(len(residuals))))
@@ -418,9 +416,13 @@ class DPModel(BookkeepingModel):
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
             and missing.
+          RuntimeError: with accumulation_steps, if a callback of `fit` trains the model, by whatever method.
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
         optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
+        self._books.check_parts(self._accumulator.parts)
+        around = self._books.sampling  # of a `fit` whose callback called this one
+        self._books.depth += 1
         try:
             with as_compiled(self):
                 self._prepare_training(x, y, kwargs)
@@ -430,7 +432,8 @@ class DPModel(BookkeepingModel):
                     x, class_weight = apply_class_weight(x, class_weight), None
             return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
-            self._books.open_record(self._compiled_optimizer or optimizer, None)
+            self._books.depth -= 1
+            self._books.open_record(self._compiled_optimizer or optimizer, around)
             if self.private_steps > steps_before:
                 # Even if fresh at the last step: Keras may have written averaged or earlier weights since.
                 self.refresh_statistics()
@@ -449,8 +452,9 @@ class DPModel(BookkeepingModel):
             _checks.check_grouped_convolutions(self, is_compiled_whole(self))
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
+        self._books.check_parts(self._accumulator.parts)
         self._watch_statistics()
-        with self._books.booking(sampled=False):
+        with self._books.beside_fit():
             return super().train_on_batch(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
