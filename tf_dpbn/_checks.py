@@ -312,7 +312,7 @@ def check_loss(model: Any) -> None:
     if all(each is None for each in tf.nest.flatten(model.loss)):
         raise ValueError(
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
-            f"example by example. Call compile(optimizer, loss=...) again. Received: loss={model.loss}"
+            f"example by example. Call compile(optimizer, loss=...) again. Received: loss={model.loss or None}"
         )
 
 
