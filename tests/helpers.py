@@ -158,3 +158,10 @@ def small_dataset(
 def drawn_by(dataset: tf.data.Dataset) -> list[tuple[int, ...]]:
     """One iteration of `small_dataset`: the examples' numbers, row by row."""
     return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
+
+
+WAYS_TO_TRAIN = {
+    "fit": lambda model, x, y: model.fit(x, y, verbose=0),
+    "train_on_batch": lambda model, x, y: model.train_on_batch(x, y),
+    "train_step": lambda model, x, y: model.train_step((tf.constant(x), tf.constant(y))),
+}

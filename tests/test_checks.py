@@ -210,20 +210,13 @@ def test_what_trains_is_decided_at_compile_by_tf_keras(train, trainable):
     assert model.trainable is not trainable
 
 
-TRAIN = {
-    "fit": lambda model: model.fit(*vectors()),
-    "train_on_batch": lambda model: model.train_on_batch(*vectors()),
-    "train_step": lambda model: model.train_step(tuple(map(tf.constant, vectors()))),
-}
-
-
-@pytest.mark.parametrize("train", TRAIN)
-@pytest.mark.parametrize("loss", [None, [None]])
-def test_refuses_to_train_without_a_loss(train, loss):
+@pytest.mark.parametrize("train", helpers.WAYS_TO_TRAIN)
+@pytest.mark.parametrize("loss, named", [(None, "loss=None"), ([None], r"loss=.*\[None\]")])
+def test_refuses_to_train_without_a_loss(train, loss, named):
     model = network()
     model.compile(helpers.dp_optimizer(), loss)
-    with pytest.raises(ValueError, match="`loss` must be given to compile.*Received: loss=.*None"):
-        TRAIN[train](model)
+    with pytest.raises(ValueError, match=f"`loss` must be given to compile.*Received: {named}"):
+        helpers.WAYS_TO_TRAIN[train](model, *vectors())
     assert model.ledger.steps == 0
 
 
@@ -239,11 +232,11 @@ class OwnLoss(tf_dpbn.DPModel):
         return 0.0
 
 
-@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("train", helpers.WAYS_TO_TRAIN)
 def test_refuses_a_loss_that_a_private_step_would_not_compute(train):
     model = helpers.compiled(OwnLoss())
     with pytest.raises(NotImplementedError, match="overrides compute_loss.*compile"):
-        TRAIN[train](model)
+        helpers.WAYS_TO_TRAIN[train](model, *vectors())
     assert model.ledger.steps == 0
 
 

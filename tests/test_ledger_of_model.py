@@ -164,22 +164,15 @@ def test_a_fit_within_a_fit_is_booked_by_its_own_sampling():
     assert model.ledger.entries[-1].steps == 9
 
 
-TRAIN = {
-    "train_on_batch": lambda model: model.train_on_batch(X[:4], Y[:4]),
-    "train_step": lambda model: model.train_step((tf.constant(X[:4]), tf.constant(Y[:4]))),
-    "fit": lambda model: model.fit(X, Y, batch_size=2, verbose=0),
-}
-
-
-@pytest.mark.parametrize("train", TRAIN)
+@pytest.mark.parametrize("train", helpers.WAYS_TO_TRAIN)
 def test_a_callback_adds_no_part_to_a_logical_batch_of_fit(train):
     plan = make_plan()
     model = make_model(plan, accumulation_steps=2)
-    beside = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: TRAIN[train](model))
+    beside = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: helpers.WAYS_TO_TRAIN[train](model, X[:4], Y[:4]))
     with pytest.raises(RuntimeError, match="accumulation_steps=2.*within `fit`"):
         model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
     assert model.ledger.steps == 0
-    TRAIN["train_on_batch"](model)  # afterwards it may
+    model.train_on_batch(X[:4], Y[:4])  # afterwards it may
 
 
 @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)

@@ -372,7 +372,7 @@ def test_statistics_are_fresh_after_steps_of_ones_own(own_graph):
     np.testing.assert_allclose(found, model.predict(vectors()[0], verbose=0), atol=1e-6)
 
 
-def test_what_is_in_training_counts_from_compile_to_compile(tmp_path):
+def test_what_is_in_training_counts_from_compile_to_compile():
     model = functional()
     model.set_public_batch(PUBLIC)
     first = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))
