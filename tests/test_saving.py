@@ -212,13 +212,13 @@ def test_legacy_checkpoint_files_keep_the_ledger(trained, tmp_path):
 def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
     class Saving(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 3:  # one draw in a hundred is empty, and leaves them at zero
-                assert any(np.any(np.asarray(v) != 0) for metric in self.model.metrics for v in metric.variables)
+            assert any(np.any(np.asarray(v) != 0) for metric in self.model.metrics for v in metric.variables)
             self.model.save(tmp_path / "m.keras")
             self.model.save_weights(str(tmp_path / "m.weights.h5"))
 
     model = plain()
-    fit(model, callbacks=[Saving()])
+    with pytest.warns(tf_dpbn.accounting.PrivacyWarning, match="do not come from"):  # Poisson sampling may draw nobody
+        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[Saving()])
     checkpoint = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
     inside = io.BytesIO(zipfile.ZipFile(tmp_path / "m.keras").read("model.weights.h5"))
     key = model.optimizer._noise_source._key.numpy()
