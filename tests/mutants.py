@@ -261,8 +261,8 @@ MUTANTS = (
         "0.5 * self.expected_batch_size / self.num_examples",
         _selected(_LEDGER, "epsilon_is_that"),
     ),
-    Mutant("_bookkeeping.py", "self.steps.assign_add(1)", "self.steps.assign_add(0)", _selected(_LEDGER, "booked_by")),
-    Mutant("_bookkeeping.py", "assign_add(1 - self.is_of_fit)", "assign_add(0)", _selected(_LEDGER, "callback_takes")),
+    Mutant("_books.py", "self.steps.assign_add(1)", "self.steps.assign_add(0)", _selected(_LEDGER, "booked_by")),
+    Mutant("_books.py", "assign_add(1 - admission.of_fit)", "assign_add(0)", _selected(_LEDGER, "callback_takes")),
     Mutant(
         "model.py",
         "noised = noised.plus(public.nonlocal_correction(",

@@ -140,7 +140,7 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits():
     assert model.ledger.steps == 8
 
 
-@pytest.mark.parametrize("allowed", [5, 8])
+@pytest.mark.parametrize("allowed", [5, 6, 8])
 def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
     model = make_model(steps_per_execution=3)
     fit(model, PrivacyBudget(budget_for(allowed)), epochs=6)
@@ -156,6 +156,34 @@ def test_steps_that_another_callback_takes_count():
     with pytest.raises(ValueError, match="leave room for another step after 6 steps"):
         fit(model, budget, beside, epochs=3)
     assert model.ledger.steps == 6
+    fit(model)  # without a budget
+
+
+def test_a_step_that_a_later_callback_takes_between_check_and_step_counts():
+    model = make_model()
+    batch = [tensor[:4] for tensor in (X, Y)]
+    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: model.train_on_batch(*batch))
+    with pytest.raises(ValueError, match="leave room for another step after 3 steps"):
+        fit(model, PrivacyBudget(budget_for(3)), beside)
+    assert model.ledger.steps == 3
+
+
+@pytest.mark.parametrize("when", ["on_epoch_end", "on_train_end"])
+def test_a_budget_that_callbacks_exceed_at_the_end_is_told(when):
+    model = make_model()
+    batch = [tf.constant(tensor[:4]) for tensor in (X, Y)]
+    graph = tf.function(model.train_step)
+    beside = keras.callbacks.LambdaCallback(**{when: lambda *_: [graph(batch) for _ in range(3)]})
+    with pytest.raises(ValueError, match="leave room for 7 steps"):
+        fit(model, PrivacyBudget(budget_for(6)), beside)
+
+
+def test_steps_of_unknown_sampling_have_no_budget():
+    model = make_model(helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4))
+    batch = [tensor[:4] for tensor in (X, Y)]
+    beside = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: model.train_on_batch(*batch))
+    with pytest.raises(ValueError, match="Pass `num_examples` to the optimizer"):
+        fit(model, PrivacyBudget(budget_for(12), DELTA), beside, epochs=2)
 
 
 def test_a_stride_that_does_not_fit_is_refused():

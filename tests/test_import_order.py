@@ -32,6 +32,7 @@ LEVELS = (
     ("clipping.registry",),
     ("optimizers",),
     ("_accumulation", "_checks", "_precision", "_public_pass", "_training_trace"),
+    ("_books",),
     ("_bookkeeping", "_stock_loss", "_stock_pass", "model"),
     ("_coupling", "_findings", "_rebuild", "conversion"),
     ("_attacks", "_stock_checks", "callbacks"),

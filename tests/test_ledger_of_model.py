@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn import accounting
+from tf_dpbn import _books, accounting
 from tf_dpbn._keras import keras
 
 layers = keras.layers
@@ -127,8 +127,7 @@ class TrainsBeside(keras.callbacks.Callback):
         self.train()
 
     def train(self):
-        rows = make_plan().max_batch_size  # as many as those of `fit`, which may then share a graph
-        batch = tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
+        batch = whole_batch(make_plan())
         self.model.train_on_batch(*batch)
         self.model.train_step(batch)
         self.own_graph(batch)
@@ -175,6 +174,154 @@ def test_a_callback_adds_no_part_to_a_logical_batch_of_fit(train):
     model.train_on_batch(X[:4], Y[:4])  # afterwards it may
 
 
+def whole_batch(plan):
+    rows = plan.max_batch_size  # as many as those of `fit`, whose graph it may then share
+    return tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_graph_that_was_traced_before_fit_adds_no_part_to_its_logical_batch(shared):
+    plan = make_plan()
+    model = make_model(plan, model=SharedGraph() if shared else None, accumulation_steps=2)
+    rows = plan.poisson_dataset(X, Y, accumulation_steps=2).element_spec[0].shape[0]
+    batch = tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
+    graph = tf.function(model.train_step)
+    graph(batch), graph(batch)
+    assert model.ledger.steps == 1
+    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: graph(batch))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="accumulation_steps=2.*within `fit`"):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
+    assert model.ledger.steps == 1
+    graph(batch), graph(batch)
+    assert model.ledger.steps == 2
+
+
+def test_xla_which_cannot_refuse_adds_no_part_to_a_logical_batch_of_fit():
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=2)
+    batch = tf.constant(X[:4]), tf.constant(Y[:4])
+    graph = tf.function(model.train_step, jit_compile=True)
+    graph(batch), graph(batch)
+    pending = []
+
+    def step_beside(*_, **__):
+        graph(batch)
+        pending.append(model._accumulator.pending)
+
+    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=step_beside)
+    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
+    assert pending == [0, 1] * 4
+    assert [(each.sampling, each.steps) for each in model.ledger.entries] == [("assumed", 1), ("poisson", 4)]
+
+
+class Interruption(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_logical_batch_is_not_the_beginning_of_another():
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=2)
+    with pytest.raises(KeyboardInterrupt):  # the third batch is the first part of a logical batch
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[Interruption()])
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger.steps == 1
+    model.train_on_batch(X[4:8], Y[4:8])
+    assert model.ledger.steps == 2
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
+def test_compile_within_fit_does_not_change_what_a_logical_batch_is(before, after):
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=before)
+    compiling = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda *_: helpers.compiled(model, "mse", model.optimizer, accumulation_steps=after)
+    )
+    data = plan.poisson_dataset(X, Y, accumulation_steps=before)
+    with pytest.raises(RuntimeError, match="within `fit`"):
+        model.fit(data, verbose=0, callbacks=[compiling])
+    model.fit(data, verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+
+
+class StepsTwice(tf_dpbn.DPModel):
+    """Takes two steps on each batch that `fit` gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = layers.Dense(2)
+
+    def call(self, x):
+        return self.last(x)
+
+    def train_step(self, data):
+        super().train_step(data)
+        return super().train_step(data)
+
+
+def test_a_second_step_on_a_batch_of_fit_is_not_sampled_anew():
+    plan = make_plan()
+    model = make_model(plan, model=StepsTwice())
+    model.fit(plan.poisson_dataset(X, Y), verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(4)])
+    assert "ASSUMED" in model.privacy_statement(DELTA)
+    model = make_model(plan, model=StepsTwice(), accumulation_steps=2)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="an example could then be twice"):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_graph_from_before_compile_does_not_run_with_its_noise(shared):
+    plan = make_plan(noise_multiplier=0.5)
+    model = make_model(plan, model=SharedGraph() if shared else None)
+    kept = model.optimizer, model.metrics  # else TensorFlow may find their variables deleted
+    batch = whole_batch(plan)
+    graph = tf.function(model.train_step)
+    graph(batch)
+    helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(make_plan(), "sgd", 1.0))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="traced before the last `compile`"):
+        graph(batch)
+    assert model.ledger == tf_dpbn.Ledger([assumed_record(1, 0.5)])
+    assert kept
+
+
+def test_a_grant_that_an_interrupt_left_behind_ends_with_the_next_fit():
+    plan = make_plan()
+    model = make_model(plan)
+    model._books._granted.assign(1)
+    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[TrainsBeside()])
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(9)])
+
+
+def test_steps_while_the_ledger_is_read_are_booked(monkeypatch):
+    """Another thread's steps, between the reads of the counters."""
+    model = make_model()
+    model.train_on_batch(X[:4], Y[:4])
+    read = _books.count_of
+
+    def read_and_step(variable):
+        value = read(variable)
+        variable.assign_add(1)
+        return value
+
+    monkeypatch.setattr(_books, "count_of", read_and_step)
+    model._books.take_over(_books.Books())
+    monkeypatch.undo()
+    assert model.ledger.steps == 2
+
+
+def test_functions_that_tensorflow_runs_eagerly_are_refused():
+    model = make_model()
+    tf.config.run_functions_eagerly(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"run_functions_eagerly\(False\)"):
+            model.train_on_batch(X[:4], Y[:4])
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert model.ledger.steps == 0
+
+
 @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)
 def test_every_step_counts_however_keras_runs_them(options):
     plan = make_plan()
@@ -185,11 +332,6 @@ def test_every_step_counts_however_keras_runs_them(options):
 
 
 def test_an_exception_in_a_callback_loses_no_steps():
-    class Interruption(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 2:
-                raise KeyboardInterrupt
-
     plan = make_plan()
     model = make_model(plan)
     with pytest.raises(KeyboardInterrupt):

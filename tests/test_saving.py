@@ -250,7 +250,7 @@ def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
     spend(resumed, 4)
     resumed.save_weights(path)
     model.load_weights(path)
-    assert model.ledger.steps == 7
+    assert model.ledger.steps == 9  # three of both, two of one, four of the other
 
 
 def test_another_run_is_added(tmp_path):
@@ -266,6 +266,20 @@ def test_another_run_is_added(tmp_path):
     spend(third, 1)
     tf.train.Checkpoint(model=third).restore(restored)
     assert third.ledger.steps == 8
+
+
+def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
+    start, branch = str(tmp_path / "start.weights.h5"), str(tmp_path / "branch.weights.h5")
+    model, other = plain(), plain()
+    spend(model, 3)
+    model.save_weights(start)
+    other.load_weights(start)
+    spend(other, 2)
+    other.save_weights(branch)
+    spend(model, 2)
+    for _ in range(2):
+        model.load_weights(branch)
+        assert model.ledger.steps == 7  # three of both, two of each
 
 
 # ---------------------------------------------------------------------- resuming

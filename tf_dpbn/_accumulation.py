@@ -33,10 +33,20 @@ class Accumulator:
         with tf.init_scope():
             self._count = tf.Variable(0, dtype=tf.int64, trainable=False, name="accumulated")
 
-    def add(self, clipped: tuple[ClippedSum, ...], release: Callable[[tuple[ClippedSum, ...]], None]) -> None:
+    def add(
+        self,
+        clipped: tuple[ClippedSum, ...],
+        release: Callable[[tuple[ClippedSum, ...]], None],
+        is_part: tf.Tensor,
+    ) -> None:
         """Adds one part; calls `release` with the sums of all if it was the last of a logical batch.
 
         The parts of a logical batch hold different examples, so that the sensitivity of their sum is that of each.
+
+        Args:
+          clipped: the sums of this part.
+          release: what to do with the sums of a logical batch.
+          is_part: bool scalar; without it nothing is added. A batch that is not split is always released.
         """
         if self.parts == 1:
             release(clipped)
@@ -44,8 +54,8 @@ class Accumulator:
         tensors = [each.tensors for each in clipped]
         self._create(tf.nest.flatten(tensors))
         for variable, tensor in zip(self._sums, tf.nest.flatten(tensors), strict=True):
-            variable.assign_add(tensor)
-        full = tf.equal(self._count.assign_add(1), self.parts)
+            variable.assign_add(tf.where(is_part, tensor, tf.zeros_like(tensor)))
+        full = tf.logical_and(is_part, tf.equal(self._count.assign_add(tf.cast(is_part, tf.int64)), self.parts))
 
         def finish() -> tf.Tensor:
             totals = tf.nest.pack_sequence_as(tensors, [v.read_value() for v in self._sums])

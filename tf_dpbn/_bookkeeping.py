@@ -1,18 +1,16 @@
-"""What a DPModel keeps besides its weights: public batch, ledger, and moving statistics that match the weights."""
+"""The part of a DPModel that keeps its public batch, its ledger, and moving statistics that match its weights."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _training_trace, public_data
+from tf_dpbn._books import Books
 from tf_dpbn._keras import (
     IS_KERAS_3,
     as_compiled,
@@ -26,203 +24,10 @@ from tf_dpbn._keras import (
 from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
 from tf_dpbn.layers import DPBatchNormalization, PublicPass, current_scope
-from tf_dpbn.optimizers import DPOptimizer
-from tf_dpbn.sampling import PoissonSampling
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
 _LEGACY_ENDINGS = (".h5", ".hdf5")
-
-
-class Books(tf.train.experimental.PythonState):
-    """The books of one model: no part of its weights, but of its checkpoints (as serialized text).
-
-    Attributes:
-      public_batch: nest of tensors, or None.
-      structure: what the last trace of the training pass showed.
-      configuration: the step that would run next, as a record of one step.
-      steps, not_finite: counters that the train step advances.
-      others: the counter of those of them that `fit` did not take on the batches that it was given.
-      is_of_fit: 1 while `fit` takes a step, else 0; read by the step when it runs, for a graph can be run by anyone.
-      sampling: of the data set of the running `fit`, or None.
-      depth: how many `fit` run, one called by a callback of the other.
-      statistics_are_of: how many steps the optimizer had made when moving statistics were set; None before training.
-      functions: what was traced since `compile`, by its name.
-      version: changes whenever the ledger changes otherwise than by steps of the open record.
-    """
-
-    def __init__(self) -> None:
-        self.public_batch: Any = None
-        self.structure: _training_trace.Structure | None = None
-        self.configuration: StepRecord | None = None
-        self.statistics_are_of: int | None = None
-        self.functions: dict[str, Any] = {}
-        self.version = 0
-        self._run = uuid.uuid4().hex
-        self.sampling: PoissonSampling | None = None
-        self.depth = 0
-        self.takes_step_of_fit = False
-        self._is_beside_fit = False
-        self._closed = Ledger()
-        self._assumed: StepRecord | None = None
-        self._steps_at_opening, self._others_at_opening = 0, 0
-        self._releases = 0
-        self._released_means: dict[str, tf.Variable] = {}
-        self._saved_means: dict[str, list[float]] = {}
-        with tf.init_scope():
-            self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            self.others = _counter("other_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            self.is_of_fit = _counter("is_of_fit", tf.VariableAggregation.ONLY_FIRST_REPLICA)
-            self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
-
-    @property
-    def has_state(self) -> bool:
-        """Whether some layer updates state that does not depend on the examples."""
-        return self.structure is not None and self.structure.has_state
-
-    def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
-        """Books the steps so far and starts a record with the configuration that is about to run."""
-        self._close(self.ledger())
-        self.sampling = sampling
-        self._assumed = self.configuration = StepRecord(
-            noise_multipliers=optimizer.noise_multipliers(self._releases),
-            steps=1,
-            sampling_probability=optimizer.sampling_probability,
-            num_examples=optimizer.num_examples,
-            sampling="assumed",
-        )
-        if sampling is not None:
-            self.configuration = dataclasses.replace(
-                self._assumed,
-                sampling_probability=sampling.sampling_probability,
-                num_examples=sampling.num_examples,
-                max_batch_size=sampling.max_batch_size,
-                sampling="poisson",
-            )
-
-    def count_step(self) -> list[tf.Tensor]:
-        """Counts a step, within its graph; returns what must have run before the step releases anything."""
-        return [self.steps.assign_add(1), self.others.assign_add(1 - self.is_of_fit)]
-
-    @contextlib.contextmanager
-    def beside_fit(self) -> Iterator[None]:
-        """A scope in which Keras' train function gets batches that `fit` was not given."""
-        before, self._is_beside_fit = self._is_beside_fit, True
-        try:
-            yield
-        finally:
-            self._is_beside_fit = before
-
-    def of_fit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Keras' train function, whose batches are those that `fit` was given unless it is called `beside_fit`."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if self._is_beside_fit:
-                return function(*args, **kwargs)
-            self.is_of_fit.assign(1)
-            self.takes_step_of_fit = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.takes_step_of_fit = False
-                self.is_of_fit.assign(0)
-
-        return call
-
-    def check_parts(self, parts: int) -> None:
-        """Refuses a step beside a running `fit` whose logical batches have several parts: it would be one of them.
-
-        Raises:
-          RuntimeError: for more than one part.
-        """
-        if parts > 1 and self.depth and not self.takes_step_of_fit:
-            raise RuntimeError(
-                f"With accumulation_steps={parts} a step within `fit`, by a callback, would become a part of `fit`'s "
-                "logical batch, in which an example could then be twice. Train before or after `fit`."
-            )
-
-    def set_releases(self, optimizer: DPOptimizer, number: int) -> None:
-        """Notes how many releases of statistics a step of the running record has; known once the step is traced.
-
-        Epsilon does not depend on it: whatever the number, the releases of a step fold to the optimizer's multiplier.
-        """
-        if number == self._releases:
-            return
-        with tf.init_scope():  # a step is being traced
-            self._close(self.ledger())  # what ran before keeps its record
-        self._releases = number
-        if self.configuration is not None and self._assumed is not None:
-            multipliers = optimizer.noise_multipliers(number)
-            self.configuration = dataclasses.replace(self.configuration, noise_multipliers=multipliers)
-            self._assumed = dataclasses.replace(self._assumed, noise_multipliers=multipliers)
-
-    def released_mean(self, name: str, size: int) -> tf.Variable:
-        """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
-        variable = self._released_means.get(name)
-        if variable is None or variable.shape[0] != size:
-            value = self._saved_means.get(name, [])
-            with tf.init_scope():
-                variable = tf.Variable(
-                    value if len(value) == size else [0.0] * size,
-                    dtype=tf.float32,
-                    trainable=False,
-                    name="released_mean",
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                )
-            self._released_means[name] = variable
-        return variable
-
-    def ledger(self) -> Ledger:
-        """Everything that ran, the open record included."""
-        ledger = self._closed.copy()
-        steps = count_of(self.steps) - self._steps_at_opening
-        others = min(steps, count_of(self.others) - self._others_at_opening)
-        for record, number in ((self.configuration, steps - others), (self._assumed, others)):
-            if record is not None and number:
-                ledger.record(dataclasses.replace(record, steps=number))
-        return ledger
-
-    def take_over(self, other: Books) -> None:
-        """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
-        ledger = self.ledger()
-        for record in other.ledger().entries:
-            ledger.record(record)
-        self._close(ledger)
-        self._saved_means.update(json.loads(other.serialize())["input_means"])
-
-    def _close(self, ledger: Ledger) -> None:
-        self._closed, self._steps_at_opening = ledger, count_of(self.steps)
-        self._others_at_opening = count_of(self.others)
-        self.version += 1
-
-    def serialize(self) -> str:
-        """The ledger, and released means, as text; tf.train.Checkpoint calls this too."""
-        means = {**self._saved_means, **{k: v.numpy().tolist() for k, v in self._released_means.items()}}
-        return json.dumps({"run": self._run, "ledger": self.ledger().to_json(), "input_means": means})
-
-    def deserialize(self, text: str | bytes) -> None:
-        """Takes over a saved ledger. Nothing that ran is ever forgotten.
-
-        A saved state of the same run replaces this one only if it is longer; steps of another run are added.
-        """
-        saved = json.loads(text)
-        self._saved_means = saved.get("input_means", {})
-        for name, variable in self._released_means.items():
-            value = self._saved_means.get(name, [])
-            variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
-        theirs, ours = Ledger.from_json(saved["ledger"]), self.ledger()
-        if ours.steps and saved["run"] != self._run:
-            for record in ours.entries:
-                theirs.record(record)
-        elif ours.steps > theirs.steps:
-            theirs = ours
-        else:
-            self._run = saved["run"]
-        self._close(theirs)
-
-
-def _counter(name: str, aggregation: tf.VariableAggregation) -> tf.Variable:
-    return tf.Variable(0, dtype=tf.int64, trainable=False, name=name, aggregation=aggregation)
 
 
 class BookkeepingModel(keras.Model):
@@ -454,7 +259,16 @@ class BookkeepingModel(keras.Model):
     @property
     def ledger_version(self) -> int:
         """Changes whenever the ledger changes otherwise than by steps of the running record."""
-        return self._books.version
+        return self._books.version + count_of(self._books.others)
+
+    def add_budget(self, check: Callable[[int], None]) -> None:
+        """Has the running `fit` ask before its next steps, and `train_on_batch` within it, and once at its end.
+
+        Args:
+          check: gets the number of steps that are to come, 0 at the end; raises ValueError if they are too many.
+        """
+        if self._books.depth:
+            self._books.budgets.append(check)
 
     @property
     def private_steps(self) -> int:

@@ -46,6 +46,19 @@ def check_layers(model: Any) -> None:
             refuse_call_time_loss(layer)
 
 
+def check_functions() -> None:
+    """Refuses a step in Python, operation by operation: gradients through statistics are read off the step's graph.
+
+    Raises:
+      RuntimeError: if TensorFlow is told to run functions eagerly.
+    """
+    if tf.config.functions_run_eagerly():
+        raise RuntimeError(
+            "A private step must be traced. Call tf.config.run_functions_eagerly(False) before training; with "
+            "compile(run_eagerly=True) all of training but the step itself runs eagerly."
+        )
+
+
 def refuse_call_time_loss(layer: Any) -> None:
     """Refuses a layer that adds losses while it is called.
 

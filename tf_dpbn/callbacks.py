@@ -61,13 +61,17 @@ class PrivacyLogger(keras.callbacks.Callback):
 class PrivacyBudget(keras.callbacks.Callback):
     """Stops training before the step that would exceed a budget, whatever ran before in this model's life.
 
+    Steps that other callbacks take count: `fit` and `train_on_batch` refuse the one that would exceed the budget. A
+    graph of your own that a callback runs cannot be stopped; `fit` then raises before its next step, or at its end.
+
     Args:
       epsilon: the budget, > 0.
       delta: in (0, 1); None takes that of the optimizer's PrivacyPlan.
       accountant: "rdp" or "pld".
 
     Raises:
-      ValueError: for an argument out of range; at the start of training, if not even one more step fits.
+      ValueError: for an argument out of range; at the start of training, if not even one more step fits; in training,
+        if other callbacks' steps leave no room for the next one; at its end, if they have exceeded the budget.
     """
 
     def __init__(self, epsilon: float, delta: float | None = None, accountant: str = "rdp") -> None:
@@ -76,51 +80,49 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
         self._last_step = 0
+        self._stride = 1
         self._version: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
-        self._require_room()
+        self._stride = steps_per_execution(self.model)
+        self._version = None
+        self._require_room(self._stride)
+        self.model.add_budget(self._require_room)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Computes anew how many steps fit if the ledger has changed, by a checkpoint loaded after the start, say.
-
-        Raises:
-          ValueError: if the next call of the train function would exceed the budget: another callback took steps.
-        """
-        if self.model.ledger_version != self._version or self._is_used_up():
-            self._require_room()
+        """Checks that the next steps fit, also if the ledger has changed, by a checkpoint loaded meanwhile, say."""
+        self._require_room(steps_per_execution(self.model))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
-        if self._is_used_up():
+        self._stride = max(self._stride, steps_per_execution(self.model))  # tf_keras lowers it at the end of an epoch
+        if self.model.private_steps + self._stride > self._last_step:
             self.model.stop_training = True
 
-    def _is_used_up(self) -> bool:
-        return self.model.private_steps + self._stride() > self._last_step
+    def _require_room(self, steps: int) -> None:
+        """Refuses steps that would exceed the budget; for none, a budget that is exceeded already."""
+        if self.model.ledger_version != self._version or self.model.private_steps + steps > self._last_step:
+            self._count_room(steps)
 
-    def _require_room(self) -> None:
-        record = self.model.running_record
+    def _count_room(self, steps: int) -> None:
+        ledger, record = self.model.ledger, self.model.running_record
         delta = _default_delta(self.model, self._delta)
         left = accounting.max_steps(
-            self.model.ledger,
+            ledger,
             next_record_config=record,
             target_epsilon=self._epsilon,
             delta=delta,
             accountant=self._accountant,
         )
-        if left < self._stride():
+        if left < steps or ledger.epsilon(delta, self._accountant) > self._epsilon:
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,
-                f"leave room for another step after {self.model.ledger.steps} steps, at delta={delta:g} and noise "
-                f"multiplier {record.effective_noise_multiplier:g}",
-                "Train with more noise, or stop here.",
+                f"leave room for {'another step after ' if steps else ''}{ledger.steps} steps, at delta={delta:g} and "
+                f"noise multiplier {record.effective_noise_multiplier:g}",
+                "Train with more noise, or stop here; steps that callbacks take count.",
             )
         self._last_step = self.model.private_steps + left
         self._version = self.model.ledger_version
-
-    def _stride(self) -> int:
-        """How many steps Keras takes between two callbacks."""
-        return steps_per_execution(self.model)

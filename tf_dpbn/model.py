@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from tf_dpbn import _checks, _training_trace, _validate
 from tf_dpbn._accumulation import Accumulator, EpochBoundaries
-from tf_dpbn._bookkeeping import BookkeepingModel, Books
+from tf_dpbn._bookkeeping import BookkeepingModel
+from tf_dpbn._books import Admission, Books
 from tf_dpbn._class_weight import apply_class_weight
 from tf_dpbn._keras import (
     IS_KERAS_3,
@@ -34,6 +35,7 @@ from tf_dpbn._keras import (
     loss_trackers,
     raw,
     regularization_losses,
+    steps_of_call,
     steps_per_execution,
     symbolic_outputs,
     tracker_variables,
@@ -133,6 +135,7 @@ class DPModel(BookkeepingModel):
           ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
           NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
             replicas cannot combine with.
+          RuntimeError: by a callback of `fit` whose logical batches have several parts, or will have.
         """
         if not isinstance(optimizer, DPOptimizer):
             raise _validate.argument_error(
@@ -143,12 +146,14 @@ class DPModel(BookkeepingModel):
                 "expected_batch_size=256).",
                 TypeError,
             )
+        accumulator = Accumulator(accumulation_steps)
+        self._books.check_parts(max(accumulator.parts, getattr(self, "_accumulator", accumulator).parts))
         self._compiled_optimizer = None  # what fails below must not leave a mixture that trains
         eagerly = bool(kwargs.get("run_eagerly"))
         _checks.check_replicas(self.distribute_strategy, optimizer, accumulation_steps, eagerly)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
-        self._accumulator = Accumulator(accumulation_steps)
+        self._accumulator = accumulator
         if loss_scale is not None:
             _validate.power_of_two("loss_scale", loss_scale)
         self._dp_options: dict[str, Any] = {
@@ -169,6 +174,7 @@ class DPModel(BookkeepingModel):
         _checks.check_layers(self)
         self._refresh_if_stale()  # as what trained so far, and by the optimizer that counted it
         super().compile(optimizer, loss, *args, **kwargs)
+        self._books.count_compile()
         self._books.functions.clear()
         self._books.structure = None
         self._books.open_record(optimizer, None)
@@ -195,11 +201,13 @@ class DPModel(BookkeepingModel):
         """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding.
 
         A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
-        `compile`, whose noise the ledger books from then on. On GPUs and TPUs, switch TensorFloat-32 off before, and
-        leave it off while the graph is in use: `fit` and `train_on_batch` do so for each step.
+        `compile`, whose noise the ledger books from then on. The old one fails when it is run, unless XLA compiled it,
+        which cannot refuse. On GPUs and TPUs, switch TensorFloat-32 off before, and leave it off while the graph is in
+        use: `fit` and `train_on_batch` do so for each step.
 
         Raises:
-          RuntimeError: without `compile`, or if products would be rounded to fewer bits than float32 has.
+          RuntimeError: without `compile`, if products would be rounded to fewer bits than float32 has, or if TensorFlow
+            is told to run functions eagerly.
         """
         self._compiled_dp_optimizer()
         _checks.check_loss(self)
@@ -207,11 +215,14 @@ class DPModel(BookkeepingModel):
         with tf.init_scope():
             self._watch_statistics()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
+            _checks.check_functions()
+            self._books.check_budgets(1)
             if "step" not in self._books.functions:
                 self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
             with as_compiled(self):
                 return self._books.functions["step"](data)
         check_full_float32()
+        admission = self._books.admit(self._accumulator.parts)
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
@@ -221,14 +232,22 @@ class DPModel(BookkeepingModel):
         self._books.set_releases(self.optimizer, len(task.releases))
         penalty, penalty_gradients = self._regularization()
         clipped = summed_over_replicas(clipped)
-        self._accumulator.add(clipped, lambda total: self._release(total, public, penalty_gradients))
+        self._accumulator.add(
+            clipped, lambda total: self._release(total, public, penalty_gradients, admission), admission.is_part
+        )
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
 
-    def _release(self, clipped: tuple[ClippedSum, ...], public: PublicForward | None, penalty_gradients: Any) -> None:
+    def _release(
+        self,
+        clipped: tuple[ClippedSum, ...],
+        public: PublicForward | None,
+        penalty_gradients: Any,
+        admission: Admission,
+    ) -> None:
         """Noise, post-processing, update: what follows once a logical batch is complete."""
         optimizer = self._compiled_dp_optimizer()
-        with tf.control_dependencies(self._books.count_step()):  # booked before it is released
+        with tf.control_dependencies(self._books.count_step(admission)):  # booked before it is released
             noised, *residuals = optimizer.privatize_all(clipped)  # the privacy boundary
         if public is not None:
             noised = noised.plus(public.nonlocal_correction(noised, optimizer.gradient_stddev(len(residuals))))
@@ -416,23 +435,24 @@ class DPModel(BookkeepingModel):
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
             and missing.
-          RuntimeError: with accumulation_steps, if a callback of `fit` trains the model, by whatever method.
+          RuntimeError: with accumulation_steps, if a callback of `fit` trains the model, by whatever method (by a graph
+            of its own: tf.errors.InvalidArgumentError).
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
-        optimizer, steps_before = self._compiled_dp_optimizer(), self.private_steps
-        self._books.check_parts(self._accumulator.parts)
-        around = self._books.sampling  # of a `fit` whose callback called this one
-        self._books.depth += 1
+        optimizer, accumulator, steps_before = self._compiled_dp_optimizer(), self._accumulator, self.private_steps
+        self._books.check_parts(accumulator.parts)
+        around = self._books.sampling if self._books.depth else None  # of a `fit` whose callback called this one
         try:
-            with as_compiled(self):
-                self._prepare_training(x, y, kwargs)
-            if isinstance(x, tf.data.Dataset):
-                kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
-                if class_weight is not None:
-                    x, class_weight = apply_class_weight(x, class_weight), None
-            return super().fit(x, y, class_weight=class_weight, **kwargs)
+            with self._books.running_fit():
+                with as_compiled(self):
+                    self._prepare_training(x, y, kwargs)
+                if isinstance(x, tf.data.Dataset):
+                    kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
+                    if class_weight is not None:
+                        x, class_weight = apply_class_weight(x, class_weight), None
+                return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
-            self._books.depth -= 1
+            accumulator.reset()  # an interrupted logical batch is not another one's beginning
             self._books.open_record(self._compiled_optimizer or optimizer, around)
             if self.private_steps > steps_before:
                 # Even if fresh at the last step: Keras may have written averaged or earlier weights since.
@@ -440,6 +460,8 @@ class DPModel(BookkeepingModel):
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger books the step with sampling assumed.
+
+        With accumulation_steps, that many calls make one logical batch, no example of which may be in two of them.
 
         Raises:
           NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
@@ -453,6 +475,7 @@ class DPModel(BookkeepingModel):
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._books.check_parts(self._accumulator.parts)
+        self._books.check_budgets(1)
         self._watch_statistics()
         with self._books.beside_fit():
             return super().train_on_batch(*args, **kwargs)
@@ -462,7 +485,8 @@ class DPModel(BookkeepingModel):
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is not before:
-            self.train_function = self._books.of_fit(in_full_float32(self.train_function))
+            function = in_full_float32(self.train_function)
+            self.train_function = self._books.of_fit(function, lambda: steps_of_call(self))
         return self.train_function
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
