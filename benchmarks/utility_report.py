@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def _plot(path: pathlib.Path, title: str, rows: _Rows) -> None:
         axes.errorbar(x, y, yerr=[below, above], **style)
     axes.set_xticks(range(len(groups)), groups, rotation=20 if len(groups) > 4 else 0)
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(textwrap.fill(title, 80), fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()

@@ -197,6 +197,11 @@ TABLES = {
     "small": Table(
         "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())
     ),
+    "noise": Table(
+        "Clipped, practically without noise: 8 convolutions in batches of 512, two epochs",
+        tuple(_without_noise()),
+        seeds=1,
+    ),
     "length": Table("Normalization by depth and length of training in batches of 512, epsilon 3", tuple(_by_length())),
     "c": Table("What the corrections and the public batch contribute: tutorial CNN, epsilon 3", tuple(_ablation())),
     "depth": Table("Released statistics in depth: stack of 8 convolutions, epsilon 3", tuple(_depth_study()), seeds=1),
