@@ -262,6 +262,13 @@ MUTANTS = (
         _selected(_LEDGER, "epsilon_is_that"),
     ),
     Mutant("_books.py", "self.steps.assign_add(1)", "self.steps.assign_add(0)", _selected(_LEDGER, "booked_by")),
+    Mutant("_books.py", "self._granted.assign(granted - of_fit)", "self._granted", _selected(_LEDGER, "second_step")),
+    Mutant(
+        "_books.py",
+        "tf.logical_or(granted < 0, of_fit > 0)",
+        "tf.constant(True)",
+        _selected(_LEDGER, "traced_before_fit"),
+    ),
     Mutant("_books.py", "assign_add(1 - admission.of_fit)", "assign_add(0)", _selected(_LEDGER, "callback_takes")),
     Mutant(
         "model.py",

@@ -168,6 +168,23 @@ def test_a_step_that_a_later_callback_takes_between_check_and_step_counts():
     assert model.ledger.steps == 3
 
 
+def test_one_budget_for_two_models_holds_for_each():
+    model, inner = make_model(), make_model()
+    budget = PrivacyBudget(budget_for(6))
+    training = keras.callbacks.LambdaCallback(on_train_begin=lambda *_: fit(inner, budget))
+    with pytest.raises(ValueError, match="leave room for another step after 6 steps"):
+        fit(model, budget, training, epochs=4)
+    assert inner.ledger.steps == 4
+
+
+@pytest.mark.parametrize("parts, stride", [(2, 1), (2, 2), (4, 4)])
+def test_a_call_of_several_parts_is_fewer_steps(parts, stride):
+    model = make_model(accumulation_steps=parts, steps_per_execution=stride)
+    data = PLAN.poisson_dataset(X, Y, accumulation_steps=parts)
+    model.fit(data, epochs=3, verbose=0, callbacks=[PrivacyBudget(budget_for(6))])
+    assert model.ledger.steps == 6
+
+
 @pytest.mark.parametrize("when", ["on_epoch_end", "on_train_end"])
 def test_a_budget_that_callbacks_exceed_at_the_end_is_told(when):
     model = make_model()

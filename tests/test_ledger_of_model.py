@@ -231,6 +231,29 @@ def test_an_interrupted_logical_batch_is_not_the_beginning_of_another():
     assert model.ledger.steps == 2
 
 
+@pytest.mark.parametrize("train", ["train_on_batch", "train_step"])
+def test_a_failed_part_is_not_added_once_more(train):
+    calls = []
+
+    def failing_once(y_true, y_pred):
+        def check(value):
+            calls.append(value)
+            assert len(calls) > 1, "the first call"
+            return value
+
+        return tf.reshape(tf.py_function(check, [tf.reduce_mean(y_pred)], tf.float32), [1])
+
+    model = make_model(accumulation_steps=2, metrics=[failing_once])
+    batch = tf.constant(X[:4]), tf.constant(Y[:4])
+    step = helpers.WAYS_TO_TRAIN[train]
+    with pytest.raises(Exception, match="the first call"):
+        step(model, *batch)
+    step(model, *batch)
+    assert model.ledger.steps == 0
+    step(model, tf.constant(X[4:8]), tf.constant(Y[4:8]))
+    assert model.ledger.steps == 1
+
+
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
 def test_compile_within_fit_does_not_change_what_a_logical_batch_is(before, after):
     plan = make_plan()
@@ -260,15 +283,65 @@ class StepsTwice(tf_dpbn.DPModel):
         return super().train_step(data)
 
 
-def test_a_second_step_on_a_batch_of_fit_is_not_sampled_anew():
+class StepsInLoop(StepsTwice):
+    """Its two steps are one in the graph."""
+
+    def train_step(self, data):
+        def step(i):
+            tf_dpbn.DPModel.train_step(self, data)
+            return [i + 1]
+
+        tf.while_loop(lambda i: i < 2, step, [0])
+        return self.get_metrics_result()
+
+
+class StepsTwiceBySuper(StepsTwice):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+TWICE = {"twice": StepsTwice, "loop": StepsInLoop, "super": StepsTwiceBySuper}
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("kind", TWICE)
+def test_a_second_step_on_a_batch_of_fit_is_not_sampled_anew(kind, options):
     plan = make_plan()
-    model = make_model(plan, model=StepsTwice())
-    model.fit(plan.poisson_dataset(X, Y), verbose=0)
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(4)])
+    model = make_model(plan, model=TWICE[kind](), **options)
+    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(8)])
     assert "ASSUMED" in model.privacy_statement(DELTA)
-    model = make_model(plan, model=StepsTwice(), accumulation_steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 2}, {"run_eagerly": True}], ids=str)
+def test_a_second_step_on_a_batch_of_fit_is_no_part_of_a_logical_batch(options):
+    plan = make_plan()
+    model = make_model(plan, model=StepsTwice(), accumulation_steps=2, **options)
     with pytest.raises(tf.errors.InvalidArgumentError, match="an example could then be twice"):
         model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger.steps == 0
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_xla_which_cannot_refuse_leaves_a_second_step_on_a_batch_out_of_the_logical_batch(stride):
+    plan = make_plan()
+    model = make_model(plan, model=StepsTwice(), accumulation_steps=2, steps_per_execution=stride, jit_compile=True)
+    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+
+
+def test_a_train_step_of_ones_own_that_steps_once_is_nothing_special():
+    class Logging(tf_dpbn.DPSequential):
+        def train_step(self, data):
+            return {**super().train_step(data), "twice": 2.0}
+
+    plan = make_plan()
+    model = make_model(plan, model=Logging([keras.Input((3,)), layers.Dense(2)]), steps_per_execution=3)
+    history = model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
+    assert history.history["twice"] == [2.0, 2.0]
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8)])
+    model.train_step(whole_batch(plan))
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(1)])
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -1,5 +1,6 @@
 """Saving, loading, resuming and exporting: what was spent is never forgotten, and nothing un-noised is written."""
 
+import copy
 import io
 import os
 import pickle
@@ -280,6 +281,42 @@ def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
     for _ in range(2):
         model.load_weights(branch)
         assert model.ledger.steps == 7  # three of both, two of each
+
+
+def test_a_copy_takes_steps_of_its_own(tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    model = tf_dpbn.DPSequential([layers.Dense(2)])
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        prepare(each)
+        each(X[:1])
+        spend(each, 2)
+    model.save_weights(path)
+    copied.load_weights(path)
+    assert copied.ledger.steps == 4
+
+
+def test_the_ledger_is_loaded_though_weights_do_not_match(tmp_path):
+    class Sized(tf_dpbn.DPModel):
+        def __init__(self, size):
+            super().__init__()
+            self.last = layers.Dense(2)
+            self.own = self.add_weight(name="own", shape=(size,))
+
+        def call(self, x):
+            return self.last(x)
+
+    path = str(tmp_path / "m.weights.h5")
+    model, other = Sized(2), Sized(3)
+    for each in (model, other):
+        each(X[:1])
+        prepare(each)
+    spend(model, 3)
+    model.save_weights(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras', of what does not match
+        other.load_weights(path, skip_mismatch=True)
+    assert other.ledger.steps == 3
 
 
 # ---------------------------------------------------------------------- resuming

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -70,6 +71,19 @@ class Accumulator:
         if not self._sums:
             with tf.init_scope():
                 self._sums = [tf.Variable(tf.zeros(t.shape, t.dtype), trainable=False) for t in tensors]
+
+    def completed_by(self, batches: int) -> int:
+        """How many logical batches the next batches will complete."""
+        return batches if self.parts == 1 else (self.pending + batches) // self.parts
+
+    @contextlib.contextmanager
+    def forgetting_failures(self) -> Iterator[None]:
+        """A scope whose failure begins a new logical batch: repeated, it would add the same examples twice."""
+        try:
+            yield
+        except BaseException:
+            self.reset()
+            raise
 
     def reset(self) -> None:
         """Forgets the parts so far."""

@@ -311,12 +311,12 @@ class BookkeepingModel(keras.Model):
     def load_own_variables(self, store: Any) -> None:
         """Keras' hook: restores public batch and ledger."""
         keys = [key for key in store.keys() if key != _STORE_KEY and not key.startswith(_BATCH_KEY)]
+        structure = None
+        if _STORE_KEY in store.keys():
+            books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
+            self._books.deserialize(books["books"])  # first: Keras may be told to go on where weights do not match
+            structure = books["public_batch"]
         super().load_own_variables({key: store[key] for key in keys})
-        if _STORE_KEY not in store.keys():
-            return
-        books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
-        self._books.deserialize(books["books"])
-        structure = books["public_batch"]
         if structure is not None:
             batch = tf.nest.map_structure(lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), structure)
             self.set_public_batch(batch)

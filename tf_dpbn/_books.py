@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import uuid
@@ -82,8 +83,9 @@ class Books(tf.train.experimental.PythonState):
             self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.others = _counter("other_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
-            # How many steps the running call of `fit` may still take; _NO_FIT where none runs.
-            self._granted = _counter("granted_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            # Twice the number of batches that the running call of `fit` has before it, and one more while the step on
+            # the present one is not taken; _NO_FIT where no `fit` runs.
+            self._granted = _counter("granted", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self._latest = _counter("compiled", tf.VariableAggregation.ONLY_FIRST_REPLICA)
         self._grant_none()
 
@@ -117,22 +119,25 @@ class Books(tf.train.experimental.PythonState):
         finally:
             self._is_beside_fit = before
 
-    def of_fit(self, function: Callable[..., Any], number: Callable[[], int]) -> Callable[..., Any]:
+    def of_fit(
+        self, function: Callable[..., Any], batches: Callable[[], int], completed_by: Callable[[int], int]
+    ) -> Callable[..., Any]:
         """Keras' train function, whose batches are those that `fit` was given unless it is called `beside_fit`.
 
         Args:
-          function: takes the steps.
-          number: how many the next call takes at most.
+          function: takes a step on each batch.
+          batches: on how many, in the next call, at most.
+          completed_by: how many steps a number of batches complete.
         """
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if self._is_beside_fit:
                 return function(*args, **kwargs)
-            steps = number()
-            self.check_budgets(steps)
+            number = batches()
+            self.check_budgets(completed_by(number))
             try:
                 self._takes_step_of_fit = True
-                self._granted.assign(steps)
+                self._granted.assign(2 * number)
                 return function(*args, **kwargs)
             finally:
                 self._takes_step_of_fit = False
@@ -162,8 +167,14 @@ class Books(tf.train.experimental.PythonState):
         self._compiled += 1
         self._latest.assign(self._compiled)
 
+    def begin_batch(self) -> None:
+        """Within a graph, before what steps on one batch: lets one step on it be `fit`'s, if `fit` has it."""
+        granted = tf.identity(self._granted)
+        begun = tf.where(granted > 1, granted - granted % 2 - 1, tf.zeros_like(granted))
+        self._granted.assign(tf.where(granted < 0, granted, begun))
+
     def admit(self, parts: int) -> Admission:
-        """Within the graph of a step: takes one of the steps that `fit` was granted, if there is any.
+        """Within the graph of a step: takes the one step on this batch that is `fit`'s, if it is not taken yet.
 
         Args:
           parts: of how many steps a logical batch consists.
@@ -174,14 +185,15 @@ class Books(tf.train.experimental.PythonState):
           the part is then not added, for which `Admission.is_part` is there.
         """
         granted = tf.identity(self._granted)
-        is_part = tf.not_equal(granted, 0) if parts > 1 else tf.constant(True)
+        of_fit = tf.where(granted < 0, tf.zeros_like(granted), granted % 2)
+        is_part = tf.logical_or(granted < 0, of_fit > 0) if parts > 1 else tf.constant(True)
         checks = [
-            self._granted.assign(tf.where(granted > 0, granted - 1, granted)),
+            self._granted.assign(granted - of_fit),
             tf.debugging.Assert(tf.equal(self._latest, self._compiled), [_OUTDATED]),
             tf.debugging.Assert(is_part, [_BESIDE_FIT.format(parts)]),
         ]
         with tf.control_dependencies([check for check in checks if check is not None]):
-            return Admission(tf.cast(granted > 0, tf.int64), tf.identity(is_part))
+            return Admission(tf.identity(of_fit), tf.identity(is_part))
 
     def count_step(self, admission: Admission) -> list[tf.Tensor]:
         """Counts a step, within its graph; returns what must have run before the step releases anything."""
@@ -242,6 +254,15 @@ class Books(tf.train.experimental.PythonState):
     def _close(self) -> None:
         self._closed, self._steps_at_opening, self._others_at_opening = self._snapshot()
         self.version += 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Books:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        copied._close()
+        copied._run = uuid.uuid4().hex  # what either takes from here on, the other does not
+        copied._closed[copied._run] = Ledger()
+        return copied
 
     def _merge(self, others: dict[str, Ledger]) -> None:
         """Adds runs; of two states of one run, whose steps only one object ever took, the longer stays."""

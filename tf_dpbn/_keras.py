@@ -157,18 +157,18 @@ def steps_per_execution(model: Any) -> int:
         return int(model.steps_per_execution)
     if model.autotune_steps_per_execution:
         raise ValueError('`steps_per_execution` must be a number here. Received: steps_per_execution="auto"')
-    return int(model._steps_per_execution)
+    return count_of(model._steps_per_execution)
 
 
 def steps_of_call(model: Any) -> int:
     """How many steps the next call of the model's train function takes at most; tf_keras changes it as it trains."""
-    return int(model.steps_per_execution if IS_KERAS_3 else model._steps_per_execution)
+    return int(model.steps_per_execution) if IS_KERAS_3 else count_of(model._steps_per_execution)
 
 
 def with_callback(callbacks: Any, callback: Any) -> Any:
     """What `fit` got as callbacks, with one more in front of the others where their order allows."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(callback)
+        callbacks.callbacks.append(callback)
         return callbacks
     return [callback, *tf.nest.flatten(callbacks or [])]
 

@@ -66,7 +66,7 @@ def in_full_float32(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_rounding() -> None:
-    """Refuses settings that narrow the operands of products whatever a step asks for.
+    """Refuses settings that narrow the operands of products whatever a step asks for, or remove its assertions.
 
     Raises:
       RuntimeError: with the remedy.
@@ -77,6 +77,11 @@ def check_rounding() -> None:
                 f"TensorFlow's option {option!r} would narrow the products that clipping relies on. Call "
                 f"tf.config.optimizer.set_experimental_options({{{option!r}: False}}), and for half precision use "
                 "keras.mixed_precision, whose norms and sums are float32."
+            )
+        if option == "debug_stripper" and value:
+            raise RuntimeError(
+                "TensorFlow's option 'debug_stripper' removes assertions by which private steps refuse to run. Call "
+                "tf.config.optimizer.set_experimental_options({'debug_stripper': False})."
             )
     for name, harmless in _ROUNDING.items():
         if os.environ.get(name, "").upper() not in harmless:

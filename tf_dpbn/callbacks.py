@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate, accounting
-from tf_dpbn._keras import keras, steps_per_execution
+from tf_dpbn._keras import keras
 from tf_dpbn.model import DPModel
 
 
@@ -79,36 +79,47 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._epsilon = _validate.positive("epsilon", epsilon)
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
-        self._last_step = 0
+        self._room: _Room | None = None
         self._stride = 1
-        self._version: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
-        self._stride = steps_per_execution(self.model)
-        self._version = None
-        self._require_room(self._stride)
-        self.model.add_budget(self._require_room)
+        self._stride = self.model.steps_at_a_time()
+        self._room = _Room(self.model, self._epsilon, self._delta, self._accountant)
+        self._room.require(self._stride)
+        self.model.add_budget(self._room.require)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Checks that the next steps fit, also if the ledger has changed, by a checkpoint loaded meanwhile, say."""
-        self._require_room(steps_per_execution(self.model))
+        if self._room is not None:
+            self._room.require(self.model.steps_at_a_time())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
-        self._stride = max(self._stride, steps_per_execution(self.model))  # tf_keras lowers it at the end of an epoch
-        if self.model.private_steps + self._stride > self._last_step:
+        self._stride = max(self._stride, self.model.steps_at_a_time())  # tf_keras lowers it at the end of an epoch
+        if self._room is not None and not self._room.is_enough_for(self._stride):
             self.model.stop_training = True
 
-    def _require_room(self, steps: int) -> None:
-        """Refuses steps that would exceed the budget; for none, a budget that is exceeded already."""
-        if self.model.ledger_version != self._version or self.model.private_steps + steps > self._last_step:
-            self._count_room(steps)
 
-    def _count_room(self, steps: int) -> None:
-        ledger, record = self.model.ledger, self.model.running_record
-        delta = _default_delta(self.model, self._delta)
+class _Room:
+    """How many more steps of a model fit into a budget; the arguments are those of PrivacyBudget."""
+
+    def __init__(self, model: DPModel, epsilon: float, delta: float | None, accountant: str) -> None:
+        self._model, self._epsilon, self._delta, self._accountant = model, epsilon, delta, accountant
+        self._last_step = 0
+        self._version: int | None = None
+
+    def is_enough_for(self, steps: int) -> bool:
+        """By what was computed last."""
+        return self._model.private_steps + steps <= self._last_step
+
+    def require(self, steps: int) -> None:
+        """Refuses steps that would exceed the budget; for none, a budget that is exceeded already."""
+        if self._model.ledger_version == self._version and self.is_enough_for(steps):
+            return
+        ledger, record = self._model.ledger, self._model.running_record
+        delta = _default_delta(self._model, self._delta)
         left = accounting.max_steps(
             ledger,
             next_record_config=record,
@@ -124,5 +135,5 @@ class PrivacyBudget(keras.callbacks.Callback):
                 f"noise multiplier {record.effective_noise_multiplier:g}",
                 "Train with more noise, or stop here; steps that callbacks take count.",
             )
-        self._last_step = self.model.private_steps + left
-        self._version = self.model.ledger_version
+        self._last_step = self._model.private_steps + left
+        self._version = self._model.ledger_version

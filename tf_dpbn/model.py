@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from typing import Any
@@ -79,6 +80,13 @@ class DPModel(BookkeepingModel):
         if cls is DPModel and is_functional_signature(args, kwargs):
             return super().__new__(DPFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Has a subclass' own train_step say where a batch begins: it may call the one here several times on it."""
+        super().__init_subclass__(**kwargs)
+        step = inspect.getattr_static(cls, "train_step")
+        if step is not DPModel.__dict__["train_step"] and not hasattr(step, "begins_batches"):
+            cls.train_step = _beginning_batches(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if is_functional_signature(args, kwargs) and not isinstance(self, Functional):
@@ -216,12 +224,15 @@ class DPModel(BookkeepingModel):
             self._watch_statistics()
         if tf.executing_eagerly():  # the local correction reads the graph of the public pass
             _checks.check_functions()
-            self._books.check_budgets(1)
+            self._books.check_budgets(self._accumulator.completed_by(1))
             if "step" not in self._books.functions:
-                self._books.functions["step"] = in_full_float32(tf.function(self.train_step, autograph=False))
-            with as_compiled(self):
+                step = tf.function(functools.partial(DPModel.train_step, self), autograph=False)
+                self._books.functions["step"] = in_full_float32(step)
+            with as_compiled(self), self._accumulator.forgetting_failures():
                 return self._books.functions["step"](data)
         check_full_float32()
+        if _is_outermost(self, DPModel.__dict__["train_step"]):
+            self._books.begin_batch()
         admission = self._books.admit(self._accumulator.parts)
         batch = self._read_batch(data)
         public = self._public_forward(batch)
@@ -475,9 +486,9 @@ class DPModel(BookkeepingModel):
         _checks.check_single_batch(self.distribute_strategy)
         _checks.check_workers(self.distribute_strategy, None, None)
         self._books.check_parts(self._accumulator.parts)
-        self._books.check_budgets(1)
+        self._books.check_budgets(self._accumulator.completed_by(1))
         self._watch_statistics()
-        with self._books.beside_fit():
+        with self._books.beside_fit(), self._accumulator.forgetting_failures():
             return super().train_on_batch(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -486,8 +497,18 @@ class DPModel(BookkeepingModel):
         super().make_train_function(force)
         if self.train_function is not before:
             function = in_full_float32(self.train_function)
-            self.train_function = self._books.of_fit(function, lambda: steps_of_call(self))
+            self.train_function = self._books.of_fit(
+                function, lambda: steps_of_call(self), lambda batches: self._accumulator.completed_by(batches)
+            )
         return self.train_function
+
+    def steps_at_a_time(self) -> int:
+        """How many private steps one call of Keras' train function takes at most.
+
+        Raises:
+          ValueError: if Keras tunes the number while training.
+        """
+        return -(-steps_per_execution(self) // self._accumulator.parts)
 
     def _compiled_dp_optimizer(self) -> DPOptimizer:
         """The optimizer that `compile` got, whose steps the ledger books; another one is refused."""
@@ -556,6 +577,24 @@ class DPSequential(DPModel, keras.Sequential):
       layers: optional list of layers.
       name: optional name.
     """
+
+
+def _is_outermost(model: DPModel, train_step: Any) -> bool:
+    """Whether this is the train_step that Keras calls, and not one that a subclass' calls."""
+    return inspect.getattr_static(type(model), "train_step") is train_step
+
+
+def _beginning_batches(step: Any) -> Any:
+    """The train_step of a subclass (a function, or a tf.function), which says where a batch begins."""
+
+    def train_step(self: DPModel, data: Any) -> Any:
+        if _is_outermost(self, train_step):
+            self._books.begin_batch()
+        return step.__get__(self, type(self))(data)
+
+    train_step.__doc__ = getattr(step, "__doc__", None)
+    train_step.begins_batches = True  # type: ignore[attr-defined]
+    return train_step
 
 
 def _split_weight(weight: Any) -> tuple[Any, Any]:
