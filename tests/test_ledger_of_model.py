@@ -1,5 +1,6 @@
 """The ledger of a model: what is booked when, and what epsilon comes of it."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn import _books, accounting
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import IS_KERAS_3, keras
 
 layers = keras.layers
 DELTA = 1e-3
@@ -328,6 +329,87 @@ def test_xla_which_cannot_refuse_leaves_a_second_step_on_a_batch_out_of_the_logi
     model = make_model(plan, model=StepsTwice(), accumulation_steps=2, steps_per_execution=stride, jit_compile=True)
     model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+
+
+class Recursive(StepsTwice):
+    def train_step(self, data, again=True):
+        return self.train_step(data, again=False) if again else tf_dpbn.DPModel.train_step(self, data)
+
+
+def test_a_train_step_may_call_itself():
+    plan = make_plan()
+    model = make_model(plan, model=Recursive(), steps_per_execution=2, accumulation_steps=2)
+    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+
+
+@pytest.mark.parametrize("parts, records", [(1, [assumed_record(16)]), (2, [])])
+def test_a_train_step_of_the_instance_is_not_known_to_be_fits(parts, records):
+    def twice(data):
+        tf_dpbn.DPModel.train_step(model, data)
+        return tf_dpbn.DPModel.train_step(model, data)
+
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=parts, steps_per_execution=2)
+    model.train_step = twice
+    outcome = pytest.raises(tf.errors.InvalidArgumentError) if parts > 1 else contextlib.nullcontext()
+    with outcome:
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=parts), epochs=2, verbose=0)
+    assert model.ledger == tf_dpbn.Ledger(records)
+
+
+class SkipsSome(StepsTwice):
+    """Takes no step on the second part of a draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = tf.Variable(0, trainable=False)
+
+    def train_step(self, data):
+        def step():
+            tf_dpbn.DPModel.train_step(self, data)
+            return True
+
+        tf.cond(self.seen.assign_add(1) == 2, lambda: False, step)
+        return self.get_metrics_result()
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_batch_without_a_step_does_not_join_parts_of_two_draws(jit_compile, stride):
+    plan = make_plan()
+    model = make_model(
+        plan, model=SkipsSome(), accumulation_steps=2, steps_per_execution=stride, jit_compile=jit_compile
+    )
+    # XLA cannot refuse, and the unfinished logical batch is found at the end of the epoch
+    error, words = (
+        (RuntimeError, "whole logical") if jit_compile else (tf.errors.InvalidArgumentError, "one step on each")
+    )
+    with pytest.raises(error, match=words):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger.steps == 0
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no such setting")
+def test_an_epoch_that_keras_cuts_within_a_logical_batch_is_refused(monkeypatch):
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=2)
+    monkeypatch.setattr(keras.config, "max_steps_per_epoch", lambda: 3)
+    with pytest.raises(ValueError, match="steps_per_epoch=3"):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger.steps == 0
+
+
+def test_an_epoch_that_began_late_ends_within_no_logical_batch():
+    """As where tf_keras resumes within an epoch."""
+    plan = make_plan()
+    model = make_model(plan, accumulation_steps=2)
+    data = plan.poisson_dataset(X, Y, accumulation_steps=2)
+    losing = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: batch == 0 and model._accumulator.reset()
+    )
+    with pytest.raises(RuntimeError, match="within a logical batch"):
+        model.fit(data, verbose=0, callbacks=[losing])
 
 
 def test_a_train_step_of_ones_own_that_steps_once_is_nothing_special():

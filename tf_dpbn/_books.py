@@ -85,9 +85,8 @@ class Books(tf.train.experimental.PythonState):
             self.not_finite = _counter("not_finite", tf.VariableAggregation.SUM)
             # Twice the number of batches that the running call of `fit` has before it, and one more while the step on
             # the present one is not taken; _NO_FIT where no `fit` runs.
-            self._granted = _counter("granted", tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self._granted = _counter("granted", tf.VariableAggregation.ONLY_FIRST_REPLICA, _NO_FIT)
             self._latest = _counter("compiled", tf.VariableAggregation.ONLY_FIRST_REPLICA)
-        self._grant_none()
 
     @property
     def has_state(self) -> bool:
@@ -112,9 +111,10 @@ class Books(tf.train.experimental.PythonState):
     @contextlib.contextmanager
     def beside_fit(self) -> Iterator[None]:
         """A scope in which Keras' train function gets batches that `fit` was not given."""
-        before, self._is_beside_fit = self._is_beside_fit, True
-        self._grant_none()
+        before = self._is_beside_fit
         try:
+            self._is_beside_fit = True
+            self._grant_none()
             yield
         finally:
             self._is_beside_fit = before
@@ -167,11 +167,16 @@ class Books(tf.train.experimental.PythonState):
         self._compiled += 1
         self._latest.assign(self._compiled)
 
-    def begin_batch(self) -> None:
-        """Within a graph, before what steps on one batch: lets one step on it be `fit`'s, if `fit` has it."""
+    def begin_batch(self) -> tf.Tensor:
+        """Within a graph, before what steps on one batch: lets one step on it be `fit`'s, if `fit` has it.
+
+        Returns:
+          bool scalar, False for a batch beside a running `fit`.
+        """
         granted = tf.identity(self._granted)
         begun = tf.where(granted > 1, granted - granted % 2 - 1, tf.zeros_like(granted))
         self._granted.assign(tf.where(granted < 0, granted, begun))
+        return tf.logical_or(granted < 0, granted > 1)
 
     def admit(self, parts: int) -> Admission:
         """Within the graph of a step: takes the one step on this batch that is `fit`'s, if it is not taken yet.
@@ -259,6 +264,9 @@ class Books(tf.train.experimental.PythonState):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         copied.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        copied.depth, copied.budgets = 0, []  # it may be a callback that copies: no `fit` of the copy runs
+        copied._is_beside_fit = copied._takes_step_of_fit = False
+        copied._grant_none()
         copied._close()
         copied._run = uuid.uuid4().hex  # what either takes from here on, the other does not
         copied._closed[copied._run] = Ledger()
@@ -318,5 +326,5 @@ class Books(tf.train.experimental.PythonState):
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})
 
 
-def _counter(name: str, aggregation: tf.VariableAggregation) -> tf.Variable:
-    return tf.Variable(0, dtype=tf.int64, trainable=False, name=name, aggregation=aggregation)
+def _counter(name: str, aggregation: tf.VariableAggregation, value: int = 0) -> tf.Variable:
+    return tf.Variable(value, dtype=tf.int64, trainable=False, name=name, aggregation=aggregation)

@@ -387,14 +387,12 @@ def check_copies(x: Any, multiplicity: int) -> None:
             )
 
 
-def check_steps(steps_per_epoch: int | None, steps_per_execution: int, accumulation_steps: int) -> None:
+def check_steps(steps_per_epoch: int, steps_per_execution: int, accumulation_steps: int) -> None:
     """Refuses epochs that end within a logical batch: the next one would be made of parts of two draws.
 
     Raises:
       ValueError: with the number of steps.
     """
-    if steps_per_epoch is None:
-        return  # each epoch makes draws of its own
     executed = -(-steps_per_epoch // steps_per_execution) * steps_per_execution
     if steps_per_epoch % accumulation_steps or executed % accumulation_steps:
         raise _validate.argument_error(

@@ -165,6 +165,13 @@ def steps_of_call(model: Any) -> int:
     return int(model.steps_per_execution) if IS_KERAS_3 else count_of(model._steps_per_execution)
 
 
+def steps_of_epoch(steps_per_epoch: int | None) -> int | None:
+    """How many batches an epoch is cut to, by `fit`'s argument or Keras 3's configuration; None if it is not."""
+    cap = keras.config.max_steps_per_epoch() if IS_KERAS_3 and hasattr(keras.config, "max_steps_per_epoch") else None
+    given = [steps for steps in (steps_per_epoch, cap) if steps]
+    return min(given) if given else None
+
+
 def with_callback(callbacks: Any, callback: Any) -> Any:
     """What `fit` got as callbacks, with one more in front of the others where their order allows."""
     if isinstance(callbacks, keras.callbacks.CallbackList):

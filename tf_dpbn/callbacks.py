@@ -62,7 +62,8 @@ class PrivacyBudget(keras.callbacks.Callback):
     """Stops training before the step that would exceed a budget, whatever ran before in this model's life.
 
     Steps that other callbacks take count: `fit` and `train_on_batch` refuse the one that would exceed the budget. A
-    graph of your own that a callback runs cannot be stopped; `fit` then raises before its next step, or at its end.
+    graph of your own that a callback runs cannot be stopped, nor can a `train_step` of your own that takes several
+    steps on one batch; `fit` then raises before its next step, or at its end.
 
     Args:
       epsilon: the budget, > 0.

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 import warnings
+import weakref
 from typing import Any
 
 import tensorflow as tf
@@ -37,6 +39,7 @@ from tf_dpbn._keras import (
     raw,
     regularization_losses,
     steps_of_call,
+    steps_of_epoch,
     steps_per_execution,
     symbolic_outputs,
     tracker_variables,
@@ -55,6 +58,9 @@ from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_of
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0
+# The models whose own train_step runs in this thread: replicas have one each.
+_STEPPING: contextvars.ContextVar[frozenset[int]] = contextvars.ContextVar("stepping", default=frozenset())
+_BEGINNING_BATCHES: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class DPModel(BookkeepingModel):
@@ -85,7 +91,7 @@ class DPModel(BookkeepingModel):
         """Has a subclass' own train_step say where a batch begins: it may call the one here several times on it."""
         super().__init_subclass__(**kwargs)
         step = inspect.getattr_static(cls, "train_step")
-        if step is not DPModel.__dict__["train_step"] and not hasattr(step, "begins_batches"):
+        if step is not _OWN_TRAIN_STEP and step not in _BEGINNING_BATCHES:
             cls.train_step = _beginning_batches(step)  # type: ignore[method-assign]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -231,8 +237,8 @@ class DPModel(BookkeepingModel):
             with as_compiled(self), self._accumulator.forgetting_failures():
                 return self._books.functions["step"](data)
         check_full_float32()
-        if _is_outermost(self, DPModel.__dict__["train_step"]):
-            self._books.begin_batch()
+        if _is_outermost(self, _OWN_TRAIN_STEP):
+            self._begin_batch()
         admission = self._books.admit(self._accumulator.parts)
         batch = self._read_batch(data)
         public = self._public_forward(batch)
@@ -248,6 +254,9 @@ class DPModel(BookkeepingModel):
         )
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
+
+    def _begin_batch(self) -> None:
+        self._accumulator.begin_batch(self._books.begin_batch())
 
     def _release(
         self,
@@ -545,8 +554,12 @@ class DPModel(BookkeepingModel):
             _checks.check_labels(self, labels)
         _checks.check_callbacks(options.get("callbacks"))
         if self._accumulator.parts > 1:
-            _checks.check_steps(options.get("steps_per_epoch"), steps_per_execution(self), self._accumulator.parts)
-            options["callbacks"] = with_callback(options.get("callbacks"), EpochBoundaries(self._accumulator))
+            steps = steps_of_epoch(options.get("steps_per_epoch"))
+            if steps is not None:
+                _checks.check_steps(steps, steps_per_execution(self), self._accumulator.parts)
+            is_whole = steps is not None or source is not None
+            boundaries = EpochBoundaries(self._accumulator, is_whole, lambda: bool(self.stop_training))
+            options["callbacks"] = with_callback(options.get("callbacks"), boundaries)
         built = self._build_for(*x.element_spec[:2]) if source is not None else symbolic_outputs(self) is not None
         self._books.open_record(optimizer, source.sampling if source else None)
         if built:  # created in the step they would have it traced twice
@@ -556,6 +569,9 @@ class DPModel(BookkeepingModel):
         if built and source is not None:
             self._create_input_means(*x.element_spec[:2])
         self._watch_statistics()
+
+
+_OWN_TRAIN_STEP = DPModel.__dict__["train_step"]
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
@@ -580,20 +596,30 @@ class DPSequential(DPModel, keras.Sequential):
 
 
 def _is_outermost(model: DPModel, train_step: Any) -> bool:
-    """Whether this is the train_step that Keras calls, and not one that a subclass' calls."""
+    """Whether this is the train_step that Keras calls, and not one that another one calls."""
+    if id(model) in _STEPPING.get() or "train_step" in vars(model):
+        return False
     return inspect.getattr_static(type(model), "train_step") is train_step
 
 
 def _beginning_batches(step: Any) -> Any:
     """The train_step of a subclass (a function, or a tf.function), which says where a batch begins."""
 
-    def train_step(self: DPModel, data: Any) -> Any:
-        if _is_outermost(self, train_step):
-            self._books.begin_batch()
-        return step.__get__(self, type(self))(data)
+    def train_step(self: DPModel, *args: Any, **kwargs: Any) -> Any:
+        call = step.__get__(self, type(self))
+        if not _is_outermost(self, train_step):
+            return call(*args, **kwargs)
+        self._compiled_dp_optimizer()
+        token = _STEPPING.set(_STEPPING.get() | {id(self)})
+        try:
+            with self._accumulator.forgetting_failures():
+                self._begin_batch()
+                return call(*args, **kwargs)
+        finally:
+            _STEPPING.reset(token)
 
     train_step.__doc__ = getattr(step, "__doc__", None)
-    train_step.begins_batches = True  # type: ignore[attr-defined]
+    _BEGINNING_BATCHES.add(train_step)
     return train_step
 
 
