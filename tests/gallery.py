@@ -207,11 +207,11 @@ def _noise_without_sensitivity(self: Any, clipped: Any) -> Any:
     return _privatize_all(self, tuple(mechanisms.ClippedSum(c.tensors, 1.0) for c in clipped))
 
 
-def _by_actual_batch_size(model: Any, total: Any, public: Any, penalty: Any) -> None:
+def _by_actual_batch_size(model: Any, total: Any, *rest: Any) -> None:
     count = tf.reduce_sum(tf.cast(model._latest_mask, tf.float32))
     factor = model.optimizer.expected_batch_size / tf.maximum(count, 1.0)
     scaled = [mechanisms.ClippedSum(tuple(factor * t for t in c.tensors), c.l2_sensitivity) for c in total]
-    _release(model, tuple(scaled), public, penalty)
+    _release(model, tuple(scaled), *rest)
 
 
 _release = model_module.DPModel._release
