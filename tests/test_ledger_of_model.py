@@ -102,15 +102,17 @@ def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(2)])
 
 
-class SharedGraph(tf_dpbn.DPModel):
-    """Its step is one graph, whoever runs it."""
-
+class Subclassed(tf_dpbn.DPModel):
     def __init__(self):
         super().__init__()
         self.last = layers.Dense(2)
 
     def call(self, x):
         return self.last(x)
+
+
+class SharedGraph(Subclassed):
+    """Its step is one graph, whoever runs it."""
 
     @tf.function
     def train_step(self, data):
@@ -128,7 +130,7 @@ class TrainsBeside(keras.callbacks.Callback):
         self.train()
 
     def train(self):
-        batch = whole_batch(make_plan())
+        batch = batch_like(make_plan().poisson_dataset(X, Y))
         self.model.train_on_batch(*batch)
         self.model.train_step(batch)
         self.own_graph(batch)
@@ -175,8 +177,9 @@ def test_a_callback_adds_no_part_to_a_logical_batch_of_fit(train):
     model.train_on_batch(X[:4], Y[:4])  # afterwards it may
 
 
-def whole_batch(plan):
-    rows = plan.max_batch_size  # as many as those of `fit`, whose graph it may then share
+def batch_like(data):
+    """As many rows as the batches of `fit`, whose graph it may then share."""
+    rows = data.element_spec[0].shape[0]
     return tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
 
 
@@ -184,8 +187,7 @@ def whole_batch(plan):
 def test_a_graph_that_was_traced_before_fit_adds_no_part_to_its_logical_batch(shared):
     plan = make_plan()
     model = make_model(plan, model=SharedGraph() if shared else None, accumulation_steps=2)
-    rows = plan.poisson_dataset(X, Y, accumulation_steps=2).element_spec[0].shape[0]
-    batch = tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
+    batch = batch_like(plan.poisson_dataset(X, Y, accumulation_steps=2))
     graph = tf.function(model.train_step)
     graph(batch), graph(batch)
     assert model.ledger.steps == 1
@@ -269,22 +271,15 @@ def test_compile_within_fit_does_not_change_what_a_logical_batch_is(before, afte
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
 
 
-class StepsTwice(tf_dpbn.DPModel):
+class StepsTwice(Subclassed):
     """Takes two steps on each batch that `fit` gives it."""
-
-    def __init__(self):
-        super().__init__()
-        self.last = layers.Dense(2)
-
-    def call(self, x):
-        return self.last(x)
 
     def train_step(self, data):
         super().train_step(data)
         return super().train_step(data)
 
 
-class StepsInLoop(StepsTwice):
+class StepsInLoop(Subclassed):
     """Its two steps are one in the graph."""
 
     def train_step(self, data):
@@ -331,7 +326,7 @@ def test_xla_which_cannot_refuse_leaves_a_second_step_on_a_batch_out_of_the_logi
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
 
 
-class Recursive(StepsTwice):
+class Recursive(Subclassed):
     def train_step(self, data, again=True):
         return self.train_step(data, again=False) if again else tf_dpbn.DPModel.train_step(self, data)
 
@@ -358,7 +353,7 @@ def test_a_train_step_of_the_instance_is_not_known_to_be_fits(parts, records):
     assert model.ledger == tf_dpbn.Ledger(records)
 
 
-class SkipsSome(StepsTwice):
+class SkipsSome(Subclassed):
     """Takes no step on the second part of a draw."""
 
     def __init__(self):
@@ -386,6 +381,29 @@ def test_a_batch_without_a_step_does_not_join_parts_of_two_draws(jit_compile, st
         (RuntimeError, "whole logical") if jit_compile else (tf.errors.InvalidArgumentError, "one step on each")
     )
     with pytest.raises(error, match=words):
+        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
+    assert model.ledger.steps == 0
+
+
+class FailsOnce(Subclassed):
+    """Goes on after a step that failed."""
+
+    failed = False
+
+    def train_step(self, data):
+        if not self.failed:
+            self.failed = True
+            with pytest.raises(ValueError):
+                super().train_step((data[0][:, :2], *data[1:]))
+            return self.get_metrics_result()
+        return super().train_step(data)
+
+
+def test_a_failure_within_fit_keeps_the_place_in_the_draw():
+    plan = make_plan()
+    model = make_model(plan, model=FailsOnce(), accumulation_steps=2, run_eagerly=True)
+    model(X[:1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one step on each"):
         model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
     assert model.ledger.steps == 0
 
@@ -422,7 +440,7 @@ def test_a_train_step_of_ones_own_that_steps_once_is_nothing_special():
     history = model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
     assert history.history["twice"] == [2.0, 2.0]
     assert model.ledger == tf_dpbn.Ledger([poisson_record(8)])
-    model.train_step(whole_batch(plan))
+    model.train_step(batch_like(plan.poisson_dataset(X, Y)))
     assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(1)])
 
 
@@ -431,7 +449,7 @@ def test_a_graph_from_before_compile_does_not_run_with_its_noise(shared):
     plan = make_plan(noise_multiplier=0.5)
     model = make_model(plan, model=SharedGraph() if shared else None)
     kept = model.optimizer, model.metrics  # else TensorFlow may find their variables deleted
-    batch = whole_batch(plan)
+    batch = batch_like(plan.poisson_dataset(X, Y))
     graph = tf.function(model.train_step)
     graph(batch)
     helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(make_plan(), "sgd", 1.0))

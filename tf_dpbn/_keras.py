@@ -153,11 +153,9 @@ def steps_per_execution(model: Any) -> int:
     Raises:
       ValueError: if Keras tunes the number while training.
     """
-    if IS_KERAS_3:
-        return int(model.steps_per_execution)
-    if model.autotune_steps_per_execution:
+    if not IS_KERAS_3 and model.autotune_steps_per_execution:
         raise ValueError('`steps_per_execution` must be a number here. Received: steps_per_execution="auto"')
-    return count_of(model._steps_per_execution)
+    return steps_of_call(model)
 
 
 def steps_of_call(model: Any) -> int:

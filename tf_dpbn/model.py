@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -234,7 +235,7 @@ class DPModel(BookkeepingModel):
             if "step" not in self._books.functions:
                 step = tf.function(functools.partial(DPModel.train_step, self), autograph=False)
                 self._books.functions["step"] = in_full_float32(step)
-            with as_compiled(self), self._accumulator.forgetting_failures():
+            with as_compiled(self), self._forgetting_failures():
                 return self._books.functions["step"](data)
         check_full_float32()
         if _is_outermost(self, _OWN_TRAIN_STEP):
@@ -254,6 +255,10 @@ class DPModel(BookkeepingModel):
         )
         self._books.not_finite.assign_add(result.not_finite)
         return self._update_metrics(batch, result, penalty)
+
+    def _forgetting_failures(self) -> contextlib.AbstractContextManager[None]:
+        """A scope for steps by hand. Within `fit` the place in the draw must be kept, and `fit` itself forgets."""
+        return contextlib.nullcontext() if self._books.depth else self._accumulator.forgetting_failures()
 
     def _begin_batch(self) -> None:
         self._accumulator.begin_batch(self._books.begin_batch())
@@ -497,7 +502,7 @@ class DPModel(BookkeepingModel):
         self._books.check_parts(self._accumulator.parts)
         self._books.check_budgets(self._accumulator.completed_by(1))
         self._watch_statistics()
-        with self._books.beside_fit(), self._accumulator.forgetting_failures():
+        with self._books.beside_fit(), self._forgetting_failures():
             return super().train_on_batch(*args, **kwargs)
 
     def make_train_function(self, force: bool = False) -> Any:
@@ -612,7 +617,7 @@ def _beginning_batches(step: Any) -> Any:
         self._compiled_dp_optimizer()
         token = _STEPPING.set(_STEPPING.get() | {id(self)})
         try:
-            with self._accumulator.forgetting_failures():
+            with self._forgetting_failures():
                 self._begin_batch()
                 return call(*args, **kwargs)
         finally:
