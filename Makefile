@@ -3,7 +3,7 @@
 # make thorough  the tests that the gate leaves out: further combinations on both Kerases, and very long runs
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make audit  claimed epsilon against what attacks find: a table and a plot
-# make conformance  a million pairs of neighbouring batches, then each optimizer on 1, 2 and 4 replicas
+# make conformance  the noise's tail, sums of crafted large batches, a million pairs of neighbouring batches, then each optimizer on 1, 2 and 4 replicas
 # make gallery  the table of planted bugs and of what catches each
 # make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
@@ -80,6 +80,7 @@ audit: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python examples/audit.py $(AUDIT_FLAGS)
 
 conformance: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python benchmarks/floating_point.py
 	$(TEST_BIN)/python -m tests.conformance.many_pairs $(CONFORMANCE_FLAGS)
 	CONFORMANCE=all $(TEST_BIN)/python -m pytest -q tests/conformance/test_steps.py
 

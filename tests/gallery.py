@@ -210,6 +210,7 @@ def _noise_without_sensitivity(self: Any, clipped: Any) -> Any:
 def _by_actual_batch_size(model: Any, total: Any, *rest: Any) -> None:
     count = tf.reduce_sum(tf.cast(model._latest_mask, tf.float32))
     factor = model.optimizer.expected_batch_size / tf.maximum(count, 1.0)
+    factor = tf.cast(factor, tf.float64)
     scaled = [mechanisms.ClippedSum(tuple(factor * t for t in c.tensors), c.l2_sensitivity) for c in total]
     _release(model, tuple(scaled), *rest)
 
@@ -242,7 +243,7 @@ def _microbatch_clipping(self: Any, task: Any, rows: Any, l2_norm_clip: float) -
     pairs = [tf.reduce_mean(tf.reshape(g, [-1, 2, *g.shape[1:]]), 1) for g in kept]
     squared = tf.add_n([vectorized._squared_norms(g) for g in pairs])
     weights = mechanisms.clip_weights(squared, l2_norm_clip, None)
-    sums = tuple(tf.reduce_sum(vectorized.by_row(weights, g) * g, 0) for g in pairs)
+    sums = tuple(vectorized.weighted_sum(weights, g) for g in pairs)
     sums += microbatches.residual_sums(task, results.residuals, rows[-1])
     return sums, (results.loss, results.parts, results.y_pred, tf.logical_not(finite))
 
@@ -264,14 +265,15 @@ def _variable_by_variable(self: Any, task: Any, rows: Any, l2_norm_clip: float) 
     for g in vectorized._add_local_terms(task, gradients, cotangents):
         squared = vectorized._squared_norms(g)
         weights = mechanisms.clip_weights(squared, l2_norm_clip, rows[-1])
-        sums.append(vectorized._weighted_sum(weights, tf.math.is_finite(squared), g))
+        finite = vectorized.by_row(tf.math.is_finite(squared), g)
+        sums.append(vectorized.weighted_sum(weights, tf.where(finite, g, 0.0)))
     sums += microbatches.residual_sums(task, results.residuals, rows[-1])
     return tuple(sums), (results.loss, results.parts, results.y_pred, tf.zeros_like(rows[-1]))
 
 
 def _unclipped_residuals(task: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
     kept = [tf.where(tf.math.is_finite(r), r, 0.0) for r in residuals]
-    return tuple(3.0 * tf.reduce_sum(tf.where(mask[:, None], r, 0.0), 0) for r in kept)
+    return tuple(3.0 * vectorized.weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
 
 
 def _first_multiplier(multipliers: Any) -> float:
@@ -282,8 +284,9 @@ def _local_terms_after_clipping(self: Any, weights: tf.Tensor, finite: Any) -> t
     """Clips the direct gradient's weights and adds the local terms unclipped."""
     total = _product_sum(self, weights, finite)
     for jacobian, cotangent in self._corrections:
-        missing = contributions._times(1.0 - weights, contributions._only(finite, cotangent))
-        total += tf.reshape(self._rule.from_matrix(jacobian * tf.reduce_sum(missing, 0, keepdims=True)), self._shape)
+        missing = contributions.weighted_sum(1.0 - weights, contributions._only(finite, cotangent))[None]
+        term = self._rule.from_matrix(tf.cast(jacobian, tf.float64) * missing)
+        total += tf.reshape(term, self._shape)
     return total
 
 

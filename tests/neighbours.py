@@ -79,7 +79,7 @@ def sums_of_subsets(model: Any) -> Callable[..., list[np.ndarray]]:
         return tf.concat([tf.reshape(t, [-1]) for each in found for t in each.tensors], 0)
 
     def run(x: Any, y: Any, weights: tf.Tensor) -> tf.Tensor:
-        return tf.map_fn(lambda w: one(x, y, w), weights, fn_output_signature=tf.float32, parallel_iterations=1)
+        return tf.map_fn(lambda w: one(x, y, w), weights, fn_output_signature=tf.float64, parallel_iterations=1)
 
     traced = tf.function(run, autograph=False)
 

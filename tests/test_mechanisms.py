@@ -269,13 +269,14 @@ def test_no_draw_repeats_in_a_function(jit_compile):
 
 def test_seeds_of_draws_keep_all_their_bits(monkeypatch):
     """A seed of 32 bits would repeat after some 65,000 steps, and could be found by search."""
-    seeds, draw = [], tf.random.stateless_normal
+    seeds, draw = [], tf.random.stateless_uniform
 
-    def recorded(shape, seed, **kwargs):
-        seeds.append(seed.numpy())
-        return draw(shape, seed, **kwargs)
+    def recorded(shape, seed, dtype, **kwargs):
+        if dtype == tf.uint32:  # the bits of the noise, not the seed that they are drawn by
+            seeds.append(seed.numpy())
+        return draw(shape, seed, dtype=dtype, **kwargs)
 
-    monkeypatch.setattr(tf.random, "stateless_normal", recorded)
+    monkeypatch.setattr(tf.random, "stateless_uniform", recorded)
     source = NoiseSource(0)
     for _ in range(50):
         source.standard_normal([tf.TensorShape([1])] * 3)

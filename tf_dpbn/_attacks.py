@@ -60,7 +60,7 @@ def clipped_gradients(model: DPModel) -> Callable[[Any, Any], tf.Tensor]:
         return tf.concat([tf.reshape(t, [-1]) for t in gradient.tensors], 0)
 
     return tf.function(
-        lambda x, y: tf.map_fn(one, (x, y), fn_output_signature=tf.float32, parallel_iterations=1), autograph=False
+        lambda x, y: tf.map_fn(one, (x, y), fn_output_signature=tf.float64, parallel_iterations=1), autograph=False
     )
 
 

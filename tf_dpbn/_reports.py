@@ -98,7 +98,8 @@ def privacy_statement(
     paragraphs += [_entry_text(entry) for entry in ledger.entries]
     if ledger.entries:
         paragraphs.append(
-            f"Of delta, {ledger.overflow_delta():.3g} pays for batches that overflow their padded size and are cut."
+            f"Of delta, {ledger.overflow_delta():.3g} pays for batches that overflow their padded size and are cut, "
+            f"and {ledger.tail_delta():.3g} for what the noise's tail leaves out."
         )
     paragraphs.append(
         "Neighbouring data sets differ by adding or removing one example. The number of examples "
@@ -117,6 +118,8 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
             reason = "a release carried no noise"
         elif ledger.overflow_delta() >= delta:
             reason = "cut batches alone cost all of delta"
+        elif ledger.overflow_delta() + ledger.tail_delta() >= delta:
+            reason = "the noise is so small that the end of its tail costs all of delta"
         else:
             reason = "the accountant finds no bound"
         return f"NO PRIVACY GUARANTEE: epsilon is infinite at delta = {delta:g}, because {reason}."

@@ -18,6 +18,7 @@ from tf_dpbn import statistics
 from tf_dpbn._keras import call_model, raw
 from tf_dpbn._public_pass import assign_moving_statistics, refresh_moving_statistics
 from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
+from tf_dpbn.clipping.rows import weighted_sum
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall, PublicPass, StatisticsScope
 from tf_dpbn.mechanisms import ClippedSum, NoiseSource, add_gaussian_noise, clip_weights
 
@@ -192,8 +193,8 @@ def clipped_residuals(
 
     vectors = tf.vectorized_map(of_row, (z,) if mask is None else (z, mask))
     bound = layer.statistics_clip * math.sqrt(2 * (mean.shape.num_elements() or 0))
-    weights = clip_weights(tf.reduce_sum(tf.square(vectors), 1), bound, None)[:, None]
-    total = tf.reduce_sum(tf.where(weights > 0, weights * vectors, 0.0), 0)
+    weights = clip_weights(tf.reduce_sum(tf.square(vectors), 1), bound, None)
+    total = weighted_sum(weights, tf.where(weights[:, None] > 0, vectors, 0.0))
     return ClippedSum((total,), ROWS_CHANGED_BY_ONE_EXAMPLE * bound)
 
 

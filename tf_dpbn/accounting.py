@@ -27,6 +27,7 @@ from tf_dpbn._ledger import (
     gaussian_event,
     overflow_probability,
     split_noise_multiplier,
+    tail_delta,
 )
 from tf_dpbn._reports import (
     TensorFlowPrivacyEpsilons,
@@ -48,6 +49,7 @@ __all__ = [
     "overflow_probability",
     "privacy_statement",
     "split_noise_multiplier",
+    "tail_delta",
     "tensorflow_privacy_epsilons",
 ]
 

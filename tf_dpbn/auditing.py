@@ -146,7 +146,8 @@ def _attack(absent: Sequence[ClippedSum], difference: _Sums, stddevs: Sequence[f
         each = []
         for sums, origin, direction, stddev in zip(released, absent, difference, stddevs, strict=True):
             terms = zip(sums, origin.tensors, direction, strict=True)
-            each.append(tf.add_n([tf.reduce_sum((s - o) * d) for s, o, d in terms]) / stddev**2)
+            score = tf.add_n([tf.reduce_sum((tf.cast(s, o.dtype) - o) * d) for s, o, d in terms]) / stddev**2
+            each.append(tf.cast(score, tf.float32))
         return tf.stack([tf.add_n(each), *each] if len(each) > 1 else each)
 
     return scores

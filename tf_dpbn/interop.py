@@ -189,7 +189,11 @@ class StatisticsCallback(keras.callbacks.Callback):
             self.ledger,
             delta=self._delta_or(delta),
             accountant=accountant,
-            not_covered=("non-finite losses and gradients, which tensorflow-privacy's optimizers do not leave out",),
+            not_covered=(
+                "non-finite losses and gradients, which tensorflow-privacy's optimizers do not leave out",
+                "what lies beyond 5.68 standard deviations, where the noise of tensorflow-privacy's optimizers ends",
+                "rounding in their float32 sums of large batches",
+            ),
         )
 
     def _delta_or(self, delta: float | None) -> float:

@@ -16,8 +16,11 @@ from tf_dpbn import _validate
 
 # Squares of norms outside this range leave that of float32: clipping would then bound nothing.
 SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
-# Rounding may leave a clipped vector longer than its bound by less than this part of it; noise covers it.
+# Rounding may leave a clipped vector longer than its bound by less than this part of it; noise covers it. Sums add
+# nothing to it that grows with the batch: they are float64 (docs/privacy.md, "Floating point").
 ROUNDING = 1e-5
+# One draw of noise has fewer numbers than this: TensorFlow counts them in 32 bits, and accounting relies on it.
+_MOST_COORDINATES = 2**31
 # Replicas change a variable alike; the first one's value is taken for all.
 _SAME = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
@@ -54,7 +57,7 @@ class ClippedSum:
     """Sums over private examples, each example's vector clipped. Private until noise is added.
 
     Attributes:
-      tensors: one float32 tensor a variable; together they are one vector.
+      tensors: one float64 tensor a variable; together they are one vector.
       l2_sensitivity: how far that vector can move, in L2 norm, when one example is added or removed.
     """
 
@@ -130,9 +133,41 @@ class NoiseSource:
         seed = self._key + tf.stack([tf.zeros_like(draw), draw])
         mixed = tf.random.stateless_uniform([2], seed, minval=None, maxval=None, dtype=tf.int64, alg="philox")
         sizes = [shape.num_elements() for shape in shapes]
+        total = sum(sizes)
+        if total >= _MOST_COORDINATES:
+            raise ValueError(f"One draw of noise has fewer than 2^31 numbers. Train fewer weights. Received: {total}")
         # One draw for all: on CPUs a draw of its own for each small variable takes longer than the numbers do.
-        flat = tf.random.stateless_normal([sum(sizes)], mixed, alg="philox")
+        words = tf.random.stateless_uniform(
+            [4, (total + 1) // 2], mixed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
+        )
+        flat = normal_from_bits(words)[:total]
         return [tf.reshape(part, shape) for part, shape in zip(tf.split(flat, sizes), shapes, strict=True)]
+
+
+def normal_from_bits(words: tf.Tensor) -> tf.Tensor:
+    """Standard normal numbers with a tail, from uniform bits: Box and Muller's transform.
+
+    The radius comes from 96 bits, so that numbers reach 11.59 standard deviations. TensorFlow's own come from 23 bits
+    and end at 5.68: what one example makes likely beyond would be impossible without it, at any epsilon. What is left
+    is charged to delta (`accounting.tail_delta`).
+
+    Args:
+      words: uint32 [4, n], uniform.
+
+    Returns:
+      float32 [2 n].
+
+    Source: Box and Muller 1958, "A Note on the Generation of Random Normal Deviates".
+
+    >>> [round(float(number), 2) for number in normal_from_bits(tf.zeros([4, 1], tf.uint32))]
+    [11.6, 0.0]
+    """
+    high, middle, low, angle = tf.unstack(tf.cast(words, tf.float32))
+    # Added from the smallest on, each part at its own exponent: near zero floats are fine enough for all 96 bits.
+    uniform = high * 2.0**-32 + (middle * 2.0**-64 + (low + 0.5) * 2.0**-96)
+    radius = tf.sqrt(-2.0 * tf.math.log(uniform))
+    angle *= 2.0 * math.pi * 2.0**-32
+    return tf.concat([radius * tf.cos(angle), radius * tf.sin(angle)], 0)
 
 
 def add_gaussian_noise(
@@ -140,7 +175,9 @@ def add_gaussian_noise(
 ) -> NoisedGradients:
     """Releases (clipped sum + N(0, (noise_multiplier * l2_sensitivity)^2 I)) / denominator.
 
-    The noise is larger than that by a part of ROUNDING, which covers the rounding of clipped vectors.
+    The noise is larger than that by a part of ROUNDING, which covers the rounding of clipped vectors. Sum and noise are
+    added in float64: rounded to float32 before, a sum of many examples would move by more than that. The release is
+    rounded to float32 afterwards.
 
     Formal guarantee: the Gaussian mechanism with standard deviation noise_multiplier * l2_sensitivity; what it
     costs is computed by `accounting` from the multiplier, the sampling rate and the number of steps.
@@ -163,5 +200,5 @@ def add_gaussian_noise(
     if multiplier > 0:
         stddev = multiplier * _validate.positive("l2_sensitivity", clipped.l2_sensitivity) * (1.0 + ROUNDING)
         noise = source.standard_normal([tensor.shape for tensor in sums])
-        sums = [tensor + stddev * each for tensor, each in zip(sums, noise, strict=True)]
-    return NoisedGradients(tuple(tensor / denominator for tensor in sums))
+        sums = [tensor + tf.cast(stddev * each, tensor.dtype) for tensor, each in zip(sums, noise, strict=True)]
+    return NoisedGradients(tuple(tf.cast(tensor / denominator, tf.float32) for tensor in sums))

@@ -206,7 +206,7 @@ def test_slices_of_padding_alone_are_not_worked_on():
             x, _, _, _, mask = rows
             worked_on.assign_add(1)
             kept = tf.where(mask, x, tf.zeros_like(x))
-            return (tf.reduce_sum(kept)[None],), (x, (), x, tf.zeros_like(mask))
+            return (tf.cast(tf.reduce_sum(kept), tf.float64)[None],), (x, (), x, tf.zeros_like(mask))
 
     @tf.function(autograph=False)
     def run(x, mask):

@@ -70,7 +70,7 @@ class Vectors:
         return tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in self.contributions])
 
     def weighted_sums(self, weights: tf.Tensor, finite: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """Sum over rows of weight times vector, one float32 tensor a variable.
+        """Sum over rows of weight times vector, one float64 tensor a variable.
 
         Args:
           weights: [rows], zero where a vector is not finite.
@@ -78,7 +78,7 @@ class Vectors:
         """
 
         def sums(finite: tf.Tensor | None) -> list[tf.Tensor]:
-            return [tf.cast(each.weighted_sum(weights, finite), tf.float32) for each in self.contributions]
+            return [each.weighted_sum(weights, finite) for each in self.contributions]
 
         return tuple(tf.cond(tf.reduce_all(finite), lambda: sums(None), lambda: sums(finite)))
 
@@ -224,6 +224,7 @@ def _gradients(tape: tf.GradientTape, operations: Sequence[tf.Operation], target
 
 def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[BoundTerm]) -> Sequence[tf.Tensor]:
     """Adds local terms: K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
+    parts = [[block] for block in blocks]
     for term, *cotangents in terms:
         for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True):
             factors = [tf.cast(each, blocks[0].dtype) for each in (jacobian[None], term.spread(cotangent))]
@@ -231,8 +232,9 @@ def _corrected(blocks: Sequence[tf.Tensor], rule: Rule | None, terms: Sequence[B
                 factors = [rule.split(aligned(factor, rule.shape)) for factor in factors]
             else:
                 factors = [(factor,) for factor in factors]
-            blocks = [block + j * c for block, j, c in zip(blocks, *factors, strict=True)]
-    return blocks
+            for part, j, c in zip(parts, *factors, strict=True):
+                part.append(j * c)
+    return [tf.add_n(part) for part in parts]  # at once: each addition of its own reads and writes all of them
 
 
 def _instantiate_whole(rule: AnyRule, inputs: Any, cotangent: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:

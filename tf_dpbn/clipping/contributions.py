@@ -13,10 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn.clipping.local_terms import LocalTerm
-from tf_dpbn.clipping.rows import by_row
+from tf_dpbn.clipping.rows import by_row, weighted_sum
 from tf_dpbn.clipping.rules.base import MatrixRule, Rule
 from tf_dpbn.clipping.rules.embedding import LookupRule
-from tf_dpbn.clipping.vectorization import has_accelerator
 
 # (term, cotangents by mean and variance, [rows, channels] each)
 BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]
@@ -33,7 +32,7 @@ class Contribution(abc.ABC):
 
     @abc.abstractmethod
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
-        """Sum over rows of weight times gradient, of the variable's shape.
+        """Sum over rows of weight times gradient, float64, of the variable's shape.
 
         Args:
           weights: [rows], zero where a gradient is not finite.
@@ -61,7 +60,7 @@ class Kept(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        sums = tuple(_weighted_sum(weights, _only(finite, block))[None] for block in self._blocks)
+        sums = tuple(weighted_sum(weights, _only(finite, block))[None] for block in self._blocks)
         return tf.reshape(self._rule.join(sums) if self._rule else sums[0], self._shape)
 
 
@@ -120,11 +119,12 @@ class Products(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        a, g = _only(finite, self._a), _times(weights, _only(finite, self._g))
-        left, right = (_positions_of_all_rows(t) for t in (a, g))
+        weights = tf.cast(weights, tf.float64)
+        a, g = (tf.cast(_only(finite, each), tf.float64) for each in (self._a, self._g))
+        left, right = (_positions_of_all_rows(t) for t in (a, _times(weights, g)))
         total = tf.matmul(left, right, transpose_a=True)[None]
         for jacobian, cotangent in self._corrections:
-            total += jacobian * tf.reduce_sum(_times(weights, _only(finite, cotangent)), 0, keepdims=True)
+            total += tf.cast(jacobian, tf.float64) * weighted_sum(weights, _only(finite, cotangent))[None]
         return tf.reshape(self._rule.from_matrix(total), self._shape)
 
 
@@ -148,7 +148,7 @@ class Lookups(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        return self._rule.scatter(self._ids, _times(weights, _only(finite, self._values)))
+        return self._rule.scatter(self._ids, tf.cast(_times(weights, _only(finite, self._values)), tf.float64))
 
 
 def aligned(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
@@ -164,16 +164,6 @@ def _only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
 
 def _sum_of_squares(values: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(tf.square(values), list(range(1, values.shape.rank)))
-
-
-def _weighted_sum(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    """Sum over rows of weight times value."""
-    if has_accelerator():
-        # They round the factors of a matrix product to fewer bits, which could push a row above the clip norm.
-        return tf.reduce_sum(_times(weights, values), 0)
-    weights = tf.cast(weights, values.dtype)
-    shape = values.shape[1:] if values.shape[1:].is_fully_defined() else tf.shape(values)[1:]
-    return tf.reshape(tf.matmul(weights[None], tf.reshape(values, [tf.shape(values)[0], -1])), shape)
 
 
 def _times(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

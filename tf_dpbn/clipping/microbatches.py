@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.clipping.rows import weighted_sum
 from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum, clip_weights
 
@@ -48,7 +49,7 @@ class MicrobatchedEngine:
           l2_norm_clip: bound on the norm of each example's vector.
 
         Returns:
-          (sums, one float32 tensor a variable and then one a release; (loss, parts, y_pred, not_finite), each by row).
+          (sums, one float64 tensor a variable and then one a release; (loss, parts, y_pred, not_finite), each by row).
         """
         raise NotImplementedError
 
@@ -60,7 +61,7 @@ class MicrobatchedEngine:
         size = self._slice_size(task, rows, count, batch.mask is not None)
         slices = _ceil_divide(count, size) if isinstance(count, int) else tf.maximum(1, _ceil_divide(count, size))
         shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
-        sums = tuple(tf.zeros(shape, tf.float32) for shape in shapes)
+        sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
         if isinstance(slices, int) and slices == 1:
             sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
         else:
@@ -112,7 +113,7 @@ def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -
       mask: bool [rows], False for padding.
 
     Returns:
-      For each release a float32 vector, to which a row contributes at most its l2_norm_clip, and one that is not
+      For each release a float64 vector, to which a row contributes at most its l2_norm_clip, and one that is not
       finite nothing.
     """
     sums = []
@@ -120,7 +121,7 @@ def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -
         squared = tf.reduce_sum(tf.square(rows), 1)
         weights = clip_weights(squared, release.l2_norm_clip, mask)
         kept = tf.where(tf.math.is_finite(tf.sqrt(squared))[:, None], rows, tf.zeros_like(rows))
-        sums.append(tf.reduce_sum(weights[:, None] * kept, 0))
+        sums.append(weighted_sum(weights, kept))
     return tuple(sums)
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+
+from tf_dpbn.clipping.vectorization import has_accelerator
+
+# Into how many groups of rows, at most, a sum is divided on CPUs.
+_GROUPS = 8
 
 
 def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
@@ -31,6 +37,24 @@ def unscaled(gradient: tf.Tensor, loss_scale: float) -> tf.Tensor:
     """The gradient, float32 or wider, of a loss that was multiplied by `loss_scale`."""
     wide = widen(gradient)
     return wide if loss_scale == 1.0 else wide / loss_scale
+
+
+def weighted_sum(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """Sum over rows of weight times value, in float64, whose rounding no batch is large enough to make visible.
+
+    Args:
+      weights: [rows].
+      values: [rows, ...].
+    """
+    if has_accelerator():
+        # XLA makes one pass over the values of it; products of float64 matrices are slow on most accelerators.
+        return tf.reduce_sum(tf.cast(tf.cast(by_row(weights, values), values.dtype) * values, tf.float64), 0)
+    rows, *shape = values.shape if values.shape.is_fully_defined() else tf.unstack(tf.shape(values))
+    # In groups: TensorFlow works on a single product of a vector by a matrix in one thread.
+    groups = math.gcd(rows, _GROUPS) if isinstance(rows, int) else 1
+    left = tf.reshape(tf.cast(weights, tf.float64), [groups, 1, -1])
+    right = tf.reshape(tf.cast(values, tf.float64), [groups, rows // groups, -1])
+    return tf.reshape(tf.reduce_sum(tf.matmul(left, right), [0, 1]), shape)
 
 
 def widen(tensor: tf.Tensor) -> tf.Tensor:

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_dpbn.clipping import ExampleResult, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
-from tf_dpbn.clipping.rows import by_row, densify, unscaled, widen
+from tf_dpbn.clipping.rows import by_row, densify, unscaled, weighted_sum, widen
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
 
@@ -46,8 +46,8 @@ class PerExampleEngine(MicrobatchedEngine):
         squared = tf.add_n([_squared_norms(g) for g in gradients])
         mask = rows[-1]
         weights = clip_weights(squared, l2_norm_clip, mask)
-        finite = tf.math.is_finite(tf.sqrt(squared))
-        sums = tuple(_weighted_sum(weights, finite, g) for g in gradients)
+        finite = tf.math.is_finite(tf.sqrt(squared))  # a weight of 0 does not silence a NaN
+        sums = tuple(weighted_sum(weights, tf.where(by_row(finite, g), g, tf.zeros_like(g))) for g in gradients)
         sums += residual_sums(task, results.residuals, mask)
         not_finite = tf.logical_and(mask, tf.logical_not(finite))
         return sums, (results.loss, results.parts, results.y_pred, not_finite)
@@ -93,10 +93,3 @@ def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf
 def _squared_norms(gradients: tf.Tensor) -> tf.Tensor:
     axes = list(range(1, gradients.shape.rank))
     return tf.reduce_sum(tf.square(gradients), axes)
-
-
-def _weighted_sum(weights: tf.Tensor, finite: tf.Tensor, gradients: tf.Tensor) -> tf.Tensor:
-    # A weight of 0 does not silence a NaN: rows that are not finite are replaced, not scaled.
-    kept = tf.where(by_row(finite, gradients), gradients, tf.zeros_like(gradients))
-    # Not a matrix product: accelerators round those to fewer bits, which could push a row above the clip norm.
-    return tf.reduce_sum(by_row(weights, gradients) * kept, 0)
