@@ -36,6 +36,7 @@ _MECHANISMS, _STATISTICS, _RELEASED = (
 )
 _ACCOUNTING, _PLAN, _SAMPLING = (f"tests/test_{n}.py" for n in ("accounting", "accounting_plan", "sampling"))
 _DATASET = "tests/test_poisson_dataset.py"
+_FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
 _PRECISION, _GPU = "tests/test_precision.py", "tests/test_gpu_graphs.py"
@@ -68,11 +69,20 @@ MUTANTS = (
     Mutant("mechanisms.py", "keep = tf.logical_and(keep, mask)", "keep = tf.logical_or(keep, mask)", (_MECHANISMS,)),
     Mutant("mechanisms.py", "norms = tf.sqrt(squared_norms)", "norms = squared_norms", (_MECHANISMS,)),
     Mutant("mechanisms.py", "stddev = multiplier * _validate", "stddev = 1.0 * _validate", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "tensor + stddev * each", "tensor + each", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "tf.cast(stddev * each, tensor.dtype)", "tf.cast(each, tensor.dtype)", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "middle * 2.0**-64 + (low + 0.5) * 2.0**-96", "2.0**-33", (_FLOATS,)),
+    Mutant("mechanisms.py", "radius * tf.sin(angle)", "radius * tf.cos(angle)", (_MECHANISMS,)),
+    Mutant("_ledger.py", "event.count * tail_delta", "0.0 * tail_delta", (_ACCOUNTING,)),
+    Mutant(
+        "clipping/microbatches.py",
+        "a + b for a, b",
+        "tf.cast(tf.cast(a + b, tf.float32), tf.float64) for a, b",
+        (_FLOATS,),
+    ),
     Mutant("mechanisms.py", "if multiplier > 0:", "if multiplier > 1:", (_MECHANISMS,)),
     Mutant("mechanisms.py", "self._draws.assign_add(1)", "self._draws.read_value()", (_MECHANISMS,)),
     Mutant("mechanisms.py", "[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "tuple(tensor / denominator for", "tuple(1.0 * tensor for", (_MECHANISMS,)),
+    Mutant("mechanisms.py", "tf.cast(tensor / denominator, tf.float32)", "tf.cast(tensor, tf.float32)", (_MECHANISMS,)),
     Mutant("statistics.py", "-0.5 * gamma", "0.5 * gamma", (_STATISTICS,)),
     Mutant(
         "statistics.py",
@@ -113,8 +123,8 @@ MUTANTS = (
     ),
     Mutant(
         "clipping/contributions.py",
-        "tf.reduce_sum(_times(weights, _only(finite, cotangent))",
-        "tf.reduce_sum(_only(finite, cotangent)",
+        "weighted_sum(weights, _only(finite, cotangent))",
+        "weighted_sum(tf.ones_like(weights), _only(finite, cotangent))",
         _selected(_GALLERY, "right_library and gram"),
     ),
     Mutant(
@@ -167,8 +177,8 @@ MUTANTS = (
     ),
     Mutant(
         "clipping/vectorized.py",
-        "kept = tf.where(by_row(finite, gradients), gradients, tf.zeros_like(gradients))",
-        "kept = gradients",
+        "tf.where(by_row(finite, g), g, tf.zeros_like(g))",
+        "g",
         _selected(_GALLERY, "right_library and vectorized"),
     ),
     Mutant(
@@ -290,8 +300,8 @@ MUTANTS = (
     ),
     Mutant(
         "model.py",
-        "self.train_function = in_full_float32(self.train_function)",
-        "self.train_function = self.train_function",
+        "function = in_full_float32(self.train_function)",
+        "function = self.train_function",
         (_PRECISION,),
     ),
     Mutant(

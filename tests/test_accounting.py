@@ -265,6 +265,28 @@ def test_overflow_is_taken_from_delta_and_summed_over_steps_and_entries():
     assert ledger.epsilon(ledger.overflow_delta()) == math.inf
 
 
+@pytest.mark.parametrize("sigma", [0.11, 0.15, 0.2, 0.5, 1.0, 30.0])
+def test_the_tails_charge_bounds_what_noise_of_one_world_leaves_out_of_the_other(sigma):
+    end, rng = 11.0, np.random.default_rng(0)
+    shifts = [np.ones(n) for n in (1, 2, 1000)] + [rng.exponential(size=n) ** 4 for n in (3, 50, 1000)]
+    for shift in shifts:
+        shift = shift / np.linalg.norm(shift) / sigma
+        outside = (stats.norm.sf(end - shift) + stats.norm.sf(end + shift)).sum()
+        assert outside <= accounting.tail_delta(sigma)
+        assert shift.size > 1 or sigma > 0.2 or outside >= 0.99 * accounting.tail_delta(sigma)
+
+
+def test_the_tail_is_taken_from_delta_and_said_in_the_statement():
+    ledger = accounting.Ledger([record(0.05, (0.2,), 30)])
+    assert ledger.tail_delta() == pytest.approx(30 * stats.norm.sf(6.0), rel=1e-6)
+    assert ledger.epsilon(0.99 * ledger.tail_delta()) == math.inf
+    assert math.isfinite(ledger.epsilon(1e-5)) and ledger.epsilon(1e-5) > ledger.epsilon(1.1e-5)
+    assert "2.96e-08 for what the noise's tail leaves out" in " ".join(
+        accounting.privacy_statement(ledger, delta=1e-5).split()
+    )
+    assert accounting.Ledger([record(0.05, (0.1,), 1)]).epsilon(1e-5) == math.inf  # 10 away from its neighbour
+
+
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
 def test_edges_of_epsilon(accountant):
     assert accounting.Ledger().epsilon(1e-5, accountant) == 0.0
