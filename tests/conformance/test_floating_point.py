@@ -6,6 +6,7 @@ import tensorflow as tf
 
 import floating_point
 from tests import neighbours
+from tf_dpbn.clipping.rows import weighted_sum
 from tf_dpbn.mechanisms import normal_from_bits
 
 
@@ -15,6 +16,18 @@ def test_one_example_of_many_moves_the_sum_by_at_most_the_clip_norm(engine):
     run = floating_point.sum_of(engine)
     for batch_size in floating_point.BATCH_SIZES:
         assert 0.999 <= floating_point.largest_move(run, batch_size) <= neighbours.SLACK
+
+
+@pytest.mark.keras_free
+@pytest.mark.parametrize("shape", [(7, 3), (16, 5, 4), (8, 300, 500)])  # the last one is compiled
+def test_weighted_sums_are_those_of_float64(shape):
+    rng = np.random.default_rng(0)
+    values, weights = rng.normal(size=shape).astype("float32"), rng.uniform(size=shape[0]).astype("float32")
+    values[0], values[1] = 2.0**24, -(2.0**24)
+    weights[:2] = 1.0
+    found = tf.function(weighted_sum, autograph=False)(tf.constant(weights), tf.constant(values))
+    assert found.dtype == tf.float64
+    np.testing.assert_allclose(found, np.tensordot(weights.astype(float), values.astype(float), 1), atol=1e-7)
 
 
 @pytest.mark.keras_free

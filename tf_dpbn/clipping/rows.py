@@ -12,6 +12,8 @@ from tf_dpbn.clipping.vectorization import has_accelerator
 
 # Into how many groups of rows, at most, a sum is divided on CPUs.
 _GROUPS = 8
+# From how many values on a sum is compiled: compiling takes a tenth of a second for each shape.
+_MANY = 2**20
 
 
 def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
@@ -49,12 +51,20 @@ def weighted_sum(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     if has_accelerator():
         # XLA makes one pass over the values of it; products of float64 matrices are slow on most accelerators.
         return tf.reduce_sum(tf.cast(tf.cast(by_row(weights, values), values.dtype) * values, tf.float64), 0)
+    if values.shape.is_fully_defined() and values.shape.num_elements() >= _MANY:
+        return _in_one_pass(weights, values)
     rows, *shape = values.shape if values.shape.is_fully_defined() else tf.unstack(tf.shape(values))
     # In groups: TensorFlow works on a single product of a vector by a matrix in one thread.
     groups = math.gcd(rows, _GROUPS) if isinstance(rows, int) else 1
     left = tf.reshape(tf.cast(weights, tf.float64), [groups, 1, -1])
     right = tf.reshape(tf.cast(values, tf.float64), [groups, rows // groups, -1])
     return tf.reshape(tf.reduce_sum(tf.matmul(left, right), [0, 1]), shape)
+
+
+@tf.function(jit_compile=True, autograph=False, reduce_retracing=False)
+def _in_one_pass(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
+    """The weighted sum, compiled by XLA: without it large values would be read and written in float64 as well."""
+    return tf.reduce_sum(tf.cast(by_row(weights, values), tf.float64) * tf.cast(values, tf.float64), 0)
 
 
 def widen(tensor: tf.Tensor) -> tf.Tensor:
