@@ -387,7 +387,7 @@ class DPModel(BookkeepingModel):
                 weight = None if weight is None else tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), weight)
             with (
                 GivenStatistics(calls, statistics) as given,
-                isolated_call(seeds, index, tracker_variables(self)) as scope,
+                isolated_call(seeds, index, tracker_variables(self), self.weights) as scope,
             ):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)

@@ -297,8 +297,10 @@ class _PassGraph:
                 is_linear = is_linear and operation.type in _LINEAR_IN_ROWS
                 return _Producer(operation, (*parameters, kernel), data[0], is_linear)
             moved = _axis_before(operation, data[0], axis)
+            if moved is None:
+                return None
             added = self._channel_parameters(operation, data[0], axis, channels)
-            if moved is None or added is None:
+            if added is None:
                 return None
             parameters += added
             is_linear = is_linear and operation.type in _ADDITIONS | _REARRANGEMENTS
