@@ -356,7 +356,8 @@ class DPModel(BookkeepingModel):
 
         Returns:
           For each call in training, in order, the layer's name and "local" (section 3a of docs/algorithm.md),
-          "non-local" (3b), "both" or "none".
+          "non-local" (3b), "both", "none", or "local only": `correction` asks for both, and 3b cannot serve the call
+          (a layer called several times, a frozen scale or offset, noised statistics).
         """
         self._compiled_dp_optimizer()
         batch, found = self._require_public_batch(), []
