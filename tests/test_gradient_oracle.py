@@ -350,7 +350,8 @@ class VectorKernel(layers.Layer):
 
     def call(self, x):
         kernel = tf.expand_dims(tf.expand_dims(tf.convert_to_tensor(self.kernel), 0), 0)
-        return tf.nn.depthwise_conv2d(x[:, None], tf.expand_dims(kernel, -1), [1, 1, 1, 1], "SAME")[:, 0]
+        z = tf.nn.depthwise_conv2d(tf.expand_dims(x, 1), tf.expand_dims(kernel, -1), [1, 1, 1, 1], "SAME")
+        return tf.squeeze(z, 1)
 
 
 WHOLE = slice(None)
