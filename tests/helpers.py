@@ -164,10 +164,11 @@ def drawn_by(dataset: tf.data.Dataset) -> list[tuple[int, ...]]:
 
 @contextlib.contextmanager
 def logged_lines() -> Iterator[list[str]]:
-    """What TensorFlow's logger says meanwhile, warnings and errors."""
+    """What TensorFlow's logger says meanwhile, warnings and errors; but not that tests trace often."""
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: "triggered tf.function retracing" not in record.getMessage())
     tf.get_logger().addHandler(handler)
     try:
         yield lines
