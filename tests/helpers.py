@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +160,20 @@ def small_dataset(
 def drawn_by(dataset: tf.data.Dataset) -> list[tuple[int, ...]]:
     """One iteration of `small_dataset`: the examples' numbers, row by row."""
     return [tuple(x.tolist()) for x, _, _ in dataset.as_numpy_iterator()]
+
+
+@contextlib.contextmanager
+def logged_lines() -> Iterator[list[str]]:
+    """What TensorFlow's logger says meanwhile, warnings and errors; but not that tests trace often."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.addFilter(lambda record: "triggered tf.function retracing" not in record.getMessage())
+    tf.get_logger().addHandler(handler)
+    try:
+        yield lines
+    finally:
+        tf.get_logger().removeHandler(handler)
 
 
 WAYS_TO_TRAIN = {

@@ -1,5 +1,7 @@
 """The gradient through batch statistics, against stock BatchNormalization (docs/algorithm.md, section 3)."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -19,7 +21,7 @@ def stock_gradient(stock, x, y):
     variables = [raw(v) for v in stock.trainable_variables]
     with tf.GradientTape() as tape:
         loss = LOSS(y, stock(x, training=True))
-    return [g.numpy() for g in tape.gradient(loss, variables)]
+    return [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
 
 
 def our_gradient(model, x, y, correction, **options):
@@ -314,3 +316,200 @@ def test_no_filter_gradient_of_one_example_strides_with_one_tap():
     ]
     assert {tuple(g.get_attr("strides")) for g in gradients if g.outputs[0].shape[0] == 1} == {(1, 1, 1, 1)}
     assert (1, 2, 3, 1) in {tuple(g.get_attr("strides")) for g in gradients}
+
+
+# ---------------------------------------------------------------- what lies in front of a normalization
+
+
+class OneHot(layers.Layer):
+    """A look-up without a table: data of a lower rank than what is made of them, and a weight for each channel."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(7,), initializer="ones", name="scale")
+
+    def call(self, x):
+        return tf.one_hot(x, 7) * tf.convert_to_tensor(self.scale)
+
+
+class Indexed(layers.Layer):
+    """Some of the data, by Python's indices."""
+
+    def __init__(self, *indices):
+        super().__init__()
+        self.indices = indices
+
+    def call(self, x):
+        return x[self.indices]
+
+
+class VectorKernel(layers.Layer):
+    """A depthwise convolution by a vector: an axis is added behind its channels."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(5,), name="kernel")
+
+    def call(self, x):
+        kernel = tf.expand_dims(tf.expand_dims(tf.convert_to_tensor(self.kernel), 0), 0)
+        z = tf.nn.depthwise_conv2d(tf.expand_dims(x, 1), tf.expand_dims(kernel, -1), [1, 1, 1, 1], "SAME")
+        return tf.squeeze(z, 1)
+
+
+WHOLE = slice(None)
+FRONTS = {
+    "embedding": (lambda: [layers.Embedding(7, 5)], "non-local"),
+    "masked": (lambda: [layers.Embedding(7, 5, mask_zero=True)], "non-local"),
+    "relu": (lambda: [layers.Embedding(7, 5), layers.ReLU()], "non-local"),
+    "one_hot": (lambda: [OneHot()], "non-local"),
+    "vector_kernel": (lambda: [layers.Embedding(7, 5), VectorKernel()], "non-local"),
+    "reversed": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(..., slice(None, None, -1))], "non-local"),
+    "one_channel": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, WHOLE, 1)], "non-local"),
+    "first_step": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, 0)], "both"),
+}
+
+
+@pytest.mark.parametrize("front", helpers.first_on_both(list(FRONTS), first=2))
+def test_local_term_where_a_kernel_layer_feeds_channel_by_channel_else_the_nonlocal_term(front):
+    """Look-ups have data of a lower rank than what they yield, and indices keep shapes, but not always channels."""
+    between, kind = FRONTS[front]
+
+    def build(normalization, model):
+        inputs = keras.Input((4,), dtype="int32")
+        x = inputs
+        for layer in [*between(), normalization(), layers.Activation("tanh")]:
+            x = layer(x)
+        if len(x.shape) == 3:
+            x = layers.GlobalAveragePooling1D()(x)
+        return model(inputs, layers.Dense(3)(x))
+
+    stock, ours = pair_of_models(build)
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 7, (16, 4)).astype("int32"), rng.integers(0, 3, 16)
+    found = our_gradient(ours, x, y, "full")
+    assert [found for _, found in ours.correction_report()] == [kind]
+    assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
+
+
+def time_distributed(depth):
+    def build(normalization, model):
+        inputs = keras.Input((3, 5))
+        x = inputs
+        for _ in range(depth):
+            for layer in (layers.Dense(4), normalization(), layers.Activation("tanh")):
+                x = layers.TimeDistributed(layer)(x)
+        return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+    return build
+
+
+def after_dense(normalization, model):
+    inputs = keras.Input((3, 5))
+    x = layers.Activation("tanh")(layers.TimeDistributed(normalization())(layers.Dense(4)(inputs)))
+    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
+
+
+@pytest.mark.parametrize("build", [time_distributed(1), after_dense])
+def test_normalization_of_each_time_step_has_the_gradient_of_stock_keras(build):
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, (3, 5))
+    found = our_gradient(ours, x, y, "local")
+    assert [kind for _, kind in ours.correction_report()] == ["local"] * (3 if IS_KERAS_3 else 1)
+    assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
+
+
+def shared(normalization, model):
+    inputs = keras.Input((7,))
+    normalization, x = normalization(), inputs
+    for _ in range(2):
+        x = layers.Activation("tanh")(normalization(layers.Dense(6)(x)))
+    return model(inputs, layers.Dense(3)(x))
+
+
+def in_a_row(normalization, model):
+    inputs = keras.Input((7,))
+    normalization = normalization()
+    x = layers.Activation("tanh")(normalization(normalization(layers.Dense(6)(inputs))))
+    return model(inputs, layers.Dense(3)(x))
+
+
+@pytest.mark.parametrize(
+    "build, kinds",
+    helpers.first_on_both([(shared, ["local only"] * 2), (in_a_row, ["local only", "none"])], first=2),
+)
+@pytest.mark.filterwarnings("ignore:DPBatchNormalization .* gets no gradient")
+def test_normalization_called_twice_reports_that_it_gets_no_nonlocal_term(build, kinds):
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, (7,))
+    error = helpers.relative_error(our_gradient(ours, x, y, "full"), stock_gradient(stock, x, y))
+    assert [kind for _, kind in ours.correction_report()] == kinds
+    assert 0.05 < error < 0.2  # docs/algorithm.md, section 3b
+
+
+# ---------------------------------------------------------------- layers that normalize their own weights
+
+
+def spectral(layer, shape):
+    def build(normalization, model):
+        inputs = keras.Input(shape)
+        x = normalization()(layers.SpectralNormalization(layer())(inputs))
+        return model(inputs, layers.Dense(3)(layers.Flatten()(layers.Activation("tanh")(x))))
+
+    return build
+
+
+SPECTRAL = {
+    "dense": (spectral(lambda: layers.Dense(6), (7,)), (7,)),
+    "convolution": (spectral(lambda: layers.Conv2D(4, 3), (6, 6, 2)), (6, 6, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    "layer, engine, correction",
+    helpers.first_on_both(
+        [("convolution", "book_keeping", "full"), ("dense", "loop", "local"), ("dense", "vectorized", "full")], first=2
+    ),
+)
+def test_spectral_normalization_takes_the_step_of_stock_keras(layer, engine, correction):
+    """Keras assigns the normalized kernel to the variable, so that the gradient is that by the normalized kernel."""
+    build, shape = SPECTRAL[layer]
+    stock, ours = pair_of_models(build)
+    x, y = helpers.images(16, shape)
+    stock.compile(keras.optimizers.SGD(1.0), LOSS)
+    stock.train_on_batch(x, y)
+    with helpers.logged_lines() as lines:
+        our_gradient(ours, x, y, correction, engine=engine)
+    assert not lines
+    for found, expected in zip(ours.weights, stock.weights, strict=True):
+        if "moving" not in found.name:
+            np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", helpers.first_on_both(["loop", "book_keeping"]))
+def test_spectral_normalization_trains_with_noised_statistics(engine):
+    build, shape = SPECTRAL["dense"]
+    model = build(functools.partial(tf_dpbn.DPBatchNormalization, statistics="noised"), tf_dpbn.DPModel)
+    helpers.compiled(model, engine=engine)
+    (x, y), before = helpers.images(8, shape), model.get_weights()
+    model.train_on_batch(x, y)
+    assert 0.01 < helpers.relative_error(model.get_weights(), before) < 10.0
+    model.set_public_batch(x)
+    assert [kind for _, kind in model.correction_report()] == ["local"]
+
+
+class DependingOnRows(layers.Layer):
+    """Another operation for one row than for several."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(7, 6), name="kernel")
+
+    def call(self, x):
+        kernel = tf.convert_to_tensor(self.kernel)
+        return tf.matmul(x, kernel if x.shape[0] == 1 else 1.0 * kernel)
+
+
+def test_noised_statistics_refuse_a_kernel_layer_that_depends_on_the_number_of_rows():
+    inputs = keras.Input((7,))
+    x = tf_dpbn.DPBatchNormalization(statistics="noised", name="fed")(DependingOnRows()(inputs))
+    model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(3)(x)), augmentation_multiplicity=2)
+    x, y = helpers.images(8, (2, 7))
+    with pytest.raises(ValueError, match="'fed' is fed by another layer for one example than for the public pass"):
+        model.train_on_batch(x, y)

@@ -195,7 +195,10 @@ def draw_example_seeds(model: Any) -> list[tuple[Any, tf.Tensor]]:
 
 @contextlib.contextmanager
 def isolated_call(
-    seeds: Sequence[tuple[Any, tf.Tensor]], example: tf.Tensor, zeroed: Sequence[Any] = ()
+    seeds: Sequence[tuple[Any, tf.Tensor]],
+    example: tf.Tensor,
+    zeroed: Sequence[Any] = (),
+    constants: Sequence[Any] = (),
 ) -> Iterator[Any]:
     """A scope in which the model runs on one example without touching any Keras 3 state.
 
@@ -203,12 +206,16 @@ def isolated_call(
       seeds: from `draw_example_seeds`.
       example: int32 scalar; folded into every seed, so that dropout is independent across examples.
       zeroed: Keras 3 variables that read as zero inside the scope.
+      constants: variables to which assignments inside the scope have no effect, on both versions of Keras. A layer that
+        updates its weights in each training pass (spectral normalization) reads them as the step's own update left
+        them, so that gradients are those by the variables and no example's run repeats the update.
 
     Yields:
       The Keras 3 stateless scope, or None on tf_keras.
     """
     if not IS_KERAS_3:
-        yield None
+        with _without_assignments(constants):
+            yield None
         return
     mapping = []
     for state, seed in seeds:
@@ -216,7 +223,23 @@ def isolated_call(
         mapping.append((state, tf.cast(words, state.dtype)))
     mapping += [(variable, tf.zeros(variable.shape, variable.dtype)) for variable in zeroed]
     with keras.StatelessScope(state_mapping=mapping) as scope:
+        ignored, add_update = {id(variable) for variable in constants}, scope.add_update
+        scope.add_update = lambda update: None if id(update[0]) in ignored else add_update(update)
         yield scope
+
+
+@contextlib.contextmanager
+def _without_assignments(variables: Sequence[tf.Variable]) -> Iterator[None]:
+    """tf_keras has no stateless scope: methods of each variable take the place of its class's for a while."""
+    names = ("assign", "assign_add", "assign_sub")
+    try:
+        for variable in variables:
+            vars(variable).update(dict.fromkeys(names, lambda *args, variable=variable, **kwargs: variable))
+        yield
+    finally:
+        for variable in variables:
+            for name in names:
+                vars(variable).pop(name, None)
 
 
 @contextlib.contextmanager

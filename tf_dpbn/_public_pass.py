@@ -55,6 +55,7 @@ class PublicForward:
     ) -> None:
         correction = chosen_correction(model, correction)
         self._adaptive, self._released_mean = correction == "adaptive", released_mean
+        self._wants_both = correction in ("adaptive", "full")
         self._names = names_of_normalizations(model)
         self._variables = [raw(variable) for variable in model.trainable_variables]
         inputs = tf.nest.map_structure(tf.identity, public_batch)
@@ -112,6 +113,12 @@ class PublicForward:
             (z, mask), layer = given.inputs[k], self.calls[k].layer
             parts = [statistics.residuals(z, *self.statistics[k], layer.epsilon, layer.channel_axes, mask)]
             if k in with_mean:
+                if found[k] is None:
+                    raise ValueError(
+                        f"DPBatchNormalization {layer.name!r} is fed by another layer for one example than for the "
+                        "public pass. The model must compute the same for any number of examples; or compile it with "
+                        'correction="none". Received: statistics="noised"'
+                    )
                 center, scale = self._input_mean_and_scale(k)
                 parts.append((tf.convert_to_tensor(found[k]) - center) / scale)
             # Each part gets its share of the bound, so that none can crowd out the other.
@@ -147,10 +154,10 @@ class PublicForward:
         return chosen
 
     def corrections(self) -> list[tuple[str, str]]:
-        """For each call its layer's name and "local", "non-local", "both" or "none"."""
-        found = []
+        """For each call its layer's name and "local", "local only", "non-local", "both" or "none"."""
+        found, local = [], "local only" if self._wants_both else "local"
         for k, call in enumerate(self.calls):
-            kinds = {(True, True): "both", (True, False): "local", (False, True): "non-local", (False, False): "none"}
+            kinds = {(True, True): "both", (True, False): local, (False, True): "non-local", (False, False): "none"}
             found.append((call.layer.name, kinds[bool(self.local_terms[k]), k in self._nonlocal_calls]))
         return found
 

@@ -356,7 +356,8 @@ class DPModel(BookkeepingModel):
 
         Returns:
           For each call in training, in order, the layer's name and "local" (section 3a of docs/algorithm.md),
-          "non-local" (3b), "both" or "none".
+          "non-local" (3b), "both", "none", or "local only": `correction` asks for both, and 3b cannot serve the call
+          (a layer called several times, a frozen scale or offset, noised statistics).
         """
         self._compiled_dp_optimizer()
         batch, found = self._require_public_batch(), []
@@ -387,7 +388,7 @@ class DPModel(BookkeepingModel):
                 weight = None if weight is None else tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), weight)
             with (
                 GivenStatistics(calls, statistics) as given,
-                isolated_call(seeds, index, tracker_variables(self)) as scope,
+                isolated_call(seeds, index, tracker_variables(self), self.weights) as scope,
             ):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)

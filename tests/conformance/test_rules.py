@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests import helpers, zoo
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
-from tf_dpbn.clipping import ExampleResult, Task
+from tf_dpbn.clipping import ExampleResult, Task, vectorization
 from tf_dpbn.clipping.book_keeping import NORM_METHODS, BookKeepingEngine
 from tf_dpbn.clipping.vectorized import PerExampleEngine
 
@@ -431,6 +431,10 @@ def test_variables_inside_control_flow_and_functions_are_exact():
 
     task, rows = task_of(branching, [kernel]), rows_of(x, x)
     norms = np.linalg.norm(true_vectors(task, rows), axis=1)
-    _, sums = norms_and_sums(BookKeepingEngine(), task, rows, 0.5)
+    vectorization._tell_of_loop.cache_clear()
+    with helpers.logged_lines() as lines:
+        for _ in range(2):
+            _, sums = norms_and_sums(BookKeepingEngine(), task, rows, 0.5)
+    assert len(lines) == 1 and lines[0].startswith("Examples are looped over one by one") and "\n" not in lines[0]
     expected = np.minimum(1.0, 0.5 / norms) @ true_vectors(task, rows)
     np.testing.assert_allclose(helpers.flat(sums), expected, rtol=1e-4, atol=1e-6)

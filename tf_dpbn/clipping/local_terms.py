@@ -296,9 +296,15 @@ class _PassGraph:
                     return None
                 is_linear = is_linear and operation.type in _LINEAR_IN_ROWS
                 return _Producer(operation, (*parameters, kernel), data[0], is_linear)
+            stacked = _stacked_element(operation)
+            if stacked is not None:
+                z = stacked
+                continue
             moved = _axis_before(operation, data[0], axis)
+            if moved is None:
+                return None
             added = self._channel_parameters(operation, data[0], axis, channels)
-            if moved is None or added is None:
+            if added is None:
                 return None
             parameters += added
             is_linear = is_linear and operation.type in _ADDITIONS | _REARRANGEMENTS
@@ -307,8 +313,9 @@ class _PassGraph:
     def _kernel(self, operation: tf.Operation, data: tf.Tensor, axis: int, channels: int) -> _Parameter | None:
         if axis != _channel_axis_of_kernel_operation(operation):
             return None
-        found = [self._variable_read(t, _KERNEL_PASSAGES) for t in operation.inputs if t is not data]
-        reads = [each for each in found if each is not None]
+        found = [(t, self._variable_read(t, _KERNEL_PASSAGES)) for t in operation.inputs if t is not data]
+        # The last two axes of the operand must be the variable's own: an axis may have been added behind them.
+        reads = [read for t, read in found if read is not None and t.shape[-2:] == read[1].shape[-2:]]
         if len(reads) != 1 or not _is_data_times_kernel(operation, data):
             return None
         index, read = reads[0]
@@ -382,7 +389,37 @@ def _axis_before(operation: tf.Operation, data: tf.Tensor, axis: int) -> int | N
     if operation.type in _REARRANGEMENTS:
         # Leading axes may be merged or split; the last one must be kept whole.
         return data.shape.rank - 1 if last and data.shape[-1] == out.shape[-1] != 1 else None
+    if operation.type == "StridedSlice":
+        return data.shape.rank - 1 if last and _leaves_last_axis(operation, data) else None
     if operation.type == "Transpose":
         permutation = tf.get_static_value(operation.inputs[1])
         return None if permutation is None else int(permutation[axis])
     return None
+
+
+def _leaves_last_axis(operation: tf.Operation, data: tf.Tensor) -> bool:
+    """Whether an indexing touches leading axes only, as that of one step in time does."""
+    indexed = operation.inputs[1].shape[0]
+    other = operation.get_attr("ellipsis_mask") or operation.get_attr("new_axis_mask")
+    return not other and indexed is not None and data.shape.rank is not None and indexed < data.shape.rank
+
+
+def _stacked_element(operation: tf.Operation) -> tf.Tensor | None:
+    """The i-th of some stacked tensors where the operation is stack(...)[i], transposed there and back or not.
+
+    Two TimeDistributed layers of Keras 3 in a row leave that between them.
+    """
+    if operation.type != "StridedSlice" or operation.inputs[1].shape[0] != 1:
+        return None
+    if operation.get_attr("shrink_axis_mask") != 1 or operation.get_attr("new_axis_mask"):
+        return None
+    stack, index = operation.inputs[0].op, tf.get_static_value(operation.inputs[1])
+    order = list(range(len(operation.inputs[0].shape)))
+    while stack.type == "Transpose":
+        permutation = tf.get_static_value(stack.inputs[1])
+        if permutation is None:
+            return None
+        order, stack = [int(permutation[axis]) for axis in order], stack.inputs[0].op
+    if stack.type != "Pack" or index is None or order != sorted(order) or stack.get_attr("axis") != 0:
+        return None
+    return stack.inputs[int(index[0])]

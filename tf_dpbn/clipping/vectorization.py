@@ -9,6 +9,7 @@ that vectorizing leaves behind.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,13 +43,19 @@ def vectorize(function: _RowFunction, rows: Any) -> _RowFunction | None:
         except (TypeError, ValueError, NotImplementedError) as error:
             # Loops over tensor lists (tf_keras' recurrent layers), for one. An error of the model itself comes
             # back when the loop is traced.
-            tf.get_logger().info("Examples are looped over one by one, they cannot be vectorized: %s", error)
+            _tell_of_loop(f"TensorFlow cannot vectorize them ({str(error).strip().splitlines()[-1].strip()})")
             return None
     reason = _unsafe(traced.graph)
     if reason:
-        tf.get_logger().info("Examples are looped over one by one: %s.", reason)
+        _tell_of_loop(reason)
         return None
     return traceable
+
+
+@functools.cache
+def _tell_of_loop(reason: str) -> None:
+    """Says once for each reason that steps are slow, however often they are traced."""
+    tf.get_logger().warning("Examples are looped over one by one, which is slow: %s.", reason)
 
 
 def loop(function: _RowFunction, rows: Any) -> Any:
@@ -152,10 +159,11 @@ def _same_shape_but_rows(one: tf.Tensor, other: tf.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _quiet_fallbacks() -> Iterator[None]:
-    """Keeps TensorFlow from telling users to fix its own conversion of filter gradients."""
+    """Keeps TensorFlow from telling users to fix its own conversions, and from pages on those that fail."""
 
     def wanted(record: logging.LogRecord) -> bool:
-        return "uses a while_loop" not in record.getMessage()
+        message = record.getMessage()
+        return not any(text in message for text in ("a while_loop", "Got error while pfor", "\ncreated at:\n"))
 
     logger = tf.get_logger()
     logger.addFilter(wanted)
