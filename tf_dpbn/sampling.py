@@ -28,6 +28,7 @@ import itertools
 import math
 import numbers
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,7 +230,9 @@ def poisson_dataset(
         arrays = tf.nest.flatten((*data, weights))
         draws = SharedDraws(seed, digest_of([*arrays, np.array(dataclasses.astuple(sampling))]))
     dataset = _index_dataset(sampling, seed, draws)
-    dataset = dataset.map(_row_gatherer((*data, weights)), num_parallel_calls=tf.data.AUTOTUNE)
+    gatherer = _RowGatherer((*data, weights))
+    dataset = dataset.map(gatherer.gather, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset.tf_dpbn_gatherer = gatherer  # kept, with the arrays
     if augment is not None:
         dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()  # of one draw, each worker takes its own rows
@@ -395,32 +398,45 @@ def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDr
     return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch * sampling.batches_per_draw))
 
 
-def _row_gatherer(data: Any) -> Callable[[tf.Tensor], Any]:
-    """Returns the function from an index vector to the batch, rows of the numpy arrays and tensors of `data`."""
-    leaves = tf.nest.flatten(data)
-    arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
-    specs = [tf.convert_to_tensor(array[:1]) for array in arrays]  # in the machine's byte order
+class _RowGatherer:
+    """Makes an index vector the batch of these rows of numpy arrays and tensors.
 
-    def rows_of_arrays(indices: np.ndarray) -> list[np.ndarray]:
-        gathered = [np.take(array, np.maximum(indices, 0), axis=0) for array in arrays]
-        for rows in gathered:
-            rows[indices < 0] = 0
-        return [rows.astype(s.dtype.as_numpy_dtype, copy=False) for rows, s in zip(gathered, specs, strict=True)]
+    Args:
+      data: nest of them, [N, ...]; it is there as long as this object, which the dataset has to keep.
+    """
 
-    def rows_of_tensor(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
-        gathered = tf.gather(tensor, tf.maximum(indices, 0))
-        keep = tf.reshape(indices >= 0, [-1] + [1] * (tensor.shape.rank - 1))
-        return tf.where(keep, gathered, tf.zeros_like(gathered))
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._arrays = [leaf for leaf in tf.nest.flatten(data) if isinstance(leaf, np.ndarray)]
+        self._specs = [tf.convert_to_tensor(array[:1]) for array in self._arrays]  # in the machine's byte order
 
-    def gather(indices: tf.Tensor) -> Any:
-        copied = tf.numpy_function(rows_of_arrays, [indices], [s.dtype for s in specs], stateful=False)
-        for rows, spec in zip(copied, specs, strict=True):
+    @tf.autograph.experimental.do_not_convert
+    def gather(self, indices: tf.Tensor) -> Any:
+        """Returns the batch, its padding zeros."""
+        reader = weakref.WeakMethod(self._rows_of_arrays)  # TensorFlow never forgets a function that it may call
+        types = [spec.dtype for spec in self._specs]
+        copied = tf.numpy_function(lambda drawn: reader()(drawn), [indices], types, stateful=False)  # type: ignore[misc]
+        for rows, spec in zip(copied, self._specs, strict=True):
             rows.set_shape([*indices.shape, *spec.shape[1:]])
         remaining = iter(copied)
-        batch = [next(remaining) if isinstance(a, np.ndarray) else rows_of_tensor(a, indices) for a in leaves]
-        return tf.nest.pack_sequence_as(data, batch)
 
-    return gather
+        def rows_of(leaf: Any) -> tf.Tensor:
+            return next(remaining) if isinstance(leaf, np.ndarray) else _rows_of_tensor(leaf, indices)
+
+        return tf.nest.map_structure(rows_of, self._data)
+
+    def _rows_of_arrays(self, indices: np.ndarray) -> list[np.ndarray]:
+        gathered = [np.take(array, np.maximum(indices, 0), axis=0) for array in self._arrays]
+        for rows in gathered:
+            rows[indices < 0] = 0
+        pairs = zip(gathered, self._specs, strict=True)
+        return [rows.astype(spec.dtype.as_numpy_dtype, copy=False) for rows, spec in pairs]
+
+
+def _rows_of_tensor(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+    gathered = tf.gather(tensor, tf.maximum(indices, 0))
+    keep = tf.reshape(indices >= 0, [-1] + [1] * (tensor.shape.rank - 1))
+    return tf.where(keep, gathered, tf.zeros_like(gathered))
 
 
 def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[..., tuple]:
