@@ -48,6 +48,7 @@ class Books(tf.train.experimental.PythonState):
 
     Attributes:
       public_batch: nest of tensors, or None.
+      may_contain_training_rows: whether the public batch may hold rows of the training data, as the user said.
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
       steps, not_finite: counters that the train step advances.
@@ -62,6 +63,7 @@ class Books(tf.train.experimental.PythonState):
 
     def __init__(self) -> None:
         self.public_batch: Any = None
+        self.may_contain_training_rows = False
         self.structure: _training_trace.Structure | None = None
         self.configuration: StepRecord | None = None
         self.statistics_are_of: int | None = None

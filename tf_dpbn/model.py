@@ -461,7 +461,7 @@ class DPModel(BookkeepingModel):
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
-            and missing.
+            and missing, or holds rows of the training data.
           RuntimeError: with accumulation_steps, if a callback of `fit` trains the model, by whatever method (by a graph
             of its own: tf.errors.InvalidArgumentError).
         """
@@ -560,6 +560,9 @@ class DPModel(BookkeepingModel):
         _checks.check_workers(self.distribute_strategy, source, self._books.public_batch)
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
+        if self._books.public_batch is not None and not self._books.may_contain_training_rows:
+            origin = source_behind(x)
+            _checks.check_public_rows(self._books.public_batch, x if origin is None else origin.inputs)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
@@ -573,6 +576,8 @@ class DPModel(BookkeepingModel):
             options["callbacks"] = with_callback(options.get("callbacks"), boundaries)
         built = self._build_for(*x.element_spec[:2]) if source is not None else symbolic_outputs(self) is not None
         self._books.open_record(optimizer, law, "poisson" if source else "assumed")
+        if source is not None and source.plan is not None:
+            _checks.check_plan(source.plan, source.sampling, self.ledger, self.running_record, options)
         if built:  # created in the step they would have it traced twice
             self._create_averages()
             with self.distribute_strategy.scope():
