@@ -332,9 +332,9 @@ def check_plan(
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
         warnings.warn(
-            f"This `fit` goes beyond its plan: its {steps} steps after {ledger.steps} before reach epsilon {reached:.4g} "
-            f"at delta {plan.delta:g}, and the plan is for {whole.steps} steps and epsilon {planned:.4g}. Train for fewer "
-            f"epochs, make a new plan, or stop in time with callbacks.PrivacyBudget({planned:.4g}).",
+            f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
+            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. Train for "
+            f"fewer epochs, make a new plan, or stop in time with callbacks.PrivacyBudget({planned:.4g}).",
             PrivacyWarning,
             stacklevel=4,
         )

@@ -561,8 +561,8 @@ class DPModel(BookkeepingModel):
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
         if self._books.public_batch is not None and not self._books.may_contain_training_rows:
-            origin = source_behind(x)
-            _checks.check_public_rows(self._books.public_batch, x if origin is None else origin.inputs)
+            behind = source_behind(x)
+            _checks.check_public_rows(self._books.public_batch, x if behind is None else behind.inputs)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
@@ -642,9 +642,11 @@ def _beginning_batches(step: Any) -> Any:
 def _law_behind(x: Any) -> Any:
     """The PoissonSampling of the data set whose batches a data set was derived from, or None where rows are others."""
     source = source_behind(x)
-    shapes = [] if source is None else [spec.shape for spec in tf.nest.flatten(x.element_spec) if spec.shape.rank]
-    rows = shapes[0][0] if shapes else 0
-    return source.sampling if source and rows in (None, source.sampling.rows // source.sampling.batches_per_draw) else None
+    if source is None:
+        return None
+    (rows,) = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list() or [0]
+    law = source.sampling
+    return law if rows in (None, law.rows // law.batches_per_draw) else None
 
 
 def _after(data: Any) -> Any:

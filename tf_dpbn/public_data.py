@@ -226,10 +226,11 @@ def _candidates(batch: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> 
     public, private = batch[widest], training[widest]
     shape = public.shape[1:]
     places = np.unique(np.linspace(0, public[0].size - 1, 256).astype(int))
-    distinct = [len(np.unique(public[(slice(None), *np.unravel_index(place, shape))])) for place in places]
-    chosen = np.unravel_index(np.sort(places[np.argsort(distinct)[-16:]]), shape)
+    values_there = public.reshape(len(public), -1)[:, places]
+    distinct = [len(np.unique(column)) for column in values_there.T]
+    index: Any = (slice(None), *np.unravel_index(np.sort(places[np.argsort(distinct)[-16:]]), shape))
     with np.errstate(all="ignore"):
-        parts = [np.ascontiguousarray(a[(slice(None), *chosen)].astype(public.dtype)) for a in (public, private)]
+        parts = [np.ascontiguousarray(array[index].astype(public.dtype)) for array in (public, private)]
     keys, values = (part.view(f"S{part.shape[1] * part.itemsize}").ravel() for part in parts)
     return np.flatnonzero(np.isin(values, keys))
 

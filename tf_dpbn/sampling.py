@@ -354,7 +354,7 @@ def digest_of(arrays: Sequence[Any]) -> int:
         array = np.asarray(array)
         digest.update(f"{array.dtype}{array.shape}".encode())
         flat = np.ascontiguousarray(array.astype(bytes) if array.dtype == object else array).reshape(-1)
-        digest.update(flat.view(np.uint8))  # not a copy of the array
+        digest.update(flat.view(np.uint8).data)  # not a copy of the array
     return int.from_bytes(digest.digest()[:4], "big")
 
 
