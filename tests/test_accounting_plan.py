@@ -279,8 +279,8 @@ def test_statement_says_what_ran():
             "sampling by this library"
         ),
         "one row of the data given to poisson_dataset",
-        "Treated as public, and not protected: the number of examples and the expected batch size; the weights from "
-        "before training; the public batch",
+        "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
+        "weights; the public batch",
         "preprocessing fitted on private data",
         "checkpoint",
         "normalization statistics",

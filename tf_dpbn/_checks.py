@@ -315,14 +315,15 @@ def check_plan(
       law: of the data set.
       ledger: what ran.
       record: the step that runs next.
-      options: arguments of `fit`. A PrivacyBudget among the callbacks stops in time, so that there is nothing to warn
-        of.
+      options: arguments of `fit`. With a PrivacyBudget among the callbacks, which stops in time, there is nothing to
+        warn of, and with BackupAndRestore it is not known yet with which epoch training goes on.
     """
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
+    resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
     epochs = max(0, options.get("epochs", 1) - options.get("initial_epoch", 0))
     batches = steps_of_epoch(options.get("steps_per_epoch")) or law.steps_per_epoch * law.batches_per_draw
     steps = epochs * batches // law.batches_per_draw
-    if not steps or any(getattr(each, "stops_in_time", False) for each in callbacks):
+    if not steps or resumed or any(getattr(each, "stops_in_time", False) for each in callbacks):
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
     future.record(dataclasses.replace(record, steps=steps))

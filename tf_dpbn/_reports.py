@@ -106,8 +106,8 @@ def privacy_statement(
         "or fit. Whoever has several rows in it has less protection than epsilon says."
     )
     paragraphs.append(
-        "Treated as public, and not protected: the number of examples and the expected batch size; the weights from "
-        "before training; the public batch, if there is one, which is stored with the model."
+        "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
+        "weights; the public batch, if there is one, which is stored with the model."
     )
     paragraphs.append("Covered: " + "; ".join((*_COVERED, *covered)) + ".")
     paragraphs.append("NOT covered: " + "; ".join((*_NOT_COVERED, *not_covered)) + ".")
