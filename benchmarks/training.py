@@ -115,7 +115,9 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     batch = {name: getattr(setting, name) for name in ("statistics", "statistics_clip", "momentum")}
     model = utility_nets.build(setting.net, image, setting.normalization, initializer=setting.initializer, **batch)
     if setting.is_public:
-        model.set_public_batch(public_batch(setting, image, data, seed))
+        from_training = setting.public in ("train", "digits")  # "digits" may be among those of MNIST
+        batch_of = public_batch(setting, image, data, seed)
+        model.set_public_batch(batch_of, may_contain_training_rows=from_training)
     rate = keras.optimizers.schedules.CosineDecay(setting.learning_rate, plan.steps, alpha=0.1)
     average = {"use_ema": True, "ema_momentum": setting.ema} if setting.ema else {}
     model.compile(

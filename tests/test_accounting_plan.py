@@ -278,7 +278,10 @@ def test_statement_says_what_ran():
             "100 steps: sampling probability 0.02, noise multipliers (1.5), together 1.5. Poisson "
             "sampling by this library"
         ),
-        "treated as public",
+        "one row of the data given to poisson_dataset",
+        "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
+        "weights; the public batch",
+        "preprocessing fitted on private data",
         "checkpoint",
         "normalization statistics",
         "loss and metrics logged in training",

@@ -140,6 +140,46 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits():
     assert model.ledger.steps == 8
 
 
+@pytest.mark.parametrize(
+    "epochs,allowed,verbose,told",
+    [
+        (4, 6, 1, "in epoch 2 of 4, after 6 private steps"),
+        (4, 6, 2, "after 6 private"),
+        (2, 8, 1, None),
+        (4, 6, 0, None),
+    ],
+)
+def test_a_stop_before_the_end_is_told_in_one_line(epochs, allowed, verbose, told, capsys):
+    budget = budget_for(allowed)
+    fit(make_model(), PrivacyBudget(budget), epochs=epochs, verbose=verbose)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "PrivacyBudget" in line]
+    assert len(lines) == (told is not None)
+    if told is not None:
+        assert told in lines[0]
+        assert f"epsilon {epsilon_of(allowed):.4g} of {budget:g} at delta 0.001" in lines[0]
+
+
+def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step():
+    model = make_model()
+    message = (
+        rf"20 steps after 0 so far and reach epsilon {epsilon_of(20):.4g} at delta 0.001; "
+        rf"the plan of its data set is for 16 steps and epsilon {PLAN.epsilon:.4g}"
+    )
+    with pytest.warns(tf_dpbn.PrivacyWarning, match=message), pytest.raises(ZeroDivisionError):
+        fit(model, keras.callbacks.LambdaCallback(on_train_begin=lambda logs: 1 / 0), epochs=5)
+    assert model.ledger.steps == 0
+    fit(model, epochs=3)  # within the plan, as what follows
+    fit(model, initial_epoch=3, epochs=4)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match=f"2 steps after 16 so far and reach epsilon {epsilon_of(18):.4g}"):
+        fit(model, steps_per_epoch=2)
+
+
+def test_more_epochs_than_planned_need_no_warning_with_a_budget_or_more_noise():
+    fit(make_model(), PrivacyBudget(PLAN.epsilon), epochs=50)
+    optimizer = helpers.dp_optimizer(noise_multiplier=8.0, expected_batch_size=4)
+    fit(make_model(optimizer), epochs=5)
+
+
 @pytest.mark.parametrize("allowed", [5, 6, 8])
 def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
     model = make_model(steps_per_execution=3)

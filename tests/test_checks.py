@@ -401,7 +401,7 @@ class StepCounter(layers.Layer):
 def test_state_that_does_not_depend_on_examples_advances_once_a_step(normalized):
     counter = StepCounter()
     model = network(layers.Dense(4), counter, *([tf_dpbn.DPBatchNormalization()] if normalized else []))
-    model.set_public_batch(GOOD)
+    model.set_public_batch(GOOD + 1)
     fit(helpers.compiled(model), steps=3)
     assert float(counter.count.numpy()) == 3.0
 

@@ -1,6 +1,7 @@
 """The ledger of a model: what is booked when, and what epsilon comes of it."""
 
 import contextlib
+import dataclasses
 import math
 
 import numpy as np
@@ -502,6 +503,57 @@ def test_every_step_counts_however_keras_runs_them(options):
     model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
     assert model.ledger == tf_dpbn.Ledger([poisson_record(8)])
     assert int(model.optimizer.iterations) == 8
+
+
+def test_prefetching_leaves_the_sampling_known():
+    plan = make_plan()
+    model = make_model(plan)
+    model.fit(plan.poisson_dataset(X, Y).prefetch(2).with_options(tf.data.Options()), verbose=0)
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda d: d.map(lambda x, y, weight: (2 * x, y, weight)),
+        lambda d: d.cache().take(4),
+        lambda d: d.shuffle(4).repeat(1),
+    ],
+)
+def test_a_data_set_derived_from_a_poisson_one_trains_with_the_warning(derive):
+    plan = make_plan()
+    model = make_model(plan)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="were changed .* assumes Poisson sampling"):
+        model.fit(derive(plan.poisson_dataset(X, Y)), verbose=0)
+    record = dataclasses.replace(poisson_record(4), sampling="assumed")  # cut batches are charged
+    assert model.ledger == tf_dpbn.Ledger([record])
+    model.train_on_batch(X[:4], Y[:4])
+    assert model.ledger == tf_dpbn.Ledger([record, assumed_record(1)])
+
+
+def test_batches_of_other_sizes_made_of_poisson_ones_are_checked_as_any_others():
+    plan = make_plan()
+    data = plan.poisson_dataset(X, Y).unbatch().batch(5, drop_remainder=True)
+    with (
+        pytest.warns(tf_dpbn.PrivacyWarning, match="do not come from"),
+        pytest.raises(ValueError, match="equal the size of the batches, 5"),
+    ):
+        make_model(plan).fit(data, verbose=0)
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
+def test_a_batch_beyond_the_end_of_the_data_is_no_step(options):
+    def batches():
+        for start in range(0, 16, 4):
+            yield X[start : start + 4], Y[start : start + 4]
+
+    specs = tf.TensorSpec((4, 3)), tf.TensorSpec((4, 2))
+    model = make_model(**options)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
+        model.fit(tf.data.Dataset.from_generator(batches, output_signature=specs), epochs=2, verbose=0)
+        model.fit(batches(), verbose=0)
+    assert model.ledger.steps == int(model.optimizer.iterations) == 12
 
 
 def test_an_exception_in_a_callback_loses_no_steps():

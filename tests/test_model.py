@@ -101,6 +101,29 @@ def moving(model):
     return [np.asarray(v) for layer in found for v in (layer.moving_mean, layer.moving_variance)]
 
 
+@pytest.mark.parametrize(
+    "data",
+    [draws, lambda: draws().cache(), lambda: (vectors()[0], vectors()[1])],
+    ids=["poisson", "cached", "arrays"],
+)
+@pytest.mark.filterwarnings("ignore:The batches:tf_dpbn.PrivacyWarning")
+def test_a_public_batch_with_rows_of_the_training_data_is_refused_unless_allowed(data, tmp_path):
+    model = compiled(functional(), num_examples=EXAMPLES)
+    data = data()
+    arguments, options = (data, {"batch_size": EXPECTED}) if isinstance(data, tuple) else ((data,), {})
+    batch = np.concatenate([PUBLIC, vectors()[0][:2]])
+    model.set_public_batch(batch)
+    with pytest.raises(ValueError, match="not contain private .* may_contain_training_rows=True.*2 of 9 rows"):
+        model.fit(*arguments, **options, verbose=0)
+    assert model.ledger.steps == 0
+    model.set_public_batch(batch, may_contain_training_rows=True)
+    model.save_weights(tmp_path / "w.weights.h5")
+    loaded = compiled(functional(), num_examples=EXAMPLES)
+    loaded.load_weights(tmp_path / "w.weights.h5")
+    loaded.fit(*arguments, **options, verbose=0)
+    assert "rows of the training data in the public batch" in " ".join(loaded.privacy_statement(1e-3).split())
+
+
 @pytest.fixture(scope="module")
 def reference():
     return by_name(trained(functional()))

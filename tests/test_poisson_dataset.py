@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import math
+import pathlib
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from tf_dpbn.sampling import (
     PrivacyPlan,
     poisson_dataset,
     real_example_mask,
+    source_behind,
     source_of,
 )
 
@@ -140,6 +144,32 @@ def test_rows_of_a_batch_split_over_replicas_are_one_draw():
     assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole
 
 
+def private_memory() -> int:
+    """Bytes of this process that belong to no file."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.parametrize("mapped", [False, True])
+def test_arrays_are_not_copied_and_not_kept(mapped, tmp_path):
+    shape = (2000, 160, 160, 3)  # 154 MB
+    x = np.memmap(tmp_path / "x", "uint8", "w+", shape=shape) if mapped else np.ones(shape, "uint8")
+    labels = np.arange(len(x), dtype=">i2")  # of a byte order that TensorFlow does not have
+    before = private_memory()
+    dataset = make_plan(num_examples=len(x), expected_batch_size=20).poisson_dataset(x, labels, seed=1)
+    for _, batch_y, weight in dataset.take(3).as_numpy_iterator():
+        assert batch_y.dtype == np.dtype("int16") and batch_y[weight > 0].any()
+    assert private_memory() - before < x.nbytes / 3
+    x[:, 0, 0, 0] = 7  # read as they are drawn
+    batch_x, _, weight = next(dataset.as_numpy_iterator())
+    assert set(batch_x[weight > 0][:, 0, 0, 0]) == {7}
+    kept = weakref.ref(x)
+    del x, dataset, batch_x
+    gc.collect()
+    assert kept() is None
+
+
 # The note that a dataset carries.
 
 
@@ -153,14 +183,52 @@ def test_source_tells_the_sampling_and_labels():
     assert source.sampling.expected_batch_size == pytest.approx(8.0)
 
 
-@pytest.mark.parametrize("derive", [lambda d: d.cache(), lambda d: d.repeat(), lambda d: d.take(1)])
+def options(**values) -> tf.data.Options:
+    made = tf.data.Options()
+    for name, value in values.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda d: d.prefetch(2),
+        lambda d: d.with_options(options(deterministic=True)).prefetch(1),
+        lambda d: d.prefetch(1).with_options(options(threading=tf.data.ThreadingOptions())),
+    ],
+)
+def test_prefetching_and_options_keep_the_source(derive):
+    dataset = small_dataset()
+    assert source_of(derive(dataset)) is source_of(dataset) is not None
+
+
+def every_worker_takes_all() -> tf.data.Options:
+    made = tf.data.Options()
+    made.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return made
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda d: d.cache(),
+        lambda d: d.repeat(),
+        lambda d: d.take(1),
+        lambda d: d.map(lambda x, y, weight: (x, y, weight)).prefetch(1),
+        lambda d: d.with_options(options(deterministic=False)),
+        lambda d: d.with_options(every_worker_takes_all()).prefetch(1),
+    ],
+)
 def test_derived_datasets_lose_the_source(derive):
-    assert source_of(derive(small_dataset())) is None
+    dataset = small_dataset()
+    assert source_of(derive(dataset)) is None
+    assert source_behind(derive(dataset)) is source_of(dataset)
 
 
 @pytest.mark.parametrize("other", [None, np.zeros(3), tf.data.Dataset.range(3)])
 def test_other_data_has_no_source(other):
-    assert source_of(other) is None
+    assert source_of(other) is source_behind(other) is None
 
 
 def test_source_of_ignores_a_foreign_attribute():

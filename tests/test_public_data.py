@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from tf_dpbn import public_data
 from tf_dpbn.public_data import dead_leaves, random_fields, uniform_noise, validate_batch
 
 pytestmark = pytest.mark.keras_free
@@ -355,3 +356,47 @@ def test_validate_batch_refuses(batch, arguments, error, message):
 def test_validate_batch_uses_the_name_in_errors():
     with pytest.raises(ValueError, match="`calibration.shape` must"):
         validate_batch(ZEROS[:1], name="calibration")
+
+
+# Rows of the training data in a public batch.
+
+
+PRIVATE = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 1))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float64", "float32"])
+def test_training_rows_in_a_public_batch_are_counted_in_the_batchs_type(kind):
+    batch = np.concatenate([PRIVATE[7:9], PRIVATE[:1] + 1, PRIVATE[7:8]]).astype("float32") / 255
+    training = PRIVATE.astype(kind) / np.asarray(255, "float32" if kind == "float32" else "float64")
+    assert public_data.count_common_rows([batch], [training]) == 3
+    whole = np.concatenate([PRIVATE[40:], PRIVATE[40:] + 1]).astype("float32")
+    assert public_data.count_common_rows([whole], [PRIVATE.astype(kind)]) == 10
+
+
+def test_rows_of_one_value_and_rows_of_other_shapes_are_not_counted():
+    blank = np.full((3, 4, 4, 1), 0.5, "float32")
+    assert public_data.count_common_rows([blank], [np.repeat(blank, 9, 0)]) == 0
+    assert public_data.count_common_rows([PRIVATE[:3]], [PRIVATE.reshape(50, 16)]) == 0
+    assert public_data.count_common_rows([PRIVATE[:3]], [PRIVATE, PRIVATE]) == 0
+    assert public_data.count_common_rows([np.arange(4)], [np.arange(4)]) == 0
+
+
+def test_a_row_of_several_inputs_is_common_if_all_of_it_is():
+    kinds = np.arange(50) % 3
+    assert public_data.count_common_rows([PRIVATE[:6], kinds[:6]], [PRIVATE, kinds]) == 6
+    assert public_data.count_common_rows([PRIVATE[:6], kinds[1:7]], [PRIVATE, kinds]) == 0
+
+
+def test_rows_that_look_alike_where_they_are_compared_first_are_compared_in_full():
+    training = np.zeros((20, 4000), "float32")
+    training[np.arange(20), np.arange(20) * 7 + 1] = 1.0
+    batch = np.zeros((2, 4000), "float32")
+    batch[0, 8], batch[1, 9] = 1.0, 1.0
+    assert public_data.count_common_rows([batch], [training]) == 1
+
+
+def test_of_memory_mapped_arrays_the_beginning_is_read(tmp_path):
+    mapped = np.memmap(tmp_path / "x", "uint8", "w+", shape=(20_000, 4))
+    mapped[:] = np.random.default_rng(0).integers(0, 256, mapped.shape)
+    assert public_data.count_common_rows([np.asarray(mapped[:5])], [mapped]) == 5
+    assert public_data.count_common_rows([np.array([[1, 2, 3, 4], [5, 6, 7, 8]])], [mapped]) == 0

@@ -30,7 +30,7 @@ def test_a_strategy_of_one_device_trains_with_noised_statistics_and_reports_corr
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         model = build()
         helpers.compiled(model, optimizer=helpers.dp_optimizer(expected_batch_size=4))
-        model.set_public_batch(x)
+        model.set_public_batch(x + 1)
         assert [kind for _, kind in model.correction_report()] == ["local", "local"]
         batches = poisson_dataset(x, y, expected_batch_size=4, max_batch_size=8)
         assert np.isfinite(model.fit(batches, verbose=0).history["loss"]).all()

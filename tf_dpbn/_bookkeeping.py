@@ -37,13 +37,17 @@ class BookkeepingModel(keras.Model):
 
     # ------------------------------------------------------------------ public batch
 
-    def set_public_batch(self, batch: Any, *, value_range: tuple[float, float] | None = None) -> None:
+    def set_public_batch(
+        self, batch: Any, *, value_range: tuple[float, float] | None = None, may_contain_training_rows: bool = False
+    ) -> None:
         """Sets the public examples from which batch statistics are computed; saved with the model.
 
         Args:
           batch: nest of arrays like the model's input, [examples, ...], 2 examples or more; 30 to 256 are typical. It
             must not contain private data: it is stored in the clear. See `public_data` for synthetic ones.
           value_range: if given, (low, high) that all values must lie in: the range of the training data.
+          may_contain_training_rows: True lets `fit` train on data that hold rows of the batch, which it else refuses.
+            Such rows have no privacy; say so only if they are public, or coincide by chance.
 
         Raises:
           ValueError: for a wrong structure, shape, dtype or range, or values that are not finite.
@@ -71,6 +75,7 @@ class BookkeepingModel(keras.Model):
         sizes = {len(array) for array in checked}
         if len(sizes) > 1:
             raise ValueError(f"`public_batch` must have equally many rows everywhere. Received: {sorted(sizes)}")
+        self._books.may_contain_training_rows = may_contain_training_rows
         if self._same_public_batch(checked):
             return  # nothing to trace anew, and a checkpoint may be loaded in the middle of fit
         tensors = [tf.convert_to_tensor(array) for array in checked]
@@ -286,7 +291,8 @@ class BookkeepingModel(keras.Model):
 
     def privacy_statement(self, delta: float, accountant: str = "rdp") -> str:
         """What the guarantee is, what it assumes, and what it does not cover, in plain words. For what really ran."""
-        return privacy_statement(self.ledger, delta=delta, accountant=accountant)
+        told = ["rows of the training data in the public batch"] if self._books.may_contain_training_rows else []
+        return privacy_statement(self.ledger, delta=delta, accountant=accountant, not_covered=told)
 
     @property
     def debug_not_finite_examples(self) -> int:
@@ -303,7 +309,8 @@ class BookkeepingModel(keras.Model):
         batch = self._books.public_batch
         arrays = tf.nest.flatten(batch) if batch is not None else []
         structure = None if batch is None else tf.nest.pack_sequence_as(batch, list(range(len(arrays))))
-        books = {"books": self._books.serialize(), "public_batch": structure}
+        told = self._books.may_contain_training_rows
+        books = {"books": self._books.serialize(), "public_batch": structure, "may_contain_training_rows": told}
         store[_STORE_KEY] = np.frombuffer(json.dumps(books).encode(), np.uint8)
         for i, array in enumerate(arrays):
             store[f"{_BATCH_KEY}{i}"] = array.numpy()
@@ -319,7 +326,7 @@ class BookkeepingModel(keras.Model):
         super().load_own_variables({key: store[key] for key in keys})
         if structure is not None:
             batch = tf.nest.map_structure(lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), structure)
-            self.set_public_batch(batch)
+            self.set_public_batch(batch, may_contain_training_rows=books.get("may_contain_training_rows", False))
 
 
 def _lossy_file(filepath: Any, better: str) -> ValueError:

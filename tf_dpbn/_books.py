@@ -48,11 +48,12 @@ class Books(tf.train.experimental.PythonState):
 
     Attributes:
       public_batch: nest of tensors, or None.
+      may_contain_training_rows: whether the public batch may hold rows of the training data, as the user said.
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
       steps, not_finite: counters that the train step advances.
       others: the counter of those of them that `fit` did not take on the batches that it was given.
-      sampling: of the data set of the running `fit`, or None.
+      running_law: sampling of the data set of the running `fit`, or None, and "assumed" unless that is known.
       depth: how many `fit` run, one called by a callback of the other.
       budgets: what to ask before steps, and once after `fit`, for their number; they raise where it is too many.
       statistics_are_of: how many steps the optimizer had made when moving statistics were set; None before training.
@@ -62,13 +63,14 @@ class Books(tf.train.experimental.PythonState):
 
     def __init__(self) -> None:
         self.public_batch: Any = None
+        self.may_contain_training_rows = False
         self.structure: _training_trace.Structure | None = None
         self.configuration: StepRecord | None = None
         self.statistics_are_of: int | None = None
         self.functions: dict[str, Any] = {}
         self.budgets: list[Callable[[int], None]] = []
         self.version = 0
-        self.sampling: PoissonSampling | None = None
+        self.running_law: tuple[PoissonSampling | None, str] = None, "assumed"
         self.depth = 0
         self._is_beside_fit = self._takes_step_of_fit = False
         self._compiled = 0
@@ -207,10 +209,14 @@ class Books(tf.train.experimental.PythonState):
 
     # ------------------------------------------------------------------ ledger
 
-    def open_record(self, optimizer: DPOptimizer, sampling: PoissonSampling | None) -> None:
-        """Books the steps so far and starts a record with the configuration that is about to run."""
+    def open_record(self, optimizer: DPOptimizer, law: PoissonSampling | None, sampling: str = "assumed") -> None:
+        """Books the steps so far and starts a record with the configuration that is about to run.
+
+        A data set that was derived from one of the Poisson sampler has its law, if that is assumed: batches that were
+        cut are charged to delta all the same.
+        """
         self._close()
-        self.sampling = sampling
+        self.running_law = law, sampling
         self._assumed = self.configuration = StepRecord(
             noise_multipliers=optimizer.noise_multipliers(self._releases),
             steps=1,
@@ -218,13 +224,13 @@ class Books(tf.train.experimental.PythonState):
             num_examples=optimizer.num_examples,
             sampling="assumed",
         )
-        if sampling is not None:
+        if law is not None:
             self.configuration = dataclasses.replace(
                 self._assumed,
-                sampling_probability=sampling.sampling_probability,
-                num_examples=sampling.num_examples,
-                max_batch_size=sampling.max_batch_size,
-                sampling="poisson",
+                sampling_probability=law.sampling_probability,
+                num_examples=law.num_examples,
+                max_batch_size=law.max_batch_size,
+                sampling=sampling,
             )
 
     def set_releases(self, optimizer: DPOptimizer, number: int) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _validate, sampling
+from tf_dpbn import _validate, public_data, sampling
 from tf_dpbn._keras import (
     IS_KERAS_3,
     BatchNormalizationBase,
     Functional,
     flatten_layers,
     keras,
+    steps_of_epoch,
 )
-from tf_dpbn.accounting import PrivacyWarning
+from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
 from tf_dpbn.layers import DPBatchNormalization
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
@@ -276,6 +279,66 @@ def check_sampling(law: PoissonSampling, optimizer: DPOptimizer, accumulation_st
                 f"equal that of the Poisson data set, {drawn:g}",
                 "Build optimizer and data set from the same PrivacyPlan.",
             )
+
+
+def check_public_rows(public_batch: Any, training: Any) -> None:
+    """Refuses a public batch with rows of the training data, which would have no privacy.
+
+    Args:
+      public_batch: nest of tensors.
+      training: inputs as the user gave them: nest of arrays or tensors, of others nothing is known.
+
+    Raises:
+      ValueError: with the number of such rows.
+    """
+    public = [np.asarray(each) for each in tf.nest.flatten(public_batch)]
+    arrays = [each for each in tf.nest.flatten(training) if hasattr(each, "shape") and hasattr(each, "__array__")]
+    found = public_data.count_common_rows(public, arrays)
+    if found:
+        raise _validate.argument_error(
+            "public_batch",
+            f"{found} of {len(public[0])} rows that are rows of the training data",
+            "not contain private examples",
+            "It is stored with the model in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; "
+            "only if these rows are public, or coincide by chance, set_public_batch(..., "
+            "may_contain_training_rows=True).",
+        )
+
+
+def check_plan(
+    plan: PrivacyPlan, law: PoissonSampling, ledger: Ledger, record: StepRecord, options: dict[str, Any]
+) -> None:
+    """Warns of a `fit` that would go beyond the plan of its data set, counting what ran before.
+
+    Args:
+      plan: of the data set.
+      law: of the data set.
+      ledger: what ran.
+      record: the step that runs next.
+      options: arguments of `fit`. With a PrivacyBudget among the callbacks, which stops in time, there is nothing to
+        warn of, and with BackupAndRestore it is not known yet with which epoch training goes on.
+    """
+    callbacks = tf.nest.flatten(options.get("callbacks") or [])
+    resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
+    epochs = max(0, options.get("epochs", 1) - options.get("initial_epoch", 0))
+    batches = steps_of_epoch(options.get("steps_per_epoch")) or law.steps_per_epoch * law.batches_per_draw
+    steps = epochs * batches // law.batches_per_draw
+    if not steps or resumed or any(getattr(each, "stops_in_time", False) for each in callbacks):
+        return
+    future = ledger.with_sampling_probability(plan.sampling_probability)
+    future.record(dataclasses.replace(record, steps=steps))
+    total, whole = ledger.steps + steps, plan.record()
+    if total <= whole.steps and future == Ledger([plan.record(total)]):
+        return  # without a computation, which takes seconds with PLD
+    planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
+    if reached > planned * (1.0 + 1e-6):
+        warnings.warn(
+            f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
+            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. Train for "
+            f"fewer epochs, make a new plan, or stop in time with callbacks.PrivacyBudget({planned:.4g}).",
+            PrivacyWarning,
+            stacklevel=4,
+        )
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:

@@ -60,6 +60,7 @@ _NOT_COVERED = (
     "counters for debugging",
     "hyper-parameter search: every further run on the same data costs its own budget",
     "validation on private data, and early stopping on private metrics",
+    "preprocessing fitted on private data, such as vocabularies, means and scales",
     "side channels such as timing or memory",
     "floating-point effects of the noise: the analysis is for real numbers",
 )
@@ -102,8 +103,12 @@ def privacy_statement(
             f"and {ledger.tail_delta():.3g} for what the noise's tail leaves out."
         )
     paragraphs.append(
-        "Neighbouring data sets differ by adding or removing one example. The number of examples "
-        "and the expected batch size are treated as public."
+        "Neighbouring data sets differ by adding or removing one example: one row of the data given to poisson_dataset "
+        "or fit. Whoever has several rows in it has less protection than epsilon says."
+    )
+    paragraphs.append(
+        "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
+        "weights; the public batch, if there is one, which is stored with the model."
     )
     paragraphs.append("Covered: " + "; ".join((*_COVERED, *covered)) + ".")
     paragraphs.append("NOT covered: " + "; ".join((*_NOT_COVERED, *not_covered)) + ".")

@@ -65,6 +65,9 @@ class PrivacyBudget(keras.callbacks.Callback):
     graph of your own that a callback runs cannot be stopped, nor can a `train_step` of your own that takes several
     steps on one batch; `fit` then raises before its next step, or at its end.
 
+    Where it stops training early it says so in a line after the progress bar, which otherwise looks complete; with
+    `verbose=0` it says nothing.
+
     Args:
       epsilon: the budget, > 0.
       delta: in (0, 1); None takes that of the optimizer's PrivacyPlan.
@@ -75,6 +78,8 @@ class PrivacyBudget(keras.callbacks.Callback):
         if other callbacks' steps leave no room for the next one; at its end, if they have exceeded the budget.
     """
 
+    stops_in_time = True  # so that `fit` need not warn of more epochs than the data set's plan has
+
     def __init__(self, epsilon: float, delta: float | None = None, accountant: str = "rdp") -> None:
         super().__init__()
         self._epsilon = _validate.positive("epsilon", epsilon)
@@ -82,14 +87,21 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
         self._room: _Room | None = None
         self._stride = 1
+        self._epoch = 0
+        self._stopped_early = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
+        self._stopped_early = False
         self._stride = self.model.steps_at_a_time()
         self._room = _Room(self.model, self._epsilon, self._delta, self._accountant)
         self._room.require(self._stride)
         self.model.add_budget(self._room.require)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Notes the epoch."""
+        self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Checks that the next steps fit, also if the ledger has changed, by a checkpoint loaded meanwhile, say."""
@@ -101,6 +113,18 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._stride = max(self._stride, self.model.steps_at_a_time())  # tf_keras lowers it at the end of an epoch
         if self._room is not None and not self._room.is_enough_for(self._stride):
             self.model.stop_training = True
+            epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
+            self._stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Tells that training stopped before `fit` had all its steps."""
+        if self._stopped_early and (self.params or {}).get("verbose"):
+            delta, steps = _default_delta(self.model, self._delta), self.model.ledger.steps
+            print(
+                f"PrivacyBudget stopped training in epoch {self._epoch + 1} of {self.params.get('epochs')}, after "
+                f"{steps} private steps in all: epsilon {self.model.epsilon(delta, self._accountant):.4g} of "
+                f"{self._epsilon:g} at delta {delta:g}, and another step would exceed it."
+            )
 
 
 class _Room:

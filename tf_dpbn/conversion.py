@@ -190,4 +190,5 @@ def _hand_over_books(model: Any, converted: DPModel) -> None:
         if isinstance(each, DPModel):
             converted._books.take_over(each._books)
     if isinstance(model, DPModel) and model.public_batch is not None:
-        converted.set_public_batch(model.public_batch)
+        told = model._books.may_contain_training_rows
+        converted.set_public_batch(model.public_batch, may_contain_training_rows=told)

@@ -56,7 +56,7 @@ from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.layers import GivenStatistics
 from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
 from tf_dpbn.optimizers import DPOptimizer
-from tf_dpbn.sampling import real_example_mask, source_of
+from tf_dpbn.sampling import real_example_mask, source_behind, source_of
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0
 # The models whose own train_step runs in this thread: replicas have one each.
@@ -239,8 +239,9 @@ class DPModel(BookkeepingModel):
                 return self._books.functions["step"](data)
         check_full_float32()
         if _is_outermost(self, _OWN_TRAIN_STEP):
-            self._begin_batch()
-        admission = self._books.admit(self._accumulator.parts)
+            self._begin_batch(data)
+        with _after(data):
+            admission = self._books.admit(self._accumulator.parts)
         batch = self._read_batch(data)
         public = self._public_forward(batch)
 
@@ -260,8 +261,9 @@ class DPModel(BookkeepingModel):
         """A scope for steps by hand. Within `fit` the place in the draw must be kept, and `fit` itself forgets."""
         return contextlib.nullcontext() if self._books.depth else self._accumulator.forgetting_failures()
 
-    def _begin_batch(self) -> None:
-        self._accumulator.begin_batch(self._books.begin_batch())
+    def _begin_batch(self, data: Any) -> None:
+        with _after(data):
+            self._accumulator.begin_batch(self._books.begin_batch())
 
     def _release(
         self,
@@ -460,14 +462,14 @@ class DPModel(BookkeepingModel):
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
-            and missing.
+            and missing, or holds rows of the training data.
           RuntimeError: with accumulation_steps, if a callback of `fit` trains the model, by whatever method (by a graph
             of its own: tf.errors.InvalidArgumentError).
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
         optimizer, accumulator, steps_before = self._compiled_dp_optimizer(), self._accumulator, self.private_steps
         self._books.check_parts(accumulator.parts)
-        around = self._books.sampling if self._books.depth else None  # of a `fit` whose callback called this one
+        around = self._books.running_law if self._books.depth else (None,)  # of a `fit` whose callback called this one
         try:
             with self._books.running_fit():
                 with as_compiled(self):
@@ -479,7 +481,7 @@ class DPModel(BookkeepingModel):
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
             accumulator.reset()  # an interrupted logical batch is not another one's beginning
-            self._books.open_record(self._compiled_optimizer or optimizer, around)
+            self._books.open_record(self._compiled_optimizer or optimizer, *around)
             if self.private_steps > steps_before:
                 # Even if fresh at the last step: Keras may have written averaged or earlier weights since.
                 self.refresh_statistics()
@@ -539,22 +541,29 @@ class DPModel(BookkeepingModel):
         _checks.check_loss(self)
         _checks.check_trainable(self)
         _checks.check_grouped_convolutions(self, is_compiled_whole(self))
+        law = source.sampling if source else _law_behind(x)
         if source is None:
+            origin = "do not come from" if law is None else "were changed (mapped, cached, shuffled) after"
             warnings.warn(
-                "The batches do not come from PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The "
-                "reported epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy.",
+                f"The batches {origin} PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The reported "
+                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy.",
                 PrivacyWarning,
                 stacklevel=3,
             )
+        if law is None:
             held_out = options.get("validation_split", 0.0)
             _checks.check_batches(x, options.get("batch_size"), held_out, optimizer, self._accumulator.parts)
         else:
             replicas = self.distribute_strategy.num_replicas_in_sync
-            _checks.check_sampling(source.sampling, optimizer, self._accumulator.parts, replicas)
+            _checks.check_sampling(law, optimizer, self._accumulator.parts, replicas)
+        if source is not None:
             _checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
         _checks.check_workers(self.distribute_strategy, source, self._books.public_batch)
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
+        if self._books.public_batch is not None and not self._books.may_contain_training_rows:
+            behind = source_behind(x)
+            _checks.check_public_rows(self._books.public_batch, x if behind is None else behind.inputs)
         labels = source.labels if source else y
         if labels is not None:
             _checks.check_labels(self, labels)
@@ -567,7 +576,9 @@ class DPModel(BookkeepingModel):
             boundaries = EpochBoundaries(self._accumulator, is_whole, lambda: bool(self.stop_training))
             options["callbacks"] = with_callback(options.get("callbacks"), boundaries)
         built = self._build_for(*x.element_spec[:2]) if source is not None else symbolic_outputs(self) is not None
-        self._books.open_record(optimizer, source.sampling if source else None)
+        self._books.open_record(optimizer, law, "poisson" if source else "assumed")
+        if source is not None and source.plan is not None:
+            _checks.check_plan(source.plan, source.sampling, self.ledger, self.running_record, options)
         if built:  # created in the step they would have it traced twice
             self._create_averages()
             with self.distribute_strategy.scope():
@@ -619,7 +630,7 @@ def _beginning_batches(step: Any) -> Any:
         token = _STEPPING.set(_STEPPING.get() | {id(self)})
         try:
             with self._forgetting_failures():
-                self._begin_batch()
+                self._begin_batch((args, kwargs))
                 return call(*args, **kwargs)
         finally:
             _STEPPING.reset(token)
@@ -627,6 +638,22 @@ def _beginning_batches(step: Any) -> Any:
     train_step.__doc__ = getattr(step, "__doc__", None)
     _BEGINNING_BATCHES.add(train_step)
     return train_step
+
+
+def _law_behind(x: Any) -> Any:
+    """The PoissonSampling of the data set whose batches a data set was derived from, or None where rows are others."""
+    source = source_behind(x)
+    if source is None:
+        return None
+    (rows,) = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list() or [0]
+    law = source.sampling
+    return law if rows in (None, law.rows // law.batches_per_draw) else None
+
+
+def _after(data: Any) -> Any:
+    """A scope whose operations wait for the batch: where data end, Keras asks for one more, which is no step."""
+    tensors = [each for each in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(each)]
+    return tf.control_dependencies(tensors)
 
 
 def _split_weight(weight: Any) -> tuple[Any, Any]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from tf_dpbn import _dead_leaves, _validate
 
+_ROWS_READ = 10_000  # of a memory-mapped array, each of which costs a page or more
 _LARGEST_WHOLE = 2**53  # float64, in which values are scaled, counts every whole number up to here
 
 
@@ -188,6 +189,50 @@ def validate_batch(
     if value_range is not None:
         _check_batch_range(array, _checked_range(value_range), name)
     return array
+
+
+def count_common_rows(batch: Sequence[np.ndarray], training: Sequence[Any]) -> int:
+    """How many rows of a public batch are rows of the training data, once these have its dtypes.
+
+    Rows whose values are all the same, blank images say, are not counted: they coincide by chance. Of memory-mapped
+    arrays only the first 10,000 rows are read, of text nothing.
+
+    Args:
+      batch: numpy arrays [examples, ...], one for each of the model's inputs.
+      training: arrays [N, ...] in the same order; where their number or shapes are others, nothing is in common.
+    """
+    shapes = [tuple(array.shape[1:]) for array in batch]
+    if shapes != [tuple(array.shape[1:]) for array in training] or any(a.dtype.kind not in "fiub" for a in batch):
+        return 0
+    arrays = [np.asarray(a[:_ROWS_READ] if isinstance(a, np.memmap) else a) for a in training]
+    if any(array.dtype.kind not in "fiub" for array in arrays):
+        return 0
+    rows = [i for i in range(len(batch[0])) if any(np.any(array[i] != array[i].flat[0]) for array in batch)]
+    if not rows:
+        return 0
+    public = {_row_bytes(batch, batch, i) for i in rows}
+    found = {_row_bytes(arrays, batch, i) for i in _candidates(batch, arrays)} & public
+    return sum(_row_bytes(batch, batch, i) in found for i in rows)
+
+
+def _row_bytes(arrays: Sequence[np.ndarray], like: Sequence[np.ndarray], i: int) -> bytes:
+    with np.errstate(all="ignore"):
+        return b"".join(array[i].astype(to.dtype).tobytes() for array, to in zip(arrays, like, strict=True))
+
+
+def _candidates(batch: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> np.ndarray:
+    """The numbers of the rows of `training` that equal one of `batch` in a few places, those that tell most apart."""
+    widest = max(range(len(batch)), key=lambda k: batch[k][0].size)
+    public, private = batch[widest], training[widest]
+    shape = public.shape[1:]
+    places = np.unique(np.linspace(0, public[0].size - 1, 256).astype(int))
+    values_there = public.reshape(len(public), -1)[:, places]
+    distinct = [len(np.unique(column)) for column in values_there.T]
+    index: Any = (slice(None), *np.unravel_index(np.sort(places[np.argsort(distinct)[-16:]]), shape))
+    with np.errstate(all="ignore"):
+        parts = [np.ascontiguousarray(array[index].astype(public.dtype)) for array in (public, private)]
+    keys, values = (part.view(f"S{part.shape[1] * part.itemsize}").ravel() for part in parts)
+    return np.flatnonzero(np.isin(values, keys))
 
 
 class _Scale(NamedTuple):

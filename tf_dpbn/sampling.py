@@ -28,6 +28,7 @@ import itertools
 import math
 import numbers
 import secrets
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,7 @@ import tensorflow as tf
 from tf_dpbn import _validate, accounting, augmentation
 
 _SOURCE_ATTRIBUTE = "tf_dpbn_source"
+_TRANSPARENT = ("_OptionsDataset", "_PrefetchDataset")  # of TensorFlow; by another name they lose the source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +118,19 @@ class PoissonSource:
 
     Attributes:
       sampling: the law of the batches.
-      labels: the private labels as they were given to `poisson_dataset`.
+      inputs, labels: the private inputs and labels as they were given to `poisson_dataset`.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
+      plan: the plan whose dataset it is, or None.
     """
 
     sampling: PoissonSampling
+    inputs: Any
     labels: Any
     augmentation_multiplicity: int = 1
     draws: SharedDraws | None = None
+    plan: PrivacyPlan | None = None
 
 
 def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -164,12 +169,13 @@ def poisson_dataset(
 
     Build it within the scope of the distribution strategy it is for, if any. Every iteration over the dataset makes
     fresh draws. The dataset carries what it is, readable by
-    `source_of`; a dataset derived from it (cache, map, repeat) does not, since it may have another
-    law.
+    `source_of`, and so does one derived from it by `prefetch` or `with_options`. Others (cache, map, repeat) do not,
+    since they may have another law: `DPModel.fit` takes them with a warning.
 
     Args:
       x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become
-        tuples.
+        tuples. Rows of numeric numpy arrays, memory-mapped ones included, are read as they are drawn, without a copy
+        of the whole: do not change the arrays while you train.
       y: labels, likewise.
       sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. An
         example of weight 0 counts as padding.
@@ -194,7 +200,7 @@ def poisson_dataset(
         a bad count or seed.
       TypeError: `x`, `y` or `sample_weight` holds something that is no dense array.
     """
-    data = _as_tensors("x", x), _as_tensors("y", y)
+    data = _as_arrays("x", x), _as_arrays("y", y)
     num_examples = _common_length(*data)
     expected = _validate.positive_int("expected_batch_size", expected_batch_size)
     if expected > num_examples:
@@ -224,13 +230,15 @@ def poisson_dataset(
         arrays = tf.nest.flatten((*data, weights))
         draws = SharedDraws(seed, digest_of([*arrays, np.array(dataclasses.astuple(sampling))]))
     dataset = _index_dataset(sampling, seed, draws)
-    dataset = dataset.map(_row_gatherer(*data, weights), num_parallel_calls=tf.data.AUTOTUNE)
+    gatherer = _RowGatherer((*data, weights))
+    dataset = dataset.map(gatherer.gather, num_parallel_calls=tf.data.AUTOTUNE)
+    dataset.tf_dpbn_gatherer = gatherer  # kept, with the arrays
     if augment is not None:
         dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
-    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
+    source = PoissonSource(sampling=sampling, inputs=x, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
@@ -259,13 +267,13 @@ class PrivacyPlan(accounting.PrivacyPlan):
           ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have
             `num_examples` examples: the plan's epsilon would be that of another data set.
         """
-        length = _common_length(_as_tensors("x", x), _as_tensors("y", y))
+        length = _common_length(_as_arrays("x", x), _as_arrays("y", y))
         if length != self.num_examples:
             requirement = f"have the plan's num_examples={self.num_examples} examples"
             remedy = "Plan anew: dataclasses.replace(plan, num_examples=...)."
             raise _validate.argument_error("x, y", length, requirement, remedy)
         assert self.max_batch_size is not None  # filled in when the plan was made
-        return poisson_dataset(
+        dataset = poisson_dataset(
             x,
             y,
             sample_weight,
@@ -275,12 +283,33 @@ class PrivacyPlan(accounting.PrivacyPlan):
             accumulation_steps=accumulation_steps,
             **options,
         )
+        setattr(dataset, _SOURCE_ATTRIBUTE, dataclasses.replace(getattr(dataset, _SOURCE_ATTRIBUTE), plan=self))
+        return dataset
 
 
 def source_of(dataset: Any) -> PoissonSource | None:
-    """Returns what `poisson_dataset` noted on `dataset`, or None if it is not such a dataset."""
+    """Returns what `poisson_dataset` noted on `dataset`, or None if it is not such a dataset.
+
+    Prefetching and options change no batch, unless the options let batches change their order, in which the parts of
+    a draw stand, or let each worker have all rows.
+    """
+    inner = dataset
+    while type(inner).__name__ in _TRANSPARENT and not hasattr(inner, _SOURCE_ATTRIBUTE):
+        inner = inner._input_dataset
+    source = getattr(inner, _SOURCE_ATTRIBUTE, None)
+    if not isinstance(source, PoissonSource):
+        return None
+    options = dataset.options()
+    by_rows = options.experimental_distribute.auto_shard_policy == tf.data.experimental.AutoShardPolicy.DATA
+    return source if by_rows and options.deterministic is not False else None
+
+
+def source_behind(dataset: Any) -> PoissonSource | None:
+    """Returns what `poisson_dataset` noted on a dataset from which `dataset` was derived, in whatever way, or None."""
     source = getattr(dataset, _SOURCE_ATTRIBUTE, None)
-    return source if isinstance(source, PoissonSource) else None
+    if isinstance(source, PoissonSource) or not isinstance(dataset, tf.data.Dataset):
+        return source if isinstance(source, PoissonSource) else None
+    return next((found for each in dataset._inputs() if (found := source_behind(each))), None)
 
 
 def real_example_mask(sample_weight: Any) -> tf.Tensor:
@@ -324,7 +353,8 @@ def digest_of(arrays: Sequence[Any]) -> int:
     for array in arrays:
         array = np.asarray(array)
         digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.astype(bytes).tobytes() if array.dtype == object else np.ascontiguousarray(array).tobytes())
+        flat = np.ascontiguousarray(array.astype(bytes) if array.dtype == object else array).reshape(-1)
+        digest.update(flat.view(np.uint8).data)  # not a copy of the array
     return int.from_bytes(digest.digest()[:4], "big")
 
 
@@ -368,21 +398,45 @@ def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDr
     return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch * sampling.batches_per_draw))
 
 
-def _row_gatherer(x: Any, y: Any, weights: tf.Tensor) -> Callable[[tf.Tensor], tuple]:
-    """Returns the function from an index vector to the batch (x, y, weight)."""
+class _RowGatherer:
+    """Makes an index vector the batch of these rows of numpy arrays and tensors.
 
-    def gather(indices: tf.Tensor) -> tuple:
-        is_example = indices >= 0
-        safe_indices = tf.maximum(indices, 0)
+    Args:
+      data: nest of them, [N, ...]; it is there as long as this object, which the dataset has to keep.
+    """
 
-        def rows(array: tf.Tensor) -> tf.Tensor:
-            gathered = tf.gather(array, safe_indices)
-            keep = tf.reshape(is_example, [-1] + [1] * (len(array.shape) - 1))
-            return tf.where(keep, gathered, tf.zeros_like(gathered))
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self._arrays = [leaf for leaf in tf.nest.flatten(data) if isinstance(leaf, np.ndarray)]
+        self._specs = [tf.convert_to_tensor(array[:1]) for array in self._arrays]  # in the machine's byte order
 
-        return tf.nest.map_structure(rows, (x, y, weights))
+    @tf.autograph.experimental.do_not_convert
+    def gather(self, indices: tf.Tensor) -> Any:
+        """Returns the batch, its padding zeros."""
+        reader = weakref.WeakMethod(self._rows_of_arrays)  # TensorFlow never forgets a function that it may call
+        types = [spec.dtype for spec in self._specs]
+        copied = tf.numpy_function(lambda drawn: reader()(drawn), [indices], types, stateful=False)  # type: ignore[misc]
+        for rows, spec in zip(copied, self._specs, strict=True):
+            rows.set_shape([*indices.shape, *spec.shape[1:]])
+        remaining = iter(copied)
 
-    return gather
+        def rows_of(leaf: Any) -> tf.Tensor:
+            return next(remaining) if isinstance(leaf, np.ndarray) else _rows_of_tensor(leaf, indices)
+
+        return tf.nest.map_structure(rows_of, self._data)
+
+    def _rows_of_arrays(self, indices: np.ndarray) -> list[np.ndarray]:
+        gathered = [np.take(array, np.maximum(indices, 0), axis=0) for array in self._arrays]
+        for rows in gathered:
+            rows[indices < 0] = 0
+        pairs = zip(gathered, self._specs, strict=True)
+        return [rows.astype(spec.dtype.as_numpy_dtype, copy=False) for rows, spec in pairs]
+
+
+def _rows_of_tensor(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
+    gathered = tf.gather(tensor, tf.maximum(indices, 0))
+    keep = tf.reshape(indices >= 0, [-1] + [1] * (tensor.shape.rank - 1))
+    return tf.where(keep, gathered, tf.zeros_like(gathered))
 
 
 def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[..., tuple]:
@@ -393,17 +447,19 @@ def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[...
     return mapped
 
 
-def _as_tensors(name: str, nest: Any) -> Any:
-    """Returns `nest` with lists as tuples and arrays as tensors in host memory."""
+def _as_arrays(name: str, nest: Any) -> Any:
+    """Returns `nest` with lists as tuples, numeric numpy arrays as they are, others as tensors in host memory."""
     if isinstance(nest, dict):
-        return {key: _as_tensors(f"{name}[{key!r}]", value) for key, value in nest.items()}
+        return {key: _as_arrays(f"{name}[{key!r}]", value) for key, value in nest.items()}
     if isinstance(nest, (tuple, list)):
-        parts = [_as_tensors(f"{name}[{i}]", value) for i, value in enumerate(nest)]
+        parts = [_as_arrays(f"{name}[{i}]", value) for i, value in enumerate(nest)]
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
     remedy = "Give dense arrays of numbers or strings, all with the examples in front."
     if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
         kind = type(nest).__name__
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError)
+    if isinstance(nest, np.ndarray) and nest.ndim and nest.dtype.kind in "fiub" and nest.dtype.itemsize <= 8:
+        return np.asarray(nest)
     try:
         with tf.device("CPU:0"):  # the whole data set need not fit into an accelerator
             tensor = tf.convert_to_tensor(nest)
@@ -424,8 +480,8 @@ def _common_length(*nests: Any) -> int:
     return lengths[0]
 
 
-def _weights(sample_weight: Any, num_examples: int) -> tf.Tensor:
-    """Returns the weights as a float32 tensor [N, ...] in host memory."""
+def _weights(sample_weight: Any, num_examples: int) -> np.ndarray:
+    """Returns the weights as a float32 array [N, ...]."""
     weights = np.ones(num_examples) if sample_weight is None else np.asarray(sample_weight)
     if weights.dtype.kind not in "fiub":
         requirement = "be one array of real numbers"
@@ -438,8 +494,7 @@ def _weights(sample_weight: Any, num_examples: int) -> tf.Tensor:
         weights = weights.astype(np.float32)
     if not np.all(np.isfinite(weights)):
         raise ValueError("`sample_weight` must hold finite float32 numbers only.")
-    with tf.device("CPU:0"):
-        return tf.convert_to_tensor(weights)
+    return weights
 
 
 def _checked_seed(seed: int | None) -> int | None:
