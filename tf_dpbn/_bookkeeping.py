@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from tf_dpbn import _training_trace, public_data
 from tf_dpbn._books import Books
 from tf_dpbn._keras import (
     IS_KERAS_3,
+    StoredBeside,
     as_compiled,
     call_model,
     clear_call_time_losses,
@@ -27,6 +29,7 @@ from tf_dpbn.layers import DPBatchNormalization, PublicPass, current_scope
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
+_STRINGS = b"tf_dpbn strings "
 _LEGACY_ENDINGS = (".h5", ".hdf5")
 
 
@@ -62,7 +65,7 @@ class BookkeepingModel(keras.Model):
             public_data.validate_batch(
                 array,
                 expected_shape=None if spec is None else (None, *spec.shape[1:]),
-                dtype=None if spec is None else tf.as_dtype(spec.dtype).as_numpy_dtype,
+                dtype=_numpy_dtype(array, spec),
                 value_range=value_range,
                 name=name,
             )
@@ -295,31 +298,70 @@ class BookkeepingModel(keras.Model):
 
     # ------------------------------------------------------------------ saving
 
+    @functools.cached_property
+    def zz_tf_dpbn_books(self) -> StoredBeside:
+        """What weights files hold of public batch and ledger, which a stock model passes over.
+
+        tf_keras visits attributes in reverse order and stops at weights that do not match: this one comes first.
+        """
+        return StoredBeside(self._save_books, self._load_books)
+
     def save_own_variables(self, store: Any) -> None:
-        """Keras' hook: adds public batch and ledger to what is saved."""
+        """Keras' hook."""
         if not IS_KERAS_3:
             self.reset_metrics()  # tf_keras saves them: sums over private examples, without noise
         super().save_own_variables(store)
+
+    def _save_books(self, store: Any) -> None:
         batch = self._books.public_batch
         arrays = tf.nest.flatten(batch) if batch is not None else []
         structure = None if batch is None else tf.nest.pack_sequence_as(batch, list(range(len(arrays))))
         books = {"books": self._books.serialize(), "public_batch": structure}
         store[_STORE_KEY] = np.frombuffer(json.dumps(books).encode(), np.uint8)
         for i, array in enumerate(arrays):
-            store[f"{_BATCH_KEY}{i}"] = array.numpy()
+            store[f"{_BATCH_KEY}{i}"] = _stored(array.numpy())
 
-    def load_own_variables(self, store: Any) -> None:
-        """Keras' hook: restores public batch and ledger."""
-        keys = [key for key in store.keys() if key != _STORE_KEY and not key.startswith(_BATCH_KEY)]
-        structure = None
-        if _STORE_KEY in store.keys():
-            books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
-            self._books.deserialize(books["books"])  # first: Keras may be told to go on where weights do not match
-            structure = books["public_batch"]
-        super().load_own_variables({key: store[key] for key in keys})
+    def _load_books(self, store: Any) -> None:
+        """Adds the ledger of a file, and takes its public batch; of a stock model's there is neither."""
+        if _STORE_KEY not in store.keys():
+            return
+        books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
+        self._books.deserialize(books["books"])
+        structure = books["public_batch"]
         if structure is not None:
-            batch = tf.nest.map_structure(lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), structure)
+            batch = tf.nest.map_structure(lambda i: _loaded(np.asarray(store[f"{_BATCH_KEY}{i}"])), structure)
             self.set_public_batch(batch)
+
+
+def _numpy_dtype(array: Any, spec: Any) -> Any:
+    """The type that a model's input takes; for one that does not know its inputs None, or `object` for strings."""
+    if spec is not None:
+        return tf.as_dtype(spec.dtype).as_numpy_dtype
+    return object if np.asarray(array).dtype.kind in "SU" else None
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """An array as files hold it: strings, which HDF5 has no type for here, as their bytes, after their lengths."""
+    if array.dtype != object:
+        return array
+    values = array.reshape(-1).tolist()
+    header = json.dumps({"shape": array.shape, "lengths": [len(value) for value in values]}).encode()
+    return np.frombuffer(_STRINGS + header + b"
+" + b"".join(values), np.uint8)
+
+
+def _loaded(array: np.ndarray) -> np.ndarray:
+    """The inverse of `_stored`."""
+    content = array.tobytes() if array.dtype == np.uint8 and array.ndim == 1 else b""
+    if not content.startswith(_STRINGS):
+        return array
+    header, _, joined = content[len(_STRINGS) :].partition(b"
+")
+    layout, values, begin = json.loads(header), [], 0
+    for length in layout["lengths"]:
+        values.append(joined[begin : begin + length])
+        begin += length
+    return np.array(values, object).reshape(layout["shape"])
 
 
 def _lossy_file(filepath: Any, better: str) -> ValueError:

@@ -379,6 +379,7 @@ class DPModel(BookkeepingModel):
 
         def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
             y, weight = tf.nest.map_structure(lambda t: t[None], (y, weight))
+            y = _with_class_where_unweighted(y, weight)
             scale, weight = _split_weight(weight)
             if copies == 1:
                 x = tf.nest.map_structure(lambda t: t[None], x)
@@ -556,7 +557,7 @@ class DPModel(BookkeepingModel):
             source.draws.begin(lambda: self.private_steps)
         labels = source.labels if source else y
         if labels is not None:
-            _checks.check_labels(self, labels)
+            _checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
         _checks.check_callbacks(options.get("callbacks"))
         if self._accumulator.parts > 1:
             steps = steps_of_epoch(options.get("steps_per_epoch"))
@@ -626,6 +627,16 @@ def _beginning_batches(step: Any) -> Any:
     train_step.__doc__ = getattr(step, "__doc__", None)
     _BEGINNING_BATCHES.add(train_step)
     return train_step
+
+
+def _with_class_where_unweighted(y: Any, weight: Any) -> Any:
+    """Sets labels of weight 0 to class 0: the loss of a label that is no class fails on CPUs and is NaN elsewhere."""
+    if tf.nest.is_nested(y) or tf.nest.is_nested(weight) or not y.dtype.is_integer or y.shape.rank is None:
+        return y
+    if weight.shape.rank is None or not y.shape[: weight.shape.rank].is_compatible_with(weight.shape):
+        return y
+    counts = tf.reshape(weight != 0, tf.concat([tf.shape(weight), [1] * (y.shape.rank - weight.shape.rank)], 0))
+    return tf.where(counts, y, tf.zeros_like(y))
 
 
 def _split_weight(weight: Any) -> tuple[Any, Any]:

@@ -117,6 +117,7 @@ class PoissonSource:
     Attributes:
       sampling: the law of the batches.
       labels: the private labels as they were given to `poisson_dataset`.
+      sample_weight: likewise, or None.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
@@ -124,6 +125,7 @@ class PoissonSource:
 
     sampling: PoissonSampling
     labels: Any
+    sample_weight: Any = None
     augmentation_multiplicity: int = 1
     draws: SharedDraws | None = None
 
@@ -230,7 +232,13 @@ def poisson_dataset(
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
-    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
+    source = PoissonSource(
+        sampling=sampling,
+        labels=y,
+        sample_weight=sample_weight,
+        augmentation_multiplicity=multiplicity,
+        draws=draws,
+    )
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
@@ -400,6 +408,8 @@ def _as_tensors(name: str, nest: Any) -> Any:
     if isinstance(nest, (tuple, list)):
         parts = [_as_tensors(f"{name}[{i}]", value) for i, value in enumerate(nest)]
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
+    if hasattr(nest, "columns") and hasattr(nest, "dtypes"):
+        nest = _frame_values(name, nest)
     remedy = "Give dense arrays of numbers or strings, all with the examples in front."
     if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
         kind = type(nest).__name__
@@ -413,6 +423,21 @@ def _as_tensors(name: str, nest: Any) -> Any:
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
     return tensor
+
+
+def _frame_values(name: str, frame: Any) -> Any:
+    """The values of a pandas frame in one type: truth values as numbers, and text only where all columns are text."""
+    kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
+    if all(kind in "biuf" for kind in kinds):
+        types = [getattr(dtype, "numpy_dtype", dtype) for dtype in frame.dtypes]
+        return frame.to_numpy(np.result_type(*types)) if types else frame
+    text = [not kind in "biufcmM" for kind in kinds]
+    if all(text) and all(isinstance(value, (str, bytes)) for value in frame.to_numpy().ravel()):
+        return frame.to_numpy(object)
+    wrong = [str(column) for column, kind in zip(frame.columns, kinds, strict=True) if kind not in "biuf"]
+    remedy = f"Encode or drop {', '.join(map(repr, wrong))}, or pass each kind as an input of its own."
+    types = f"a frame with columns of type {', '.join(sorted({str(dtype) for dtype in frame.dtypes}))}"
+    raise _validate.argument_error(name, types, "hold columns of numbers", remedy, TypeError)
 
 
 def _common_length(*nests: Any) -> int:
