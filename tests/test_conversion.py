@@ -728,3 +728,88 @@ def test_to_stock_refuses_a_subclassed_model_and_names_export():
 
     with pytest.raises(TypeError, match="class Own.*`export` makes a SavedModel"):
         tf_dpbn.to_stock(Own())
+
+
+# ---------------------------------------------------------------- live objects
+
+
+def with_live_objects():
+    """Functions, and a class, that no file could bring back; inside other layers too."""
+    slope = tf.constant(3.0)
+    inputs = keras.Input((7, 4))
+    h = layers.Lambda(lambda t, by: t * slope * by, arguments={"by": 2.0}, output_shape=(7, 4), name="scaled")(inputs)
+    h = layers.TimeDistributed(layers.Dense(4, activation=lambda t: t * slope), name="each")(h)
+    h = layers.TimeDistributed(layers.Lambda(lambda t: t - slope, output_shape=(4,)), name="shifted")(h)
+    h = layers.Dense(3, activation=lambda t: tf.nn.relu(t) * slope)(layers.BatchNormalization()(h))
+    model = keras.Model(inputs, h)
+    helpers.randomize(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*lambda")
+def test_layers_with_functions_of_their_own_are_rebuilt_in_memory():
+    stock = with_live_objects()
+    x = np.random.default_rng(0).normal(size=(3, 7, 4)).astype("float32")
+    private = tf_dpbn.convert(stock)
+    plain = tf_dpbn.to_stock(private)
+    for model in (private, plain):
+        np.testing.assert_allclose(model(x), stock(x), rtol=1e-5)
+        assert not {id(v) for v in model.weights} & {id(v) for v in stock.weights}
+        assert not {id(layer) for layer in flatten_layers(model)} & {id(layer) for layer in flatten_layers(stock)}
+    assert private.get_layer("scaled").function is stock.get_layer("scaled").function
+
+
+# ---------------------------------------------------------------- what findings advise
+
+
+def test_batch_normalization_called_in_inference_does_not_block():
+    base = sequential(norm(), layers.Dense(4))
+    inputs = keras.Input(VECTOR)
+    h = layers.BatchNormalization(name="direct")(base(inputs, training=False), training=False)
+    findings = tf_dpbn.validate(keras.Model(inputs, layers.Dense(2)(h)))
+    assert findings.ok
+    assert [(each.layer, each.severity) for each in findings] == [("culprit", "warning"), ("direct", "warning")]
+    assert not tf_dpbn.validate(tf_dpbn.DPModel(inputs, h)).ok  # it is refused by `compile`, with the same remedy
+    both = layers.Add()([base(inputs, training=False), base(inputs)])
+    assert [(each.layer, each.severity) for each in tf_dpbn.validate(keras.Model(inputs, both))] == [
+        ("culprit", "error")
+    ]
+
+
+class SubclassedStock(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.normalization = norm()
+
+    def call(self, x, training=False):
+        return self.normalization(x, training=training)
+
+
+def test_findings_recommend_convert_only_where_it_converts():
+    x = np.ones((4, 3), "float32")
+    (finding,) = tf_dpbn.validate(SubclassedStock(), x)
+    assert "convert" not in finding.remedy and "tf_dpbn.DPBatchNormalization" in finding.remedy
+    inputs = keras.Input((3,))
+    (finding,) = tf_dpbn.validate(keras.Model(inputs, SubclassedStock()(inputs)))
+    assert "convert" not in finding.remedy
+    (finding,) = tf_dpbn.validate(network(norm()))
+    assert "tf_dpbn.convert(model)" in finding.remedy
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_a_model_made_plain_is_ready_for_export(tmp_path):
+    stacked = tf_dpbn.DPSequential([layers.Dense(4), tf_dpbn.DPBatchNormalization(), layers.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    stacked.set_public_batch(x)
+    helpers.compiled(stacked, "mse").train_on_batch(x, x[:, :2])
+    functional = tf_dpbn.convert(network(norm()))
+    for k, model in enumerate((stacked, functional)):
+        plain = tf_dpbn.to_stock(model)
+        if IS_KERAS_3:
+            signature = keras.src.export.export_utils.get_input_signature(plain)
+            assert plain._called and tuple(signature[0].shape) == (None, 6)
+        plain.export(str(tmp_path / str(k)))
+        loaded = tf.saved_model.load(str(tmp_path / str(k)))
+        np.testing.assert_allclose(loaded.serve(x[:3]), model(x[:3]), rtol=1e-4, atol=1e-6)

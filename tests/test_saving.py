@@ -419,6 +419,15 @@ def test_loading_in_the_middle_of_fit_works_even_with_another_public_batch(train
 
 # ---------------------------------------------------------------------- export
 
+
+def test_saved_models_are_made_by_export(tmp_path):
+    model = functional()
+    with pytest.raises(ValueError, match=r"tf.saved_model.save cannot save a DPModel. Call `model.export\(path\)`"):
+        tf.saved_model.save(model, str(tmp_path / "saved"))
+    inputs = keras.Input((3,))
+    keras.Model(inputs, model(inputs)).export(str(tmp_path / "outer"))  # of a stock model around it, too
+
+
 _SERVE = """
 import sys
 import warnings

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _training_trace, public_data
-from tf_dpbn._books import Books
+from tf_dpbn._books import NO_SAVED_MODEL, Books
 from tf_dpbn._keras import (
     IS_KERAS_3,
     StoredBeside,
@@ -306,6 +306,11 @@ class BookkeepingModel(keras.Model):
         """
         return StoredBeside(self._save_books, self._load_books)
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
+        if save_type == "savedmodel" and not IS_KERAS_3:  # Keras 3's `export` comes here too, but not to the books
+            raise ValueError(NO_SAVED_MODEL)
+        return super()._trackable_children(save_type, **kwargs)
+
     def save_own_variables(self, store: Any) -> None:
         """Keras' hook."""
         if not IS_KERAS_3:
@@ -341,27 +346,20 @@ def _numpy_dtype(array: Any, spec: Any) -> Any:
 
 
 def _stored(array: np.ndarray) -> np.ndarray:
-    """An array as files hold it: strings, which HDF5 has no type for here, as their bytes, after their lengths."""
+    """An array as files hold it; of strings, for which HDF5 needs a type of its own, as bytes of JSON."""
     if array.dtype != object:
         return array
-    values = array.reshape(-1).tolist()
-    header = json.dumps({"shape": array.shape, "lengths": [len(value) for value in values]}).encode()
-    return np.frombuffer(_STRINGS + header + b"
-" + b"".join(values), np.uint8)
+    values = [value.decode("latin-1") for value in array.reshape(-1)]  # any byte is one character
+    return np.frombuffer(_STRINGS + json.dumps([array.shape, values]).encode(), np.uint8)
 
 
 def _loaded(array: np.ndarray) -> np.ndarray:
     """The inverse of `_stored`."""
-    content = array.tobytes() if array.dtype == np.uint8 and array.ndim == 1 else b""
-    if not content.startswith(_STRINGS):
+    content = array.tobytes()
+    if array.dtype != np.uint8 or not content.startswith(_STRINGS):
         return array
-    header, _, joined = content[len(_STRINGS) :].partition(b"
-")
-    layout, values, begin = json.loads(header), [], 0
-    for length in layout["lengths"]:
-        values.append(joined[begin : begin + length])
-        begin += length
-    return np.array(values, object).reshape(layout["shape"])
+    shape, values = json.loads(content[len(_STRINGS) :])
+    return np.array([value.encode("latin-1") for value in values], object).reshape(shape)
 
 
 def _lossy_file(filepath: Any, better: str) -> ValueError:

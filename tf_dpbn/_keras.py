@@ -507,6 +507,12 @@ def rebuild_functional(model: Any, clone: Callable[[Any], Any]) -> tuple[Any, An
     return inputs, model._run_through_graph(inputs, operation_fn=clone)
 
 
+def mark_called(model: Any) -> None:
+    """Calls a model of Keras 3 on its symbolic inputs, if it knows them: some formats of `export` want it called."""
+    if IS_KERAS_3 and getattr(model, "inputs", None):
+        model(symbolic_inputs(model))
+
+
 def sequential_input(model: Any) -> list[Any]:
     """The input of a Sequential that has one, as a new layer in a list; empty before it has met data."""
     return [

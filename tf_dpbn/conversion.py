@@ -10,7 +10,7 @@ from typing import Any
 
 from tf_dpbn import _validate
 from tf_dpbn._findings import Finding, Findings, inspect_model
-from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras
+from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
 from tf_dpbn._rebuild import Rebuilder
 from tf_dpbn.layers import STATISTICS_MODES, DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
@@ -137,7 +137,9 @@ def to_stock(model: Any) -> Any:
 
     if isinstance(model, DPModel):
         model._refresh_if_stale()
-    return Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
+    plain = Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
+    mark_called(plain)
+    return plain
 
 
 def _stock_config(layer: Any) -> dict[str, Any]:

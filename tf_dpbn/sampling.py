@@ -430,8 +430,12 @@ def _frame_values(name: str, frame: Any) -> Any:
     kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
     if all(kind in "biuf" for kind in kinds):
         types = [getattr(dtype, "numpy_dtype", dtype) for dtype in frame.dtypes]
+        missing = [str(column) for column in frame.columns if kinds and frame[column].isna().any()]
+        if missing and any(hasattr(dtype, "numpy_dtype") for dtype in frame.dtypes):
+            requirement = f"have values everywhere, in columns {', '.join(map(repr, missing))} too"
+            raise _validate.argument_error(name, "missing values", requirement, "Fill them in.", TypeError)
         return frame.to_numpy(np.result_type(*types)) if types else frame
-    text = [not kind in "biufcmM" for kind in kinds]
+    text = [kind not in "biufcmM" for kind in kinds]
     if all(text) and all(isinstance(value, (str, bytes)) for value in frame.to_numpy().ravel()):
         return frame.to_numpy(object)
     wrong = [str(column) for column, kind in zip(frame.columns, kinds, strict=True) if kind not in "biuf"]
