@@ -213,17 +213,21 @@ def _own_behaviour(model: Any) -> list[str]:
 
 
 def _config(layer: Any) -> dict[str, Any]:
-    """A layer's configuration with its own functions (activations, say) in place of their serialized form."""
+    """A layer's configuration with the user's functions (activations, say) in place of their serialized form."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*lambda.*")  # what is not written to a file need not be safe to load
         config = layer.get_config()
     live = {key: getattr(layer, key, None) for key in config}
-    return {key: live[key] if inspect.isfunction(live[key]) else value for key, value in config.items()}
+    return {key: live[key] if _is_own_function(live[key]) else value for key, value in config.items()}
 
 
 def _has_functions(config: dict[str, Any]) -> bool:
-    """Whether a configuration from `_config` holds functions that are not Keras' own."""
-    return any(inspect.isfunction(value) and _is_foreign(value) for value in config.values())
+    """Whether a configuration from `_config` holds the user's functions."""
+    return any(map(inspect.isfunction, config.values()))
+
+
+def _is_own_function(value: Any) -> bool:
+    return inspect.isfunction(value) and _is_foreign(value)
 
 
 def _dtype(layer: Any) -> Any:

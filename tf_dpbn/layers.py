@@ -290,8 +290,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         weights = self._stock_weights()
         if len(store.keys()) != len(weights):
             raise ValueError(
-                f"Layer {self.name!r} has {len(weights)} weights of batch normalization and the file {len(store.keys())}. "
-                "Load into a model with the same layers, with the same `center` and `scale`, after it was built."
+                f"The file must hold {len(weights)} weights for batch normalization {self.name!r}. Load into a built "
+                f"model with the same layers, of the same `center` and `scale`. Received: {len(store.keys())}"
             )
         for k, weight in enumerate(weights):
             weight.assign(store[f"{k}"])

@@ -440,8 +440,8 @@ def _frame_values(name: str, frame: Any) -> Any:
         return frame.to_numpy(object)
     wrong = [str(column) for column, kind in zip(frame.columns, kinds, strict=True) if kind not in "biuf"]
     remedy = f"Encode or drop {', '.join(map(repr, wrong))}, or pass each kind as an input of its own."
-    types = f"a frame with columns of type {', '.join(sorted({str(dtype) for dtype in frame.dtypes}))}"
-    raise _validate.argument_error(name, types, "hold columns of numbers", remedy, TypeError)
+    found = f"a frame with columns of type {', '.join(sorted({str(dtype) for dtype in frame.dtypes}))}"
+    raise _validate.argument_error(name, found, "hold columns of numbers", remedy, TypeError)
 
 
 def _common_length(*nests: Any) -> int:
