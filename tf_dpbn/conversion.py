@@ -28,7 +28,9 @@ def validate(model: Any, x: Any = None) -> Findings:
     Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
     pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
     batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
-    both times. The model is left as it was.
+    both times. Stock batch normalization that a trace of the training pass shows in inference only is a warning. (Keras 3
+    overrules `training=False` in a functional graph by the `training=True` of `fit`: there only trainable=False freezes
+    it.) The model is left as it was.
 
     Args:
       model: a keras.Model or DPModel, compiled or not.
