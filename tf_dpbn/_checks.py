@@ -176,9 +176,9 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
       ValueError: with the smallest or largest label, or for strings.
     """
     losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if loss is not None]
-    arrays = [each if tf.is_tensor(each) else np.asarray(each) for each in tf.nest.flatten(labels)]
-    kinds = {np.dtype(getattr(each.dtype, "as_numpy_dtype", each.dtype)).kind for each in arrays}
-    if kinds & set("OSU") and all(is_keras_loss(loss) for loss in losses):
+    arrays = tf.nest.flatten(labels)
+    are_strings = any(_holds_strings(each) for each in arrays)
+    if are_strings and all(is_keras_loss(loss) for loss in losses):
         raise _validate.argument_error(
             "y",
             "strings",
@@ -188,7 +188,7 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
     shape = getattr(model, "output_shape", None)
     if len(losses) != 1 or not is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
         return
-    if not isinstance(shape, tuple) or not isinstance(shape[-1] if shape else None, int) or kinds & set("OSU"):
+    if are_strings or not isinstance(shape, tuple) or not isinstance(shape[-1] if shape else None, int):
         return
     classes, values = shape[-1], np.asarray(arrays[0])
     values = values[_counting(values, sample_weight) & (values != ignored_class(losses[0]))]
@@ -200,6 +200,13 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
                 f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
                 "Correct the labels or give the last layer more units.",
             )
+
+
+def _holds_strings(labels: Any) -> bool:
+    values = labels if tf.is_tensor(labels) else np.asarray(labels)
+    if values.dtype == object:
+        return any(isinstance(value, (str, bytes)) for value in values.reshape(-1))
+    return values.dtype == tf.string or getattr(values.dtype, "kind", "") in tuple("SU")
 
 
 def _counting(labels: np.ndarray, sample_weight: Any) -> np.ndarray:

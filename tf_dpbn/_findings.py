@@ -104,10 +104,11 @@ def inspect_model(model: Any, x: Any) -> Findings:
         ) from error
     stock = [layer for layer in flatten_layers(model) if _would_train(layer)]
     written = {id(variable) for change in trace.changes_from_data for variable in change.variables}
+    unclear = any(not change.variables for change in trace.changes_from_data)
     remedy = _CONVERT if is_convertible(model) else _REPLACE
     found = {}
     for layer in stock:
-        in_training = any(id(raw(variable)) in written for variable in layer.non_trainable_variables)
+        in_training = unclear or any(id(raw(variable)) in written for variable in layer.non_trainable_variables)
         found[layer.name] = _stock_finding(layer, remedy) if in_training else _idle_finding(layer, model, remedy)
     for layer in [layer for layer in flatten_layers(model) if getattr(layer, "activity_regularizer", None)]:
         reason = "It has an activity regularizer, a loss that is neither clipped nor noised."

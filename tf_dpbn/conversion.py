@@ -28,9 +28,9 @@ def validate(model: Any, x: Any = None) -> Findings:
     Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
     pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
     batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
-    both times. Stock batch normalization that a trace of the training pass shows in inference only is a warning. (Keras 3
-    overrules `training=False` in a functional graph by the `training=True` of `fit`: there only trainable=False freezes
-    it.) The model is left as it was.
+    both times. Stock batch normalization that the training pass only uses in inference is a warning. (In functional
+    models of Keras 3, the training=True of `fit` overrules training=False: there only trainable=False freezes a layer.)
+    The model is left as it was.
 
     Args:
       model: a keras.Model or DPModel, compiled or not.
