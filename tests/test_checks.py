@@ -265,6 +265,102 @@ def test_refuses_labels_out_of_range_before_training(loss, label, poisson):
     assert_untrained(model, before)
 
 
+def trained_on(y, loss, weights=None, **options):
+    model = helpers.compiled(network(), loss, **options)
+    x = vectors()[0]
+    data = poisson_dataset(x, y, weights, expected_batch_size=BATCH, max_batch_size=BATCH, steps_per_epoch=1)
+    loss_value = model.fit(data, verbose=0).history["loss"][0]
+    assert np.isfinite(loss_value) and model.debug_not_finite_examples == 0
+    return model
+
+
+def sparse_categorical_of_mine(y, p):
+    return tf.reduce_mean(tf.square(p - tf.reshape(tf.cast(y, tf.float32), [-1, 1]) / 100.0), -1)
+
+
+def test_labels_of_an_ignored_class_train():
+    y = np.where(np.arange(BATCH) == 3, 255, vectors()[1])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
+    kernel = trained_on(y, loss, engine="loop").layers[-1].kernel
+    assert np.isfinite(np.asarray(kernel)).all()
+    y[0] = 254
+    with pytest.raises(ValueError, match="`y` must hold labels from 0 to 2.*Received: y=254"):
+        trained_on(y, loss)
+
+
+@pytest.mark.parametrize("engine", ["book_keeping", "loop"])
+def test_any_label_of_weight_zero_trains(engine):
+    x, y = vectors()
+    y[3] = -1
+    trained_on(
+        y, keras.losses.SparseCategoricalCrossentropy(from_logits=True), (y >= 0).astype("float32"), engine=engine
+    )
+    weights = np.ones(BATCH, "float32")
+    with pytest.raises(ValueError, match="`y` must hold labels from 0 to 2.*Received: y=-1"):
+        trained_on(y, keras.losses.SparseCategoricalCrossentropy(from_logits=True), weights)
+
+
+def test_a_loss_that_is_merely_named_like_a_sparse_one_takes_any_label():
+    trained_on(vectors()[1] * 100, sparse_categorical_of_mine)
+
+
+@pytest.mark.parametrize("loss", ["sparse_categorical_crossentropy", "mse", keras.losses.MeanSquaredError()])
+def test_labels_in_words_are_refused_with_the_remedy(loss):
+    with pytest.raises(ValueError, match="`y` must hold numbers.*Encode the labels.*StringLookup"):
+        trained_on(np.array([["no"], ["yes"]] * 4)[:, 0], loss)
+
+
+def test_a_look_up_that_only_reads_trains_and_its_public_batch_is_kept(tmp_path):
+    words = np.array([["a"], ["b"], ["c"], ["d"]] * 2)
+    inputs = keras.Input((1,), dtype="string")
+    h = layers.StringLookup(vocabulary=["a", "b", "c"], output_mode="one_hot")(inputs)
+    h = tf_dpbn.DPBatchNormalization()(layers.Dense(4)(h))
+    model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(h)), engine="loop")
+    model.set_public_batch(words[:3])
+    model.fit(every_example(words, vectors()[1]), verbose=0)
+    assert model.private_steps == 1
+    model.save_weights(str(tmp_path / "m.weights.h5"))
+    model.set_public_batch(words[:2])
+    model.load_weights(str(tmp_path / "m.weights.h5"))
+    np.testing.assert_array_equal(model.public_batch, [[b"a"], [b"b"], [b"c"]])
+    with pytest.raises(TypeError, match=r"`public_batch.dtype` must be strings.*Received"):
+        model.set_public_batch(np.zeros((3, 1)))
+    with pytest.raises(TypeError, match="must be a real float or integer type. Strings feed a model whose input is"):
+        network().set_public_batch(np.array([["a"] * 5] * 3))
+
+
+class OwnStep(tf_dpbn.DPModel):
+    def __init__(self):
+        super().__init__()
+        self.normalization, self.head = tf_dpbn.DPBatchNormalization(), layers.Dense(CLASSES)
+
+    def call(self, x, training=False):
+        return self.head(self.normalization(x, training=training))
+
+    def train_step(self, data):
+        self(data[0], training=True)
+
+
+def test_batch_normalization_in_training_outside_a_step_says_what_fits():
+    model = network(tf_dpbn.DPBatchNormalization(), layers.Dropout(0.5))
+    with pytest.raises(RuntimeError, match="for Monte Carlo dropout pass training=True to the dropout layers alone"):
+        model(vectors()[0], training=True)
+    own = helpers.compiled(OwnStep())
+    own.set_public_batch(vectors()[0])
+    with pytest.raises(RuntimeError, match=r"in a train_step of its own super\(\).train_step\(data\)"):
+        fit(own)
+
+
+def test_dropout_that_is_always_on_predicts_at_random_and_trains():
+    inputs = keras.Input((5,))
+    h = tf_dpbn.DPBatchNormalization()(inputs)
+    model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(layers.Dropout(0.5)(h, training=True))))
+    x = vectors()[0]
+    model.set_public_batch(x)
+    fit(model)
+    assert np.any(np.asarray(model(x)) != np.asarray(model(x)))
+
+
 def batched(x, y):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(4, drop_remainder=True)
 

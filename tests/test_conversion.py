@@ -728,3 +728,106 @@ def test_to_stock_refuses_a_subclassed_model_and_names_export():
 
     with pytest.raises(TypeError, match="class Own.*`export` makes a SavedModel"):
         tf_dpbn.to_stock(Own())
+
+
+# ---------------------------------------------------------------- live objects
+
+
+def with_live_objects():
+    """Functions, and a class, that no file could bring back; inside other layers too."""
+    slope = tf.constant(3.0)
+    inputs = keras.Input((7, 4))
+    h = layers.Lambda(lambda t, by: t * slope * by, arguments={"by": 2.0}, output_shape=(7, 4), name="scaled")(inputs)
+    h = layers.TimeDistributed(layers.Dense(4, activation=lambda t: t * slope), name="each")(h)
+    h = layers.TimeDistributed(layers.Lambda(lambda t: t - slope, output_shape=(4,)), name="shifted")(h)
+    h = layers.Dense(3, activation=lambda t: tf.nn.relu(t) * slope)(layers.BatchNormalization()(h))
+    model = keras.Model(inputs, h)
+    helpers.randomize(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*lambda")
+def test_layers_with_functions_of_their_own_are_rebuilt_in_memory():
+    stock = with_live_objects()
+    x = np.random.default_rng(0).normal(size=(3, 7, 4)).astype("float32")
+    private = tf_dpbn.convert(stock)
+    plain = tf_dpbn.to_stock(private)
+    for model in (private, plain):
+        np.testing.assert_allclose(model(x), stock(x), rtol=1e-5)
+        assert not {id(v) for v in model.weights} & {id(v) for v in stock.weights}
+        assert not {id(layer) for layer in flatten_layers(model)} & {id(layer) for layer in flatten_layers(stock)}
+    assert private.get_layer("scaled").function is stock.get_layer("scaled").function
+
+
+# ---------------------------------------------------------------- what findings advise
+
+
+def test_batch_normalization_is_judged_by_whether_training_moves_its_statistics():
+    """Keras 3 overrules the `training=False` of a functional graph in `fit`, tf_keras does not."""
+    base = sequential(norm(), layers.Dense(4))
+    inputs = keras.Input(VECTOR)
+    h = layers.BatchNormalization(name="direct")(base(inputs, training=False), training=False)
+    model = keras.Model(inputs, layers.Dense(2)(h))
+    findings = tf_dpbn.validate(model)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(1.0, 1.0, (8, *VECTOR)).astype("float32")
+    model.fit(x, x[:, :2], verbose=0)
+    moved = [bool(np.any(np.asarray(base.get_layer("culprit").moving_mean)))] * 2
+    assert [each.severity for each in findings] == ["error" if each else "warning" for each in moved]
+    assert findings.ok == (not any(moved))
+
+
+class Inference(keras.Model):
+    """Keras' idiom for transfer learning, in a class."""
+
+    def __init__(self):
+        super().__init__()
+        self.normalization, self.head = norm(), layers.Dense(2)
+
+    def call(self, x):
+        return self.head(self.normalization(x, training=False))
+
+
+def test_batch_normalization_that_is_called_in_inference_only_does_not_block():
+    findings = tf_dpbn.validate(Inference(), np.ones((4, 3), "float32"))
+    assert findings.ok
+    assert [(each.layer, each.severity) for each in findings] == [("culprit", "warning")]
+
+
+class SubclassedStock(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.normalization = norm()
+
+    def call(self, x, training=False):
+        return self.normalization(x, training=training)
+
+
+def test_findings_recommend_convert_only_where_it_converts():
+    x = np.ones((4, 3), "float32")
+    (finding,) = tf_dpbn.validate(SubclassedStock(), x)
+    assert "convert" not in finding.remedy and "tf_dpbn.DPBatchNormalization" in finding.remedy
+    inputs = keras.Input((3,))
+    (finding,) = tf_dpbn.validate(keras.Model(inputs, SubclassedStock()(inputs)))
+    assert "convert" not in finding.remedy
+    (finding,) = tf_dpbn.validate(network(norm()))
+    assert "tf_dpbn.convert(model)" in finding.remedy
+
+
+# ---------------------------------------------------------------- export
+
+
+def test_a_model_made_plain_is_ready_for_export(tmp_path):
+    stacked = tf_dpbn.DPSequential([layers.Dense(4), tf_dpbn.DPBatchNormalization(), layers.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("float32")
+    stacked.set_public_batch(x)
+    helpers.compiled(stacked, "mse").train_on_batch(x, x[:, :2])
+    functional = tf_dpbn.convert(network(norm()))
+    for k, model in enumerate((stacked, functional)):
+        plain = tf_dpbn.to_stock(model)
+        if IS_KERAS_3:
+            signature = keras.src.export.export_utils.get_input_signature(plain)
+            assert plain._called and tuple(signature[0].shape) == (None, 6)
+        plain.export(str(tmp_path / str(k)))
+        loaded = tf.saved_model.load(str(tmp_path / str(k)))
+        np.testing.assert_allclose(loaded.serve(x[:3]), model(x[:3]), rtol=1e-4, atol=1e-6)

@@ -396,5 +396,5 @@ def test_scopes_are_local_to_a_thread():
         thread.start()
         thread.join()
     assert seen[0] is None
-    assert "outside the train step" in str(seen[1])
+    assert "outside a private step" in str(seen[1])
     assert scope.calls == []

@@ -275,6 +275,24 @@ def test_real_example_mask_refuses_scalars():
 ARRAY = np.zeros(10)
 
 
+@pytest.mark.keras_free
+def test_frames_of_numbers_and_truth_values_are_taken_and_other_columns_named():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"age": np.arange(10) / 2, "smokes": np.arange(10) > 4, "visits": np.arange(10)})
+    y = np.zeros(10, "int64")
+    options = {"expected_batch_size": 10, "max_batch_size": 10, "steps_per_epoch": 1}
+    (x, _, _), *_ = poisson_dataset(frame, y, **options)
+    assert x.dtype == tf.float64
+    np.testing.assert_array_equal(np.asarray(x)[np.argsort(np.asarray(x)[:, 0])], frame.to_numpy("float64"))
+    frame["city"], frame["since"] = list("abcdefghij"), pandas.date_range("2020", periods=10)
+    with pytest.raises(TypeError, match="`x` must hold columns of numbers. Encode or drop 'city', 'since'.*Received"):
+        poisson_dataset(frame, y, **options)
+    with pytest.raises(TypeError, match="`x` must have values everywhere, in columns 'gaps' too"):
+        poisson_dataset(pandas.DataFrame({"gaps": pandas.array([1] * 9 + [None], "Int64")}), y, **options)
+    (words, _, _), *_ = poisson_dataset(frame[["city"]], y, **options)
+    assert words.dtype == tf.string
+
+
 @pytest.mark.parametrize(
     "arguments,change,error,message",
     [

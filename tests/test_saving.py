@@ -193,6 +193,58 @@ def test_weights_files_keep_the_books(trained, tmp_path):
     np.testing.assert_allclose(other.predict(X, verbose=0), trained.predict(X, verbose=0), atol=1e-6)
 
 
+def normalized_twice(seed, frozen=(), statistics=None):
+    """Stock, or private by statistics of a kind, with random weights; nested, and once without a scale."""
+    inner = keras.Sequential([keras.Input((4,)), layers.BatchNormalization(trainable=1 not in frozen), layers.Dense(2)])
+    stack = [keras.Input((3,)), layers.Dense(4), layers.BatchNormalization(trainable=0 not in frozen, scale=False)]
+    model = keras.Sequential([*stack, inner])
+    helpers.randomize(model, seed)
+    return tf_dpbn.convert(model, statistics=statistics) if statistics else model
+
+
+STORED = {
+    "stock": {},
+    "public": {"statistics": "public"},
+    "first_frozen": {"statistics": "public", "frozen": [0]},
+    "second_frozen_noised": {"statistics": "noised", "frozen": [1]},
+    "anchored": {"statistics": "anchored"},
+}
+
+
+def test_weights_files_go_between_stock_and_private_forms(tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    for saved in STORED:
+        model = normalized_twice(1, **STORED[saved])
+        if saved != "stock":
+            model._books.open_record(helpers.dp_optimizer(), None)
+            spend(model, 3)
+        model.save_weights(path)
+        for loaded in STORED:
+            other = normalized_twice(2, **STORED[loaded])
+            if loaded != "stock":
+                other._books.open_record(helpers.dp_optimizer(), None)
+                spend(other, 2)
+            other.load_weights(path)
+            np.testing.assert_allclose(model(X), other(X), rtol=1e-5, err_msg=f"{saved}, {loaded}")
+            if loaded != "stock":
+                assert other.ledger.steps == (2 if saved == "stock" else 5)  # what ran is never forgotten
+
+
+@pytest.mark.parametrize("statistics", ["noised", "anchored"])
+def test_weights_files_keep_averages_of_releases_and_a_stock_file_begins_them_anew(statistics, tmp_path):
+    path = str(tmp_path / "m.weights.h5")
+    model, other = (normalized_twice(seed, statistics=statistics) for seed in (1, 2))
+    for each in (model, other):
+        each.layers[1].statistic_updates.assign(7.0)
+    model.save_weights(path)
+    other.layers[1].statistic_updates.assign(9.0)
+    other.load_weights(path)
+    assert float(other.layers[1].statistic_updates) == 7.0
+    normalized_twice(3).save_weights(path)
+    other.load_weights(path)
+    assert float(other.layers[1].statistic_updates) == 0.0
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_tensorflow_checkpoints_keep_the_ledger(compiled, trained, tmp_path):
     path = tf.train.Checkpoint(model=trained).save(str(tmp_path / "checkpoint"))
@@ -226,7 +278,8 @@ def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
     for content in (h5_keys(inside), h5_keys(tmp_path / "m.weights.h5")):
         for name, value in content.items():
             first = name.split("/")[0]
-            assert first in {"layers", "_layer_checkpoint_dependencies", "optimizer", "vars", "metrics"}, name
+            known = {"layers", "_layer_checkpoint_dependencies", "optimizer", "vars", "metrics", "zz_tf_dpbn_books"}
+            assert first in known, name
             assert first != "metrics" or not np.any(value), name
             assert not np.isin(key, value).any(), name
     for name, _ in tf.train.list_variables(checkpoint):
@@ -365,6 +418,15 @@ def test_loading_in_the_middle_of_fit_works_even_with_another_public_batch(train
 
 
 # ---------------------------------------------------------------------- export
+
+
+def test_saved_models_are_made_by_export(tmp_path):
+    model = functional()
+    with pytest.raises(ValueError, match=r"tf.saved_model.save cannot save a DPModel. Call `model.export\(path\)`"):
+        tf.saved_model.save(model, str(tmp_path / "saved"))
+    inputs = keras.Input((3,))
+    keras.Model(inputs, model(inputs)).export(str(tmp_path / "outer"))  # of a stock model around it, too
+
 
 _SERVE = """
 import sys

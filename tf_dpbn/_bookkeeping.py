@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _training_trace, public_data
-from tf_dpbn._books import Books
+from tf_dpbn._books import NO_SAVED_MODEL, Books
 from tf_dpbn._keras import (
     IS_KERAS_3,
+    StoredBeside,
     as_compiled,
     call_model,
     clear_call_time_losses,
@@ -27,6 +29,7 @@ from tf_dpbn.layers import DPBatchNormalization, PublicPass, current_scope
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
+_STRINGS = b"tf_dpbn strings "
 _LEGACY_ENDINGS = (".h5", ".hdf5")
 
 
@@ -66,7 +69,7 @@ class BookkeepingModel(keras.Model):
             public_data.validate_batch(
                 array,
                 expected_shape=None if spec is None else (None, *spec.shape[1:]),
-                dtype=None if spec is None else tf.as_dtype(spec.dtype).as_numpy_dtype,
+                dtype=_numpy_dtype(array, spec),
                 value_range=value_range,
                 name=name,
             )
@@ -301,11 +304,26 @@ class BookkeepingModel(keras.Model):
 
     # ------------------------------------------------------------------ saving
 
+    @functools.cached_property
+    def zz_tf_dpbn_books(self) -> StoredBeside:
+        """What weights files hold of public batch and ledger, which a stock model passes over.
+
+        tf_keras visits attributes in reverse order and stops at weights that do not match: this one comes first.
+        """
+        return StoredBeside(self._save_books, self._load_books)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
+        if save_type == "savedmodel" and not IS_KERAS_3:  # Keras 3's `export` comes here too, but not to the books
+            raise ValueError(NO_SAVED_MODEL)
+        return super()._trackable_children(save_type, **kwargs)
+
     def save_own_variables(self, store: Any) -> None:
-        """Keras' hook: adds public batch and ledger to what is saved."""
+        """Keras' hook."""
         if not IS_KERAS_3:
             self.reset_metrics()  # tf_keras saves them: sums over private examples, without noise
         super().save_own_variables(store)
+
+    def _save_books(self, store: Any) -> None:
         batch = self._books.public_batch
         arrays = tf.nest.flatten(batch) if batch is not None else []
         structure = None if batch is None else tf.nest.pack_sequence_as(batch, list(range(len(arrays))))
@@ -313,20 +331,42 @@ class BookkeepingModel(keras.Model):
         books = {"books": self._books.serialize(), "public_batch": structure, "may_contain_training_rows": told}
         store[_STORE_KEY] = np.frombuffer(json.dumps(books).encode(), np.uint8)
         for i, array in enumerate(arrays):
-            store[f"{_BATCH_KEY}{i}"] = array.numpy()
+            store[f"{_BATCH_KEY}{i}"] = _stored(array.numpy())
 
-    def load_own_variables(self, store: Any) -> None:
-        """Keras' hook: restores public batch and ledger."""
-        keys = [key for key in store.keys() if key != _STORE_KEY and not key.startswith(_BATCH_KEY)]
-        structure = None
-        if _STORE_KEY in store.keys():
-            books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
-            self._books.deserialize(books["books"])  # first: Keras may be told to go on where weights do not match
-            structure = books["public_batch"]
-        super().load_own_variables({key: store[key] for key in keys})
+    def _load_books(self, store: Any) -> None:
+        """Adds the ledger of a file, and takes its public batch; of a stock model's there is neither."""
+        if _STORE_KEY not in store.keys():
+            return
+        books = json.loads(bytes(np.asarray(store[_STORE_KEY])).decode())
+        self._books.deserialize(books["books"])
+        structure = books["public_batch"]
         if structure is not None:
-            batch = tf.nest.map_structure(lambda i: np.asarray(store[f"{_BATCH_KEY}{i}"]), structure)
+            batch = tf.nest.map_structure(lambda i: _loaded(np.asarray(store[f"{_BATCH_KEY}{i}"])), structure)
             self.set_public_batch(batch, may_contain_training_rows=books.get("may_contain_training_rows", False))
+
+
+def _numpy_dtype(array: Any, spec: Any) -> Any:
+    """The type that a model's input takes; for one that does not know its inputs None, or `object` for strings."""
+    if spec is not None:
+        return tf.as_dtype(spec.dtype).as_numpy_dtype
+    return object if np.asarray(array).dtype.kind in "SU" else None
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """An array as files hold it; of strings, for which HDF5 needs a type of its own, as bytes of JSON."""
+    if array.dtype != object:
+        return array
+    values = [value.decode("latin-1") for value in array.reshape(-1)]  # any byte is one character
+    return np.frombuffer(_STRINGS + json.dumps([array.shape, values]).encode(), np.uint8)
+
+
+def _loaded(array: np.ndarray) -> np.ndarray:
+    """The inverse of `_stored`."""
+    content = array.tobytes()
+    if array.dtype != np.uint8 or not content.startswith(_STRINGS):
+        return array
+    shape, values = json.loads(content[len(_STRINGS) :])
+    return np.array([value.encode("latin-1") for value in values], object).reshape(shape)
 
 
 def _lossy_file(filepath: Any, better: str) -> ValueError:

@@ -24,6 +24,9 @@ _BESIDE_FIT = (
     "would become a part of `fit`'s logical batch, in which an example could then be twice. Train before or after "
     "`fit`, and let Keras make the train function."
 )
+NO_SAVED_MODEL = (
+    "tf.saved_model.save cannot save a DPModel. Call `model.export(path)`, which makes a SavedModel for inference."
+)
 _OUTDATED = (
     "This graph of train_step was traced before the last `compile`, with the noise and clip norm of then. Trace it "
     "anew; a train_step that is a tf.function itself needs a new model."
@@ -315,6 +318,8 @@ class Books(tf.train.experimental.PythonState):
 
     def serialize(self) -> str:
         """The ledger by who took the steps, and released means, as text; tf.train.Checkpoint calls this too."""
+        if not tf.executing_eagerly():
+            raise ValueError(NO_SAVED_MODEL)
         runs = {run: ledger.to_json() for run, ledger in self._snapshot()[0].items() if ledger.steps}
         return json.dumps({"runs": runs, "input_means": self._means()})
 

@@ -16,6 +16,8 @@ from tf_dpbn._keras import (
     BatchNormalizationBase,
     Functional,
     flatten_layers,
+    ignored_class,
+    is_keras_loss,
     keras,
     steps_of_epoch,
 )
@@ -164,25 +166,35 @@ def check_replicas(
         )
 
 
-def check_labels(model: Any, labels: Any) -> None:
-    """Refuses integer labels outside the classes that a model with a sparse categorical loss predicts.
+def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
+    """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 
     Args:
-      model: compiled, with one output of known shape; other models pass unchecked.
-      labels: array of labels.
+      model: compiled; integers are checked for one output of known shape with a sparse categorical loss of Keras'.
+      labels: array of labels, or nest of arrays.
+      sample_weight: array or None; where it is 0, and for the loss' `ignore_class`, any integer will do.
 
     Raises:
-      ValueError: with the smallest or largest label.
+      ValueError: with the smallest or largest label, or for strings.
     """
-    loss = getattr(model, "loss", None)
-    name = loss if isinstance(loss, str) else getattr(loss, "name", getattr(loss, "__name__", ""))
+    losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if loss is not None]
+    arrays = tf.nest.flatten(labels)
+    are_strings = any(_holds_strings(each) for each in arrays)
+    if are_strings and all(is_keras_loss(loss) for loss in losses):
+        raise _validate.argument_error(
+            "y",
+            "strings",
+            "hold numbers, which the compiled loss takes",
+            "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1.",
+        )
     shape = getattr(model, "output_shape", None)
-    if "sparse_categorical" not in str(name) or not isinstance(shape, tuple) or not shape[-1:]:
+    if len(losses) != 1 or not is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
         return
-    classes = shape[-1]
-    if classes is None or isinstance(classes, tuple) or tf.nest.is_nested(labels):
+    if are_strings or not isinstance(shape, tuple) or not isinstance(shape[-1] if shape else None, int):
         return
-    for label in (int(tf.reduce_min(labels)), int(tf.reduce_max(labels))):
+    classes, values = shape[-1], np.asarray(arrays[0])
+    values = values[_counting(values, sample_weight) & (values != ignored_class(losses[0]))]
+    for label in (int(values.min()), int(values.max())) if values.size else ():
         if not 0 <= label < classes:
             raise _validate.argument_error(
                 "y",
@@ -190,6 +202,23 @@ def check_labels(model: Any, labels: Any) -> None:
                 f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
                 "Correct the labels or give the last layer more units.",
             )
+
+
+def _holds_strings(labels: Any) -> bool:
+    values = labels if tf.is_tensor(labels) else np.asarray(labels)
+    if values.dtype == object:
+        return any(isinstance(value, (str, bytes)) for value in values.reshape(-1))
+    return values.dtype == tf.string or getattr(values.dtype, "kind", "") in tuple("SU")
+
+
+def _counting(labels: np.ndarray, sample_weight: Any) -> np.ndarray:
+    """Which labels have a weight other than 0, by example or by position; all where the shapes do not tell."""
+    weights = np.asarray(1.0 if sample_weight is None or tf.nest.is_nested(sample_weight) else sample_weight)
+    if weights.ndim and weights.size == len(labels):
+        weights = weights.reshape([-1] + [1] * (labels.ndim - 1))
+    elif weights.shape not in ((), labels.shape):
+        weights = np.ones(())
+    return np.broadcast_to(weights != 0, labels.shape)
 
 
 def check_batches(

@@ -8,11 +8,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from tf_dpbn import _coupling, _training_trace
-from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state
+from tf_dpbn._bookkeeping import BookkeepingModel
+from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state, raw
+from tf_dpbn._rebuild import is_convertible
 from tf_dpbn.layers import DPBatchNormalization
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
 _CONVERT = "tf_dpbn.convert(model), or freeze it with trainable=False."
+_REPLACE = (
+    "Use tf_dpbn.DPBatchNormalization in its place and derive the model from tf_dpbn.DPModel, or freeze it with "
+    "trainable=False."
+)
 _LOSS = "Put the loss into `compile`, where it is clipped for each example, or use a weight regularizer."
 _ALONE = "Let the layer work on each example alone; to normalize, use tf_dpbn.DPBatchNormalization."
 
@@ -97,7 +103,13 @@ def inspect_model(model: Any, x: Any) -> Findings:
             f"Model {model.name!r} does not run on the examples: {error} Pass `x`, examples of the kind that it takes."
         ) from error
     stock = [layer for layer in flatten_layers(model) if _would_train(layer)]
-    found = {layer.name: _stock_finding(layer) for layer in stock}
+    written = {id(variable) for change in trace.changes_from_data for variable in change.variables}
+    unclear = any(not change.variables for change in trace.changes_from_data)
+    remedy = _CONVERT if is_convertible(model) else _REPLACE
+    found = {}
+    for layer in stock:
+        in_training = unclear or any(id(raw(variable)) in written for variable in layer.non_trainable_variables)
+        found[layer.name] = _stock_finding(layer, remedy) if in_training else _idle_finding(layer, model, remedy)
     for layer in [layer for layer in flatten_layers(model) if getattr(layer, "activity_regularizer", None)]:
         reason = "It has an activity regularizer, a loss that is neither clipped nor noised."
         found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
@@ -124,14 +136,21 @@ def _would_train(layer: Any) -> bool:
     return is_stock and layer.trainable
 
 
-def _stock_finding(layer: Any) -> Finding:
+def _idle_finding(layer: Any, model: Any, remedy: str) -> Finding:
+    reason = f"Stock {type(layer).__name__}, called with training=False only: it uses its moving statistics."
+    if isinstance(model, BookkeepingModel):
+        return Finding(layer.name, "error", f"{reason} A DPModel takes it frozen only.", "Set its trainable=False.")
+    return Finding(layer.name, "warning", f"{reason} That is private; a DPModel takes it frozen only.", remedy)
+
+
+def _stock_finding(layer: Any, remedy: str) -> Finding:
     kind = type(layer).__name__
     if getattr(layer, "synchronized", False) or kind == "SyncBatchNormalization":
         kind += " (synchronized over replicas)"
     reason = f"Stock {kind}: in training its statistics mix examples."
     if not layer.trainable_weights:
         reason += " That it has no trainable scale or offset does not help."
-    return Finding(layer.name, "error", reason, _CONVERT)
+    return Finding(layer.name, "error", reason, remedy)
 
 
 def _state_finding(name: str) -> Finding:

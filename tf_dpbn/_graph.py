@@ -7,7 +7,10 @@ from typing import Any
 
 import tensorflow as tf
 
-_READS = frozenset(["ReadVariableOp", "ResourceGather", "ResourceGatherNd", "VariableShape", "VarHandleOp"])
+_READS = frozenset(
+    "ReadVariableOp ResourceGather ResourceGatherNd VariableShape VarHandleOp VarIsInitializedOp "
+    "LookupTableFind LookupTableFindV2 LookupTableSize LookupTableSizeV2 LookupTableExport LookupTableExportV2".split()
+)
 # Stateful only in that two calls differ or that they print: random draws, checks.
 _HARMLESS = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "Assert", "Print", "TensorArray")
 _RANDOM = ("Random", "Truncated", "Parameterized", "Multinomial", "Stateful", "StatelessRandom", "StatelessTruncated")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -330,6 +331,9 @@ def _legacy_data_loss(
             mask = tf.cast(mask, y_p.dtype)
             weight = mask if weight is None else weight * mask
         value = tf.reduce_mean(loss(y_t, y_p, sample_weight=weight))
+        ignored = ignored_class(loss)
+        if ignored is not None:  # tf_keras divides by the number of the others: 0 / 0 for an example without any
+            value = tf.where(tf.reduce_any(tf.cast(y_t, tf.int64) != ignored), value, tf.zeros_like(value))
         parts.append(value)
         total.append(value if scale is None else value * scale)
     return tf.add_n(total), tuple(parts) if len(outputs) > 1 else ()
@@ -439,6 +443,59 @@ def _with_keras_mask(mask: tf.Tensor) -> Any:
     return attach
 
 
+def is_keras_loss(loss: Any, name: str | None = None) -> bool:
+    """Whether what `compile` got is a loss of Keras' own, and the named one (in snake case) if a name is given."""
+    if isinstance(loss, str):
+        try:
+            loss = keras.losses.get(loss)
+        except ValueError:  # `fit` will say so
+            return False
+    kind = loss if hasattr(loss, "__name__") else type(loss)
+    is_own = kind.__module__.partition(".")[0] == keras.Model.__module__.partition(".")[0]
+    return is_own and (name is None or kind.__name__.replace("_", "").lower() == name.replace("_", ""))
+
+
+def ignored_class(loss: Any) -> int | None:
+    """The `ignore_class` of a loss object of Keras', if it has one."""
+    return getattr(loss, "_fn_kwargs", {}).get("ignore_class", getattr(loss, "ignore_class", None))
+
+
+class StoredBeside(keras.losses.Loss):
+    """An attribute of a model or layer that weights files hold under a name of its own, which stock Keras passes over.
+
+    Both Kerases walk attributes of a few kinds only; of these a loss is the one that they neither track nor count.
+
+    Args:
+      save: fills a store, as `save_own_variables`.
+      load: reads one, as `load_own_variables`; it is empty for a file that holds nothing of this.
+    """
+
+    def __init__(self, save: Callable[[Any], None], load: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.save_own_variables, self.load_own_variables = save, load
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        raise NotImplementedError
+
+
+def stored_as(stock_names: dict[str, str]) -> None:
+    """Has Keras' weights files name layers of some classes as the stock ones that they stand for.
+
+    In files layers are found by the name of their class and their number among those of it, for which there is no hook.
+
+    Args:
+      stock_names: by name of the class.
+    """
+    module = importlib.import_module(f"{keras.Model.__module__.partition('.')[0]}.src.saving.saving_lib")
+    name = "naming" if IS_KERAS_3 else "generic_utils"
+    original = getattr(module, name)
+
+    def to_snake_case(class_name: str) -> str:
+        return original.to_snake_case(stock_names.get(class_name, class_name))
+
+    setattr(module, name, types.SimpleNamespace(**{**vars(original), "to_snake_case": to_snake_case}))
+
+
 def serialize(obj: Any) -> Any:
     """keras.saving.serialize_keras_object."""
     return keras.saving.serialize_keras_object(obj)
@@ -471,6 +528,12 @@ def rebuild_functional(model: Any, clone: Callable[[Any], Any]) -> tuple[Any, An
         lambda t: keras.Input(batch_shape=t.shape, dtype=t.dtype, name=t.name, sparse=t.sparse), model.input
     )
     return inputs, model._run_through_graph(inputs, operation_fn=clone)
+
+
+def mark_called(model: Any) -> None:
+    """Calls a model of Keras 3 on its symbolic inputs, if it knows them: some formats of `export` want it called."""
+    if IS_KERAS_3 and getattr(model, "inputs", None):
+        model(symbolic_inputs(model))
 
 
 def sequential_input(model: Any) -> list[Any]:

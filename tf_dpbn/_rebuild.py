@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from tf_dpbn._keras import (
 # What both kinds of batch normalization have, as far as center and scale provide for it.
 _SHARED_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
 # Methods that a rebuilt model would lose.
+_REFERENCE = "tf_dpbn_reference"
 _BEHAVIOUR = ("call", "train_step", "test_step", "predict_step", "compute_loss")
 
 
@@ -39,6 +42,10 @@ class Rebuilder:
         self._what = what
         self._new: dict[int, Any] = {}
         self._pairs: list[tuple[Any, Any]] = []
+        self._live: list[Any] = []
+        # Stands in the configuration of what holds a layer for that layer, already rebuilt.
+        find = classmethod(lambda _, config: self._live[config["index"]])
+        self._scope = {_REFERENCE: type(_REFERENCE, (), {"from_config": find})}
 
     def rebuild(self, model: Any, functional: type, sequential: type) -> Any:
         """A new model of one of the given classes, with the weights and trainable flags of `model`.
@@ -73,7 +80,7 @@ class Rebuilder:
                 "Functional and Sequential models can. Derive the class from tf_dpbn.DPModel and use "
                 f"tf_dpbn.DPBatchNormalization in it; `export` makes a SavedModel of it. Received: model={model!r}"
             )
-        own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
+        own = _own_behaviour(model)
         if own:
             raise TypeError(
                 f"Model {model.name!r} is of class {name}, which defines {own[0]!r}, and cannot be {self._what} with "
@@ -98,10 +105,7 @@ class Rebuilder:
             self._require_graph(old)
         inside = {layer.name: layer for layer in flatten_layers(old)}
         try:
-            config = old.get_config()
-            if any(self._replaced(layer) is not None for layer in inside.values()):
-                config = self._replace_in_config(config, inside)
-            new = type(old).from_config(config)
+            new = self._from_live(old, inside)
         except Exception as error:
             raise ValueError(
                 f"Layer {old.name!r} (class {type(old).__name__}) cannot be rebuilt from its configuration: {error} "
@@ -109,6 +113,20 @@ class Rebuilder:
             ) from error
         self._check_inside(old, new)
         return new
+
+    def _from_live(self, old: Any, inside: dict[str, Any]) -> Any:
+        """A layer from the configuration of a live one, which gives its functions, and layers inside, by themselves."""
+        if isinstance(
+            old, keras.layers.Lambda
+        ):  # its configuration holds its function's code, without what it refers to
+            functions = {"function": old.function, "output_shape": old._output_shape, "mask": old.mask}
+            options = {"name": old.name, "trainable": old.trainable, "dtype": _dtype(old)}
+            return type(old)(**functions, arguments=old.arguments, **options)
+        config = _config(old)
+        if inside:
+            config = self._replace_in_config(config, inside)
+        with keras.utils.custom_object_scope(self._scope):
+            return type(old).from_config(config)
 
     def _replaced(self, old: Any) -> Any:
         return self._replacement(old) if isinstance(old, BatchNormalizationBase) else None
@@ -124,7 +142,22 @@ class Rebuilder:
             new = self._replaced(inside.get(inner.get("name", "")))
             if new is not None:
                 return serialize(new)
+            layer = inside.get(inner.get("name", ""))
+            if layer is not None and self._is_by_reference(layer):
+                self._live.append(self._make(layer))
+                return {
+                    "class_name": _REFERENCE,
+                    "config": {"index": len(self._live) - 1},
+                    "module": None,
+                    "registered_name": _REFERENCE,
+                }
         return {key: self._replace_in_config(value, inside) for key, value in config.items()}
+
+    def _is_by_reference(self, layer: Any) -> bool:
+        """Whether a layer within another's configuration does not come back from it: by functions, or its class."""
+        if isinstance(layer, keras.Model):
+            return False
+        return isinstance(layer, keras.layers.Lambda) or _is_foreign(type(layer)) or _has_functions(_config(layer))
 
     def _check_inside(self, old: Any, new: Any) -> None:
         """Refuses a layer that makes its own normalization, whatever its configuration says."""
@@ -159,11 +192,48 @@ class Rebuilder:
                 if getattr(old, name) is not None:
                     getattr(new, name).assign(getattr(old, name))
             return
-        store: dict[str, Any] = {}
-        old.save_own_variables(store)
-        new.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+        pairs = [(old, new)]
+        if hasattr(old, "released_averages"):
+            pairs.append((old.released_averages, new.released_averages))
+        for source, target in pairs:
+            store: dict[str, Any] = {}
+            source.save_own_variables(store)
+            target.load_own_variables({key: np.asarray(value) for key, value in store.items()})
 
 
-def _is_foreign(cls: type) -> bool:
-    """Whether a class is neither Keras' nor this package's."""
+def is_convertible(model: Any) -> bool:
+    """Whether a model, and each one inside, is a graph of layers with Keras' behaviour, so that it can be rebuilt."""
+    models = [model, *(layer for layer in flatten_layers(model) if isinstance(layer, keras.Model))]
+    return all((isinstance(m, keras.Sequential) or is_functional(m)) and not _own_behaviour(m) for m in models)
+
+
+def _own_behaviour(model: Any) -> list[str]:
+    """The methods of a model that a rebuilt one would not have."""
+    return [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
+
+
+def _config(layer: Any) -> dict[str, Any]:
+    """A layer's configuration with the user's functions (activations, say) in place of their serialized form."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*lambda.*")  # what is not written to a file need not be safe to load
+        config = layer.get_config()
+    live = {key: getattr(layer, key, None) for key in config}
+    return {key: live[key] if _is_own_function(live[key]) else value for key, value in config.items()}
+
+
+def _has_functions(config: dict[str, Any]) -> bool:
+    """Whether a configuration from `_config` holds the user's functions."""
+    return any(map(inspect.isfunction, config.values()))
+
+
+def _is_own_function(value: Any) -> bool:
+    return inspect.isfunction(value) and _is_foreign(value)
+
+
+def _dtype(layer: Any) -> Any:
+    return getattr(layer, "dtype_policy", None) or layer._dtype_policy
+
+
+def _is_foreign(cls: Any) -> bool:
+    """Whether a class or function is neither Keras' nor this package's."""
     return cls.__module__.partition(".")[0] not in ("keras", "tf_keras", "tf_dpbn", "tensorflow", "builtins")

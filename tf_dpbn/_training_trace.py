@@ -73,12 +73,14 @@ class StateChange:
     Attributes:
       layers: names of the layers that own the state, as far as it is among the model's weights.
       operation: name of the operation.
+      variables: those of them that it changes.
       reason: what to tell the user.
     """
 
     layers: tuple[str, ...]
     operation: str
     reason: str
+    variables: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,8 @@ def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:
         changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
         if any(id(tensor) in data for tensor in operation.inputs):
             names = [owners.get(id(v), model.name) for v in changed]
-            from_data.append(StateChange(tuple(names), operation.name, _reason_of_change(operation, changed, names)))
+            reason = _reason_of_change(operation, changed, names)
+            from_data.append(StateChange(tuple(names), operation.name, reason, tuple(changed)))
         has_state = has_state or any(id(variable) not in random_states for variable in changed)
     return from_data, has_state
 

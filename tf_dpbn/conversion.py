@@ -10,7 +10,7 @@ from typing import Any
 
 from tf_dpbn import _validate
 from tf_dpbn._findings import Finding, Findings, inspect_model
-from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras
+from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
 from tf_dpbn._rebuild import Rebuilder
 from tf_dpbn.layers import STATISTICS_MODES, DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
@@ -28,7 +28,9 @@ def validate(model: Any, x: Any = None) -> Findings:
     Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
     pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
     batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
-    both times. The model is left as it was.
+    both times. Stock batch normalization that the training pass only uses in inference is a warning. (In functional
+    models of Keras 3, the training=True of `fit` overrules training=False: there only trainable=False freezes a layer.)
+    The model is left as it was.
 
     Args:
       model: a keras.Model or DPModel, compiled or not.
@@ -137,7 +139,9 @@ def to_stock(model: Any) -> Any:
 
     if isinstance(model, DPModel):
         model._refresh_if_stale()
-    return Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
+    plain = Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
+    mark_called(plain)
+    return plain
 
 
 def _stock_config(layer: Any) -> dict[str, Any]:

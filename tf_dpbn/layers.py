@@ -9,6 +9,7 @@ scope from `interop`, as `training_scope` of its layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate, statistics
-from tf_dpbn._keras import IS_KERAS_3, UNFUSED, is_shape_inference, keras, raw
+from tf_dpbn._keras import IS_KERAS_3, UNFUSED, StoredBeside, is_shape_inference, keras, raw, stored_as
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 
 STATISTICS_MODES = ("public", "noised", "anchored")
@@ -64,6 +65,7 @@ class _Scopes(threading.local):
 _SCOPES = _Scopes()
 # Averages of releases stay float32 under mixed precision.
 _WITHOUT_CAST: dict[str, Any] = {"autocast": False} if IS_KERAS_3 else {"experimental_autocast": False}
+stored_as({"DPBatchNormalization": "BatchNormalization", "DPFunctional": "Functional", "DPSequential": "Sequential"})
 _Scope = TypeVar("_Scope", bound="StatisticsScope")
 
 
@@ -269,6 +271,50 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             name=name, shape=shape, dtype="float32", initializer="zeros", trainable=False, **_WITHOUT_CAST
         )
 
+    @functools.cached_property
+    def released_averages(self) -> StoredBeside:
+        """What weights files hold beside the weights of stock batch normalization, which they hold as its own."""
+        return StoredBeside(self._save_averages, self._load_averages)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Keras' hook: what keras.layers.BatchNormalization saves."""
+        for k, weight in enumerate(self._stock_weights()):
+            store[f"{k}"] = raw(weight).numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Keras' hook: loads what keras.layers.BatchNormalization saves.
+
+        Raises:
+          ValueError: for another number of weights.
+        """
+        weights = self._stock_weights()
+        if len(store.keys()) != len(weights):
+            raise ValueError(
+                f"The file must hold {len(weights)} weights for batch normalization {self.name!r}. Load into a built "
+                f"model with the same layers, of the same `center` and `scale`. Received: {len(store.keys())}"
+            )
+        for k, weight in enumerate(weights):
+            weight.assign(store[f"{k}"])
+
+    def _stock_weights(self) -> list[Any]:
+        weights = (self.gamma, self.beta, self.moving_mean, self.moving_variance) if self.built else ()
+        return [weight for weight in weights if weight is not None]
+
+    def _average_weights(self) -> dict[str, Any]:
+        names = ("shift", "log_scale", "statistic_updates")
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
+
+    def _save_averages(self, store: Any) -> None:
+        for name, weight in self._average_weights().items():
+            store[name] = raw(weight).numpy()
+
+    def _load_averages(self, store: Any) -> None:
+        """Takes averages from a file; from one without, a stock model's say, they begin anew as after `convert`."""
+        weights = self._average_weights()
+        known = set(weights) <= set(store.keys())
+        for name, weight in weights.items():
+            weight.assign(store[name] if known else tf.zeros_like(raw(weight)))
+
     @property
     def releases(self) -> bool:
         """Whether training releases noised statistics of private examples."""
@@ -331,11 +377,12 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         training = bool(training) and self.trainable
         if scope is None and training:
             raise RuntimeError(
-                f"DPBatchNormalization {self.name!r} was called with training=True outside the train step of a "
-                "DPModel, where it would have to use statistics of private data. Build the network as "
-                "tf_dpbn.DPModel(inputs, outputs) or tf_dpbn.DPSequential(layers) and train it with `fit`; with an "
-                "optimizer of tensorflow-privacy pass `fit` a tf_dpbn.interop.StatisticsCallback; call "
-                f"it with training=False to predict. Received: training={training}"
+                f"DPBatchNormalization {self.name!r} was called with training=True outside a private step, where it "
+                "would have to use statistics of private data. To train, call `fit` of a tf_dpbn.DPModel or "
+                "tf_dpbn.DPSequential, and in a train_step of its own super().train_step(data); with an optimizer of "
+                "tensorflow-privacy pass `fit` a tf_dpbn.interop.StatisticsCallback. To predict, pass training=False; "
+                "for Monte Carlo dropout pass training=True to the dropout layers alone where the network is built. "
+                f"Received: training={training}"
             )
         if is_shape_inference():
             scope = None  # no call of the pass: a Sequential or functional network is being built within it

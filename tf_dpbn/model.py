@@ -382,6 +382,7 @@ class DPModel(BookkeepingModel):
 
         def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
             y, weight = tf.nest.map_structure(lambda t: t[None], (y, weight))
+            y = _with_class_where_unweighted(y, weight)
             scale, weight = _split_weight(weight)
             if copies == 1:
                 x = tf.nest.map_structure(lambda t: t[None], x)
@@ -566,7 +567,7 @@ class DPModel(BookkeepingModel):
             _checks.check_public_rows(self._books.public_batch, x if behind is None else behind.inputs)
         labels = source.labels if source else y
         if labels is not None:
-            _checks.check_labels(self, labels)
+            _checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
         _checks.check_callbacks(options.get("callbacks"))
         if self._accumulator.parts > 1:
             steps = steps_of_epoch(options.get("steps_per_epoch"))
@@ -654,6 +655,16 @@ def _after(data: Any) -> Any:
     """A scope whose operations wait for the batch: where data end, Keras asks for one more, which is no step."""
     tensors = [each for each in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(each)]
     return tf.control_dependencies(tensors)
+
+
+def _with_class_where_unweighted(y: Any, weight: Any) -> Any:
+    """Sets labels of weight 0 to class 0: the loss of a label that is no class fails on CPUs and is NaN elsewhere."""
+    if tf.nest.is_nested(y) or tf.nest.is_nested(weight) or not y.dtype.is_integer or y.shape.rank is None:
+        return y
+    if weight.shape.rank is None or not y.shape[: weight.shape.rank].is_compatible_with(weight.shape):
+        return y
+    counts = tf.reshape(weight != 0, tf.concat([tf.shape(weight), [1] * (y.shape.rank - weight.shape.rank)], 0))
+    return tf.where(counts, y, tf.zeros_like(y))
 
 
 def _split_weight(weight: Any) -> tuple[Any, Any]:

@@ -159,12 +159,12 @@ def validate_batch(
       batch: an array of shape [batch, ...].
       expected_shape: the shape with None where any length will do: (None, 28, 28, 1).
       dtype: dtype of the model's input, to which the batch is cast. Whole numbers may feed a float
-        input; floats may not feed an integer input.
+        input; floats may not feed an integer input. `object` is that of strings.
       value_range: lowest and highest value allowed, in the precision of the returned array.
       name: what the batch is called in errors.
 
     Returns:
-      The batch as a numpy array, of `dtype` if that was given.
+      The batch as a numpy array, of `dtype` if that was given; strings as an array of bytes.
 
     Raises:
       ValueError: wrong shape, fewer than 2 rows, no values, or values that are not finite or lie
@@ -173,7 +173,10 @@ def validate_batch(
         where `dtype` is integer.
     """
     array = np.asarray(batch)
-    _check_batch_type(array, name)
+    is_text = dtype is not None and np.dtype(dtype) == object
+    array = _checked_strings(array, name) if is_text else array
+    if not is_text:
+        _check_batch_type(array, name)
     if expected_shape is not None:
         _check_batch_shape(array, tuple(expected_shape), name)
     if array.ndim == 0 or array.shape[0] < 2:
@@ -181,6 +184,8 @@ def validate_batch(
         raise _validate.argument_error(f"{name}.shape", array.shape, "have at least 2 rows", remedy)
     if array.size == 0:
         raise _validate.argument_error(f"{name}.shape", array.shape, "hold at least one value")
+    if is_text:
+        return array
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise ValueError(f"`{name}` must be finite. Received: {bad} values NaN or infinite")
@@ -368,7 +373,20 @@ def _check_batch_type(array: np.ndarray, name: str) -> None:
     if array.dtype.kind not in "fiu":
         requirement = "be a real float or integer type"
         remedy = "Convert it to one numeric array with rows of equal shape."
+        if array.dtype.kind in "SU":
+            remedy = "Strings feed a model whose input is keras.Input(..., dtype='string')."
         raise _validate.argument_error(f"{name}.dtype", array.dtype, requirement, remedy, TypeError)
+
+
+def _checked_strings(array: np.ndarray, name: str) -> np.ndarray:
+    """Returns an array of strings as an array of bytes, as TensorFlow holds them."""
+    values = array.reshape(-1).tolist()
+    if not all(isinstance(value, (str, bytes)) for value in values):
+        remedy = "The model's input is of strings."
+        raise _validate.argument_error(f"{name}.dtype", array.dtype, "be strings", remedy, TypeError)
+    encoded = np.empty(len(values), object)
+    encoded[:] = [value.encode() if isinstance(value, str) else value for value in values]
+    return encoded.reshape(array.shape)
 
 
 def _check_batch_shape(array: np.ndarray, expected: tuple[int | None, ...], name: str) -> None:

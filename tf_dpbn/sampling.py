@@ -119,6 +119,7 @@ class PoissonSource:
     Attributes:
       sampling: the law of the batches.
       inputs, labels: the private inputs and labels as they were given to `poisson_dataset`.
+      sample_weight: likewise, or None.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
@@ -128,6 +129,7 @@ class PoissonSource:
     sampling: PoissonSampling
     inputs: Any
     labels: Any
+    sample_weight: Any = None
     augmentation_multiplicity: int = 1
     draws: SharedDraws | None = None
     plan: PrivacyPlan | None = None
@@ -238,7 +240,14 @@ def poisson_dataset(
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
-    source = PoissonSource(sampling=sampling, inputs=x, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
+    source = PoissonSource(
+        sampling=sampling,
+        inputs=x,
+        labels=y,
+        sample_weight=sample_weight,
+        augmentation_multiplicity=multiplicity,
+        draws=draws,
+    )
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
@@ -454,6 +463,8 @@ def _as_arrays(name: str, nest: Any) -> Any:
     if isinstance(nest, (tuple, list)):
         parts = [_as_arrays(f"{name}[{i}]", value) for i, value in enumerate(nest)]
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
+    if hasattr(nest, "columns") and hasattr(nest, "dtypes"):
+        nest = _frame_values(name, nest)
     remedy = "Give dense arrays of numbers or strings, all with the examples in front."
     if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
         kind = type(nest).__name__
@@ -469,6 +480,25 @@ def _as_arrays(name: str, nest: Any) -> Any:
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
     return tensor
+
+
+def _frame_values(name: str, frame: Any) -> Any:
+    """The values of a pandas frame in one type: truth values as numbers, and text only where all columns are text."""
+    kinds = [getattr(dtype, "kind", "O") for dtype in frame.dtypes]
+    if all(kind in "biuf" for kind in kinds):
+        types = [getattr(dtype, "numpy_dtype", dtype) for dtype in frame.dtypes]
+        missing = [str(column) for column in frame.columns if kinds and frame[column].isna().any()]
+        if missing and any(hasattr(dtype, "numpy_dtype") for dtype in frame.dtypes):
+            requirement = f"have values everywhere, in columns {', '.join(map(repr, missing))} too"
+            raise _validate.argument_error(name, "missing values", requirement, "Fill them in.", TypeError)
+        return frame.to_numpy(np.result_type(*types)) if types else frame
+    text = [kind not in "biufcmM" for kind in kinds]
+    if all(text) and all(isinstance(value, (str, bytes)) for value in frame.to_numpy().ravel()):
+        return frame.to_numpy(object)
+    wrong = [str(column) for column, kind in zip(frame.columns, kinds, strict=True) if kind not in "biuf"]
+    remedy = f"Encode or drop {', '.join(map(repr, wrong))}, or pass each kind as an input of its own."
+    found = f"a frame with columns of type {', '.join(sorted({str(dtype) for dtype in frame.dtypes}))}"
+    raise _validate.argument_error(name, found, "hold columns of numbers", remedy, TypeError)
 
 
 def _common_length(*nests: Any) -> int:
