@@ -119,12 +119,14 @@ class PoissonSource:
       labels: the private labels as they were given to `poisson_dataset`.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
+      is_weighted: whether the user gave sample weights; otherwise the weights only tell examples from padding.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
     """
 
     sampling: PoissonSampling
     labels: Any
     augmentation_multiplicity: int = 1
+    is_weighted: bool = False
     draws: SharedDraws | None = None
 
 
@@ -230,7 +232,13 @@ def poisson_dataset(
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
-    source = PoissonSource(sampling=sampling, labels=y, augmentation_multiplicity=multiplicity, draws=draws)
+    source = PoissonSource(
+        sampling=sampling,
+        labels=y,
+        augmentation_multiplicity=multiplicity,
+        is_weighted=sample_weight is not None,
+        draws=draws,
+    )
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
     return dataset
 
