@@ -266,4 +266,3 @@ def test_the_example_of_the_issue_fits():
     logs = model.fit(batches, verbose=0).history
     assert 0.0 <= logs["iou"][0] <= 1.0
     assert logs["counted"][0] % 16 == 0 and logs["counted"][0] < 2 * 16 * 16 + 16 * 16
-

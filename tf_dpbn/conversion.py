@@ -101,7 +101,7 @@ def convert(
         return DPBatchNormalization(**{**config, "statistics": statistics, **batch_normalization_options})
 
     if isinstance(model, DPModel):
-        model._refresh_if_stale()
+        model._refresh_if_trained()
     converted = Rebuilder(replacement, "converted").rebuild(model, DPModel, DPSequential)
     _check_nothing_is_left(converted)
     _hand_over_books(model, converted)
@@ -136,7 +136,7 @@ def to_stock(model: Any) -> Any:
         return keras.layers.BatchNormalization(**_plain_config(layer), **UNFUSED)
 
     if isinstance(model, DPModel):
-        model._refresh_if_stale()
+        model._refresh_if_trained()
     return Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
 
 
