@@ -53,7 +53,6 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
       ValueError: if a layer's state depends on the examples, a layer adds a loss during its call, or the loss compares
         examples.
     """
-
     specs = []
 
     def loss(y_pred: Any, y: Any) -> Any:

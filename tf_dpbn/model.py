@@ -215,9 +215,9 @@ class DPModel(BookkeepingModel):
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding, which metrics do not see.
+        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding: metrics do not see it.
 
-        Bool weights only say which rows are real: `weighted_metrics` get none then, as in Keras without weights.
+        Weights of type bool or int8 only say which rows are real: `weighted_metrics` get none then, as in Keras without weights.
 
         A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
         `compile`, whose noise the ledger books from then on. The old one fails when it is run, unless XLA compiled it,
@@ -445,7 +445,7 @@ class DPModel(BookkeepingModel):
         y_pred, weight = result.y_pred, batch.sample_weight
         if isinstance(y_pred, MaskedPredictions):
             y_pred = with_masks(*y_pred)
-        if isinstance(weight, tf.Tensor) and weight.dtype == tf.bool:  # says which rows are real, and no more
+        if isinstance(weight, tf.Tensor) and weight.dtype in (tf.bool, tf.int8):  # only says which rows are real
             weight = None
         update_compiled_metrics(self, batch.y, y_pred, weight, batch.mask)
         return self.get_metrics_result()
@@ -488,7 +488,7 @@ class DPModel(BookkeepingModel):
                     if class_weight is not None:
                         x, class_weight = apply_class_weight(x, class_weight), None
                     elif source is not None and not source.is_weighted:  # metrics are to see no weights either
-                        x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.bool)))
+                        x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
             accumulator.reset()  # an interrupted logical batch is not another one's beginning

@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
       x, y: nests of tensors [batch, ...].
-      sample_weight: [batch, ...], a nest of them (one an output), or None; bool ones only tell examples from padding.
+      sample_weight: [batch, ...], a nest of them (one an output), or None; bool or int8 ones only mark padding.
       mask: bool [batch], False for padding, or None where every row is a real example.
     """
 
