@@ -303,7 +303,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
         for parameter in [*list(own)[1:], *inner]:
             if parameter.name not in ("inner_args", "inner_kwargs"):
                 kinds[parameter.kind].append(parameter)
-        cls.__signature__ = inspect.Signature([each for kind in kinds.values() for each in kind])  # type: ignore[attr-defined]
+        cls.__signature__ = inspect.Signature([each for kind in kinds.values() for each in kind])
 
     def __init__(
         self,
