@@ -217,7 +217,7 @@ class DPModel(BookkeepingModel):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding: metrics do not see it.
 
-        Weights of type bool or int8 only say which rows are real: `weighted_metrics` get none then, as in Keras without.
+        Weights of type bool or int8 only mark padding: `weighted_metrics` get none then, as in Keras without.
 
         A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
         `compile`, whose noise the ledger books from then on. The old one fails when it is run, unless XLA compiled it,
