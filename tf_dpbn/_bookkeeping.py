@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,18 @@ _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"
 _STRINGS = b"tf_dpbn strings "
 _LEGACY_ENDINGS = (".h5", ".hdf5")
+
+
+class _FreshStatistics(keras.callbacks.Callback):
+    """Behind callbacks that swap weights as evaluation or prediction begins, and swap them back."""
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self.model._refresh_if_trained()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self.model._forget_statistics()
+
+    on_predict_begin, on_predict_end = on_test_begin, on_test_end
 
 
 class BookkeepingModel(keras.Model):
@@ -204,6 +217,40 @@ class BookkeepingModel(keras.Model):
         if self._statistics_are_stale():
             self.refresh_statistics()
 
+    def _refresh_if_trained(self) -> None:
+        """Refreshes even what no step has made stale: callbacks swap weights (SwapEMAWeights) without a step."""
+        self._forget_statistics()
+        self._refresh_if_stale()
+
+    def _forget_statistics(self) -> None:
+        """Weights may have been swapped: whoever reads statistics next refreshes them, if the model has trained."""
+        if getattr(self, "_books", None) is not None and self._books.statistics_are_of is not None:
+            self._books.statistics_are_of = -1
+
+    def evaluate(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """keras.Model.evaluate, by statistics of the weights that callbacks put into the model, if any do."""
+        with self._statistics_after(callbacks) as callbacks:
+            return super().evaluate(*args, callbacks=callbacks, **kwargs)
+
+    def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """keras.Model.predict, by statistics of the weights that callbacks put into the model, if any do."""
+        with self._statistics_after(callbacks) as callbacks:
+            return super().predict(*args, callbacks=callbacks, **kwargs)
+
+    @contextlib.contextmanager
+    def _statistics_after(self, callbacks: Any) -> Iterator[Any]:
+        """Yields callbacks of which the last refreshes the statistics; `fit` hands over its own CallbackList."""
+        last = _FreshStatistics()
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            yield [*tf.nest.flatten(callbacks or []), last]
+            return
+        last.set_model(self)
+        callbacks.callbacks.append(last)
+        try:
+            yield callbacks
+        finally:
+            callbacks.callbacks.remove(last)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model; an eager call in inference uses statistics of the current weights."""
         if not kwargs.get("training"):
@@ -222,7 +269,7 @@ class BookkeepingModel(keras.Model):
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.export: a SavedModel for inference that loads without tf_dpbn."""
-        self._refresh_if_stale()
+        self._refresh_if_trained()
         return super().export(*args, **kwargs)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +282,7 @@ class BookkeepingModel(keras.Model):
             raise _lossy_file(filepath, ".keras, or `export` for serving")
         if str(filepath).endswith(_LEGACY_ENDINGS):
             raise _lossy_file(filepath, ".keras")
-        self._refresh_if_stale()
+        self._refresh_if_trained()
         return super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,7 +294,7 @@ class BookkeepingModel(keras.Model):
         legacy = str(filepath).endswith((*_LEGACY_ENDINGS, ".keras")) or kwargs.get("save_format") == "h5"
         if legacy and not str(filepath).endswith(".weights.h5"):
             raise _lossy_file(filepath, ".weights.h5")
-        self._refresh_if_stale()
+        self._refresh_if_trained()
         return super().save_weights(filepath, *args, **kwargs)
 
     # ------------------------------------------------------------------ ledger

@@ -399,48 +399,60 @@ def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
 
 
 def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any, mask: tf.Tensor | None) -> None:
-    """Updates the compiled metrics as Keras does, leaving out rows whose mask is False.
+    """Updates the compiled metrics as Keras does on a batch of the rows whose mask is True; without any, not at all.
+
+    Many metrics cannot be told of padding by weights: functions that return one number for a batch, confusion
+    matrices of pictures, and NaN times 0 is NaN. So the rows are taken out.
 
     Args:
-      mask: bool [batch], or None where every row is a real example. Keras does not weight `metrics`, so
-        padding must be kept out of them here.
+      y_pred: nest of predictions, of which those with a `_keras_mask` keep it.
+      sample_weight: the user's weights, or None.
+      mask: bool [batch], or None where every row is a real example.
     """
-    if not IS_KERAS_3:
-        if mask is not None:
-            y_pred = tf.nest.map_structure(_with_keras_mask(mask), y_pred)
-        model.compiled_metrics.update_state(y, y_pred, sample_weight)
-        return
-    container = model._compile_metrics
+    _, container = _compiled(model)
     if container is None:
         return
-    if not container.built:
+    if IS_KERAS_3 and not container.built:
         with tf.init_scope():
             container.build(y, y_pred)
+    elif not IS_KERAS_3 and not container.built:
+        container.build(y_pred, container._conform_to_outputs(y_pred, y))
     if mask is None:
         container.update_state(y, y_pred, sample_weight)
         return
-    real = tf.cast(mask, tf.float32)
-    targets, outputs = container._flatten_y(y), container._flatten_y(y_pred)
-    for metrics, target, output in zip(container._flat_metrics, targets, outputs, strict=False):
-        if metrics:
-            metrics.update_state(target, output, sample_weight=real)
-    weights = container._flatten_y(sample_weight)
-    weights = weights if len(weights) == len(targets) else [weights[0]] * len(targets)
-    for metrics, target, output, weight in zip(
-        container._flat_weighted_metrics, targets, outputs, weights, strict=False
-    ):
-        if metrics:
-            metrics.update_state(target, output, sample_weight=weight)
+    real = tf.where(mask)[:, 0]
+
+    def rows(t: tf.Tensor) -> tf.Tensor:
+        taken = tf.gather(t, real)
+        if getattr(t, "_keras_mask", None) is not None:
+            taken._keras_mask = tf.gather(t._keras_mask, real)
+        return taken
+
+    y, y_pred = tf.nest.map_structure(rows, (y, y_pred))
+    sample_weight = None if sample_weight is None else tf.nest.map_structure(rows, sample_weight)
+
+    def update() -> tf.Tensor:
+        container.update_state(y, y_pred, sample_weight)
+        return tf.constant(True)
+
+    tf.cond(tf.reduce_any(mask), update, lambda: tf.constant(False))
 
 
-def _with_keras_mask(mask: tf.Tensor) -> Any:
-    def attach(output: tf.Tensor) -> tf.Tensor:
-        output = tf.identity(output)
-        shape = tf.concat([tf.shape(mask), tf.ones([tf.rank(output) - 2], tf.int32)], 0)
-        output._keras_mask = mask if output.shape.rank == 2 else tf.reshape(mask, shape)
-        return output
+def masks_of(outputs: Any) -> tuple[Any, ...]:
+    """For each output the mask that Keras attached to it, or an empty tuple."""
+    masks = (getattr(output, "_keras_mask", None) for output in tf.nest.flatten(outputs))
+    return tuple(() if mask is None else mask for mask in masks)
 
-    return attach
+
+def with_masks(outputs: Any, masks: tuple[Any, ...]) -> Any:
+    """The outputs, with what `masks_of` found attached to copies of them."""
+    found = []
+    for output, mask in zip(tf.nest.flatten(outputs), masks, strict=True):
+        if not isinstance(mask, tuple):
+            output = tf.identity(output)
+            output._keras_mask = mask
+        found.append(output)
+    return tf.nest.pack_sequence_as(outputs, found)
 
 
 def is_keras_loss(loss: Any, name: str | None = None) -> bool:

@@ -23,6 +23,7 @@ from tf_dpbn._keras import (
     seed_states,
     tracker_variables,
 )
+from tf_dpbn._loss_probe import check_rows_alone
 from tf_dpbn.layers import PublicPass
 
 
@@ -49,11 +50,14 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
       x, y: nests of tensors or TensorSpecs, a batch.
 
     Raises:
-      ValueError: if a layer's state depends on the examples, or a layer adds a loss during its call.
+      ValueError: if a layer's state depends on the examples, a layer adds a loss during its call, or the loss compares
+        examples.
     """
+    specs = []
 
     def loss(y_pred: Any, y: Any) -> Any:
         build_compiled_loss(model, y, y_pred)
+        specs.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (y, y_pred)))
         with isolated_call([], tf.constant(0), tracker_variables(model)) as isolated:
             return compiled_data_loss(model, y, y_pred, None, isolated)[0]
 
@@ -62,6 +66,8 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
         refuse_call_time_loss(layer)
     for change in trace.changes_from_data:
         raise ValueError(change.reason)
+    with tf.init_scope():  # once a trace, on made-up numbers
+        check_rows_alone(model, *specs[-1])
     needs_public_batch = any(call.layer.statistics != "noised" for call in trace.scope.calls)
     return Structure(frozenset(trace.scope.active), needs_public_batch, trace.has_state)
 

@@ -103,7 +103,7 @@ def convert(
         return DPBatchNormalization(**{**config, "statistics": statistics, **batch_normalization_options})
 
     if isinstance(model, DPModel):
-        model._refresh_if_stale()
+        model._refresh_if_trained()
     converted = Rebuilder(replacement, "converted").rebuild(model, DPModel, DPSequential)
     _check_nothing_is_left(converted)
     _hand_over_books(model, converted)
@@ -138,7 +138,7 @@ def to_stock(model: Any) -> Any:
         return keras.layers.BatchNormalization(**_plain_config(layer), **UNFUSED)
 
     if isinstance(model, DPModel):
-        model._refresh_if_stale()
+        model._refresh_if_trained()
     plain = Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
     mark_called(plain)
     return plain

@@ -37,6 +37,7 @@ from tf_dpbn._keras import (
     kept_state,
     keras,
     loss_trackers,
+    masks_of,
     raw,
     regularization_losses,
     steps_of_call,
@@ -46,11 +47,12 @@ from tf_dpbn._keras import (
     tracker_variables,
     update_compiled_metrics,
     with_callback,
+    with_masks,
 )
 from tf_dpbn._precision import check_full_float32, check_rounding, in_full_float32
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
-from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, Task
+from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
 from tf_dpbn.clipping.registry import get_engine
 from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.layers import GivenStatistics
@@ -213,7 +215,9 @@ class DPModel(BookkeepingModel):
 
     @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding.
+        """One step of DP-SGD on a batch (x, y[, sample_weight]); rows of weight 0 are padding: metrics do not see it.
+
+        Weights of type bool or int8 only mark padding: `weighted_metrics` get none then, as in Keras without.
 
         A graph that you trace of it holds the noise and clip norm of the `compile` before; trace it anew after another
         `compile`, whose noise the ledger books from then on. The old one fails when it is run, unless XLA compiled it,
@@ -395,7 +399,9 @@ class DPModel(BookkeepingModel):
             ):
                 y_pred = call_model(self, x, training=True)
                 loss, parts = compiled_data_loss(self, y, y_pred, weight, scope)
+            masks = tf.nest.map_structure(lambda t: t[0], masks_of(y_pred))  # of copies alike: shapes are the same
             y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0) if copies == 1 else tf.reduce_mean(t, 0), y_pred)
+            y_pred = MaskedPredictions(y_pred, masks) if tf.nest.flatten(masks) else y_pred
             parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
             residuals = public.residuals(given, tf.nest.flatten(x)) if public else ()
             return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
@@ -440,7 +446,12 @@ class DPModel(BookkeepingModel):
         total.update_state(mean(result.loss) + penalty, sample_weight=count)
         for tracker, values in zip(parts, result.parts, strict=True):
             tracker.update_state(mean(values), sample_weight=count)
-        update_compiled_metrics(self, batch.y, result.y_pred, batch.sample_weight, batch.mask)
+        y_pred, weight = result.y_pred, batch.sample_weight
+        if isinstance(y_pred, MaskedPredictions):
+            y_pred = with_masks(*y_pred)
+        if isinstance(weight, tf.Tensor) and weight.dtype in (tf.bool, tf.int8):  # only says which rows are real
+            weight = None
+        update_compiled_metrics(self, batch.y, y_pred, weight, batch.mask)
         return self.get_metrics_result()
 
     # ------------------------------------------------------------------ training
@@ -468,6 +479,7 @@ class DPModel(BookkeepingModel):
             of its own: tf.errors.InvalidArgumentError).
         """
         kwargs.update(batch_size=batch_size, epochs=epochs)
+        source = source_of(x)
         optimizer, accumulator, steps_before = self._compiled_dp_optimizer(), self._accumulator, self.private_steps
         self._books.check_parts(accumulator.parts)
         around = self._books.running_law if self._books.depth else (None,)  # of a `fit` whose callback called this one
@@ -479,6 +491,8 @@ class DPModel(BookkeepingModel):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                     if class_weight is not None:
                         x, class_weight = apply_class_weight(x, class_weight), None
+                    elif source is not None and source.sample_weight is None:  # metrics are to see no weights either
+                        x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
         finally:  # whatever failed: later steps have neither these batches nor an optimizer that a callback put in
             accumulator.reset()  # an interrupted logical batch is not another one's beginning

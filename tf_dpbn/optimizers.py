@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,12 @@ _PRIVACY_ARGUMENTS = (
     "num_examples",
     "delta",
     "statistics_fraction",
+)
+_PARAMETER_KINDS = (
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.KEYWORD_ONLY,
+    inspect.Parameter.VAR_KEYWORD,
 )
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
@@ -116,28 +123,28 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._noise_source = NoiseSource(noise_seed)
 
     @classmethod
-    def from_plan(cls: type[_Self], plan: PrivacyPlan, *args: Any, **kwargs: Any) -> _Self:
+    def from_plan(
+        cls: type[_Self],
+        plan: PrivacyPlan,
+        inner: Any,
+        l2_norm_clip: float,
+        *,
+        noise_seed: int | None = None,
+        name: str | None = None,
+        **refused: Any,
+    ) -> _Self:
         """Builds the optimizer with the noise multiplier, batch size and data set size of a PrivacyPlan.
 
         Args:
           plan: the plan.
-          *args, **kwargs: the other arguments of the constructor.
+          inner, l2_norm_clip, noise_seed, name: the other arguments of the constructor.
 
         Raises:
+          TypeError: if `plan` is not a PrivacyPlan.
           ValueError: if an argument that the plan decides is passed as well.
         """
-        from_plan: dict[str, Any] = {
-            "noise_multiplier": plan.noise_multiplier,
-            "expected_batch_size": plan.expected_batch_size,
-            "num_examples": plan.num_examples,
-            "delta": plan.delta,
-            "statistics_fraction": plan.statistics_fraction,
-        }
-        for argument in [*from_plan, "num_microbatches"]:
-            if argument in kwargs:
-                raise _validate.argument_error(argument, kwargs[argument], "be left out", "The plan decides it.")
-        arguments: dict[str, Any] = {**kwargs, **from_plan}
-        return cls(*args, **arguments)
+        decided = _decided_by_plan(plan, "inner, l2_norm_clip=...", refused)
+        return cls(inner, l2_norm_clip, noise_seed=noise_seed, name=name, **refused, **decided)
 
     # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
 
@@ -218,6 +225,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
         pairs = [(tf.cast(t, v.dtype), v) for t, v in zip(tensors, variables, strict=True)]
         return apply_gradients(self.inner, pairs)
 
+    @property
+    def inner_optimizer(self) -> Any:
+        """The inner optimizer, by the name under which callbacks of Keras look for it (SwapEMAWeights, TensorBoard)."""
+        return self.inner
+
     def is_built_in(self, strategy: tf.distribute.Strategy) -> bool:
         """Whether the optimizer belongs to `strategy`, so that its replicas draw the same noise."""
         inner = getattr(self.inner, "_distribution_strategy", None)
@@ -282,6 +294,17 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
 
     inner_class: type
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Shows the inner optimizer's arguments in the class' signature."""
+        super().__init_subclass__(**kwargs)
+        kinds: dict[Any, list[inspect.Parameter]] = {kind: [] for kind in _PARAMETER_KINDS}
+        own = inspect.signature(_VectorizedDPKerasOptimizer.__init__).parameters.values()
+        inner = inspect.signature(cls.inner_class).parameters.values()
+        for parameter in [*list(own)[1:], *inner]:
+            if parameter.name not in ("inner_args", "inner_kwargs"):
+                kinds[parameter.kind].append(parameter)
+        cls.__signature__ = inspect.Signature([each for kind in kinds.values() for each in kind])
+
     def __init__(
         self,
         l2_norm_clip: float,
@@ -319,6 +342,24 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
             noise_seed,
             name=inner.name,
         )
+
+    @classmethod
+    def from_plan(  # type: ignore[override]
+        cls: type[_Self], plan: PrivacyPlan, l2_norm_clip: float, **inner_kwargs: Any
+    ) -> _Self:
+        """Builds the optimizer with the noise multiplier, batch size and data set size of a PrivacyPlan.
+
+        Args:
+          plan: the plan.
+          l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+          **inner_kwargs: arguments of the inner optimizer, and noise_seed.
+
+        Raises:
+          TypeError: if `plan` is not a PrivacyPlan.
+          ValueError: if an argument that the plan decides is passed as well.
+        """
+        decided = _decided_by_plan(plan, "l2_norm_clip, learning_rate=...", inner_kwargs)
+        return cls(l2_norm_clip, **inner_kwargs, **decided)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the privacy arguments and those of the inner optimizer."""
@@ -376,6 +417,25 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     """
 
     inner_class = keras.optimizers.Adagrad
+
+
+def _decided_by_plan(plan: Any, others: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an optimizer that a plan decides, none of which may be given."""
+    if not isinstance(plan, PrivacyPlan):
+        raise _validate.argument_error(
+            "plan", plan, "be a PrivacyPlan", f"It comes first: from_plan(plan, {others}).", TypeError
+        )
+    decided = {
+        "noise_multiplier": plan.noise_multiplier,
+        "expected_batch_size": plan.expected_batch_size,
+        "num_examples": plan.num_examples,
+        "delta": plan.delta,
+        "statistics_fraction": plan.statistics_fraction,
+    }
+    for argument in [*decided, "num_microbatches"]:
+        if argument in given:
+            raise _validate.argument_error(argument, given[argument], "be left out", "The plan decides it.")
+    return decided
 
 
 def _of_first_replica(tensors: Sequence[tf.Tensor]) -> Sequence[tf.Tensor]:

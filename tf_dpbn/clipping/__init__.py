@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
@@ -30,7 +30,7 @@ class Batch:
 
     Attributes:
       x, y: nests of tensors [batch, ...].
-      sample_weight: float [batch, ...], a nest of them (one an output), or None.
+      sample_weight: [batch, ...], a nest of them (one an output), or None; bool or int8 ones only mark padding.
       mask: bool [batch], False for padding, or None where every row is a real example.
     """
 
@@ -40,6 +40,18 @@ class Batch:
     mask: tf.Tensor | None
 
 
+class MaskedPredictions(NamedTuple):
+    """Predictions to some of which Keras attached a mask, which metrics read.
+
+    Attributes:
+      outputs: nest of predictions.
+      masks: for each of them its mask, or an empty tuple.
+    """
+
+    outputs: Any
+    masks: tuple[Any, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleResult:
     """What the forward pass of one example yields.
@@ -47,7 +59,7 @@ class ExampleResult:
     Attributes:
       loss: scalar, its sample weight included.
       parts: its unweighted losses by output, as Keras logs them; empty for a single output.
-      y_pred: the prediction, without a batch axis.
+      y_pred: the prediction, or MaskedPredictions, without a batch axis.
       residuals: for each of the task's releases, a float32 vector.
     """
 
@@ -64,7 +76,7 @@ class BatchResult:
     Attributes:
       loss: float32 [batch].
       parts: float32 [batch] for each output.
-      y_pred: nest of [batch, ...].
+      y_pred: nest of [batch, ...], or MaskedPredictions of such.
       not_finite: int64 scalar, how many real examples were dropped because their gradient was not finite.
     """
 

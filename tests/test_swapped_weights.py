@@ -1,0 +1,98 @@
+"""Callbacks that swap averaged weights in (SwapEMAWeights): evaluation and files get statistics of those weights."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+
+import tf_dpbn
+from tests import helpers
+from tf_dpbn._keras import IS_KERAS_3, keras
+
+X, Y = helpers.images(16)
+
+
+def trained(*callbacks, **kwargs):
+    model = helpers.bn_stack(1, tf_dpbn.DPBatchNormalization, model=tf_dpbn.DPModel)
+    model.set_public_batch(helpers.images(6, seed=1)[0])
+    inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.8)
+    helpers.randomize(model)
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(inner=inner, l2_norm_clip=3.0))
+    batches = tf_dpbn.sampling.poisson_dataset(X, Y, expected_batch_size=8, max_batch_size=12, seed=0)
+    history = model.fit(batches, epochs=2, verbose=0, callbacks=list(callbacks), **kwargs)
+    return model, history.history
+
+
+class Swap(keras.callbacks.Callback):
+    """Other weights while it is evaluated, as SwapEMAWeights puts them there."""
+
+    def on_test_begin(self, logs=None):
+        self.kept = [v.numpy() for v in self.model.trainable_variables]
+        self._assign([0.5 * v for v in self.kept])
+
+    def on_test_end(self, logs=None):
+        self._assign(self.kept)
+
+    def _assign(self, values):
+        for variable, value in zip(self.model.trainable_variables, values, strict=True):
+            variable.assign(value)
+
+
+def with_weights(model, values):
+    """The loss of a model with these trainable weights and the statistics that belong to them."""
+    for variable, value in zip(model.trainable_variables, values, strict=True):
+        variable.assign(value)
+    model.refresh_statistics()
+    return model.evaluate(X, Y, verbose=0)
+
+
+def test_evaluation_uses_statistics_of_swapped_weights_and_afterwards_those_of_the_own():
+    model, _ = trained()
+    own = [v.numpy() for v in model.trainable_variables]
+    found = model.evaluate(X, Y, verbose=0, callbacks=[Swap()])
+    np.testing.assert_allclose(model.predict(X, verbose=0), np.asarray(model(X)), rtol=1e-5, atol=1e-6)
+    after = model.evaluate(X, Y, verbose=0)
+    np.testing.assert_allclose(found, with_weights(model, [0.5 * v for v in own]), rtol=1e-5)
+    np.testing.assert_allclose(after, with_weights(model, own), rtol=1e-5)
+    assert abs(found - after) > 1e-3
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no SwapEMAWeights")
+def test_swap_ema_weights_validates_averaged_weights_with_their_statistics(tmp_path):
+    swap = keras.callbacks.SwapEMAWeights()
+    model, history = trained(swap, validation_data=(X, Y))
+    # At its end `fit` overwrites weights by their averages, which were evaluated last.
+    np.testing.assert_allclose(history["val_loss"][-1], model.evaluate(X, Y, verbose=0), rtol=1e-5)
+
+
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no SwapEMAWeights")
+def test_checkpoints_of_swapped_weights_hold_their_statistics(tmp_path):
+    path = tmp_path / "model.keras"
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    trained(swap, keras.callbacks.ModelCheckpoint(path))
+    model = keras.saving.load_model(path)
+    before = np.asarray(model.predict(X, verbose=0))
+    model.refresh_statistics()
+    np.testing.assert_allclose(model.predict(X, verbose=0), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.once
+def test_from_plan_says_that_the_plan_comes_first():
+    plan = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=1e-3, num_examples=16, expected_batch_size=4, epochs=4)
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, inner"):
+        tf_dpbn.DPOptimizer.from_plan(keras.optimizers.Adam(1e-3), plan, l2_norm_clip=1.0)
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, l2_norm"):
+        tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(1.0, l2_norm_clip=plan)
+    assert list(inspect.signature(tf_dpbn.DPOptimizer.from_plan).parameters)[:3] == ["plan", "inner", "l2_norm_clip"]
+
+
+@pytest.mark.parametrize(("name", "argument"), [("SGD", "nesterov"), ("Adam", "beta_1"), ("Adagrad", "epsilon")])
+def test_signatures_show_the_arguments_of_the_inner_optimizer(name, argument):
+    cls = getattr(tf_dpbn.optimizers, f"VectorizedDPKeras{name}Optimizer")
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:4] == ["l2_norm_clip", "noise_multiplier", "num_microbatches", "learning_rate"]
+    assert {argument, "expected_batch_size"} <= set(parameters)
+    optimizer = cls(1.0, 1.0, expected_batch_size=8, learning_rate=0.5)
+    assert float(np.asarray(optimizer.learning_rate)) == 0.5
