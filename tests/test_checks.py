@@ -346,7 +346,7 @@ def test_batch_normalization_in_training_outside_a_step_says_what_fits():
     with pytest.raises(RuntimeError, match="for Monte Carlo dropout pass training=True to the dropout layers alone"):
         model(vectors()[0], training=True)
     own = helpers.compiled(OwnStep())
-    own.set_public_batch(vectors()[0])
+    own.set_public_batch(vectors()[0] + 1.0)
     with pytest.raises(RuntimeError, match=r"in a train_step of its own super\(\).train_step\(data\)"):
         fit(own)
 
@@ -356,7 +356,7 @@ def test_dropout_that_is_always_on_predicts_at_random_and_trains():
     h = tf_dpbn.DPBatchNormalization()(inputs)
     model = helpers.compiled(tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(layers.Dropout(0.5)(h, training=True))))
     x = vectors()[0]
-    model.set_public_batch(x)
+    model.set_public_batch(x + 1.0)
     fit(model)
     assert np.any(np.asarray(model(x)) != np.asarray(model(x)))
 

@@ -119,10 +119,9 @@ class PoissonSource:
     Attributes:
       sampling: the law of the batches.
       inputs, labels: the private inputs and labels as they were given to `poisson_dataset`.
-      sample_weight: likewise, or None.
+      sample_weight: likewise, or None: the weights of batches then only tell examples from padding.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
-      is_weighted: whether the user gave sample weights; otherwise the weights only tell examples from padding.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
       plan: the plan whose dataset it is, or None.
     """
@@ -132,7 +131,6 @@ class PoissonSource:
     labels: Any
     sample_weight: Any = None
     augmentation_multiplicity: int = 1
-    is_weighted: bool = False
     draws: SharedDraws | None = None
     plan: PrivacyPlan | None = None
 
