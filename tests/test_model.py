@@ -521,7 +521,7 @@ def test_a_new_compile_leaves_statistics_that_are_up_to_date_alone():
     layer = next(each for each in model.layers if isinstance(each, tf_dpbn.DPBatchNormalization))
     layer.moving_mean.assign(np.full(6, 7.0))
     compiled(model)
-    model.predict(vectors()[0], verbose=0)
+    model(vectors()[0])
     np.testing.assert_array_equal(layer.moving_mean, np.full(6, 7.0))
     model.train_on_batch(*vectors(n=EXPECTED))
     compiled(model)
