@@ -2,14 +2,16 @@
 
 import fractions
 import json
+import logging
 import math
 
 import dp_accounting
+import mpmath
 import numpy as np
 import pytest
 from scipy import stats
 
-from tf_dpbn import accounting
+from tf_dpbn import _ledger, accounting
 
 pytestmark = pytest.mark.keras_free
 
@@ -267,13 +269,14 @@ def test_overflow_is_taken_from_delta_and_summed_over_steps_and_entries():
 
 @pytest.mark.parametrize("sigma", [0.11, 0.15, 0.2, 0.5, 1.0, 30.0])
 def test_the_tails_charge_bounds_what_noise_of_one_world_leaves_out_of_the_other(sigma):
-    end, rng = 11.0, np.random.default_rng(0)
+    """Pairs of coordinates are drawn on discs: what lies outside of the other world's follows noncentral chi-square."""
+    radius, pairs, rng = 11.5, 2.0**30, np.random.default_rng(0)
     shifts = [np.ones(n) for n in (1, 2, 1000)] + [rng.exponential(size=n) ** 4 for n in (3, 50, 1000)]
+    unmoved = math.exp(-(radius**2) / 2.0)
     for shift in shifts:
         shift = shift / np.linalg.norm(shift) / sigma
-        outside = (stats.norm.sf(end - shift) + stats.norm.sf(end + shift)).sum()
-        assert outside <= accounting.tail_delta(sigma)
-        assert shift.size > 1 or sigma > 0.2 or outside >= 0.99 * accounting.tail_delta(sigma)
+        outside = stats.ncx2.sf(radius**2, 2, shift**2).sum() + (pairs - shift.size) * unmoved
+        assert 0.0 < outside <= accounting.tail_delta(sigma)
 
 
 def test_the_tail_is_taken_from_delta_and_said_in_the_statement():
@@ -285,6 +288,47 @@ def test_the_tail_is_taken_from_delta_and_said_in_the_statement():
         accounting.privacy_statement(ledger, delta=1e-5).split()
     )
     assert accounting.Ledger([record(0.05, (0.1,), 1)]).epsilon(1e-5) == math.inf  # 10 away from its neighbour
+
+
+@pytest.mark.parametrize("order, q, sigma", [(2, 0.01, 1.0), (5, 0.3, 0.7), (37, 1e-8, 1.0), (20, 1e-7, 8.0)])
+def test_divergences_of_whole_orders_are_exact_however_small(order, q, sigma):
+    with mpmath.workdps(60):
+        terms = [
+            mpmath.binomial(order, k)
+            * mpmath.mpf(1 - mpmath.mpf(q)) ** (order - k)
+            * mpmath.mpf(q) ** k
+            * mpmath.exp(mpmath.mpf(k * k - k) / (2 * mpmath.mpf(sigma) ** 2))
+            for k in range(order + 1)
+        ]
+        expected = float(mpmath.log(mpmath.fsum(terms)) / (order - 1))
+    assert _ledger._subsampled_divergence(order, q, sigma) == pytest.approx(expected, rel=1e-9)
+
+
+def test_tiny_sampling_rates_cost_little_and_can_be_planned():
+    ledger = accounting.Ledger([record(1e-8, (1.0,), 10**6)])
+    assert ledger.epsilon(1e-9) == pytest.approx(0.4528, rel=1e-3)  # log(1/delta) / (order - 1) at an order of about 37
+    plan = accounting.PrivacyPlan(target_epsilon=1.0, delta=1e-9, num_examples=10**8, expected_batch_size=10, epochs=1)
+    assert plan.noise_multiplier < 0.8 and plan.epsilon <= 1.0
+
+
+def test_what_rdp_cannot_show_is_said_with_its_number():
+    with pytest.raises(ValueError, match="RDP accounting shows no epsilon below 0.00.*try accountant='pld'"):
+        accounting.calibrate_noise_multiplier(target_epsilon=1e-4, delta=1e-15, sampling_probability=1.0, steps=10**9)
+
+
+def test_no_plan_makes_the_accountant_warn():
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda found: messages.append(found.getMessage())
+    logger = logging.getLogger("absl")
+    logger.addHandler(handler)
+    try:
+        for q in (1e-9, 1e-5, 1e-3, 0.01, 0.03, 0.1, 0.25, 0.5, 0.7, 0.95, 0.999, 1.0):
+            for sigma in (0.15, 0.3, 0.7, 1.0, 1.5, 3.0, 8.0, 30.0, 1e3, 1e6):
+                assert accounting.Ledger([record(q, (sigma,), 10)]).epsilon(1e-5) >= 0.0
+    finally:
+        logger.removeHandler(handler)
+    assert not messages
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)

@@ -588,7 +588,10 @@ def test_another_noise_multiplier_is_another_record():
     other = make_plan(noise_multiplier=3.0)
     helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(other, "sgd", 1.0))
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
-    model.fit(other.poisson_dataset(X, Y), verbose=0)
+    with pytest.warns(
+        tf_dpbn.PrivacyWarning, match="take 4 steps after 4 so far and reach"
+    ):  # the plan is for all of it
+        model.fit(other.poisson_dataset(X, Y), verbose=0)
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4), poisson_record(4, 3.0)])
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import dp_accounting
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from tf_dpbn import _validate
 
@@ -33,8 +33,14 @@ _FORMAT, _VERSION = "tf_dpbn.Ledger", 1
 # distribution (1e-4 wide, as long as the largest loss) takes minutes and gigabytes: "pld" then
 # answers with the RDP bound, which is also valid.
 _PLD_CEILING = 50.0
-# Renyi divergences of order 2 below this drown in float64 rounding; see `_above_rounding`.
-_SMALLEST_DIVERGENCE = 1e-13
+# Renyi orders: large ones show small epsilons, down to about log(1/delta) / 2^14; fractional ones large epsilons.
+_WHOLE_ORDERS = np.unique([*range(2, 65), *np.geomspace(64, 2**14, 33).astype(int)])
+_FRACTIONAL_ORDERS = np.array([1.0 + tenth / 10.0 for tenth in range(1, 100) if tenth % 10])
+_ORDERS = np.concatenate([_FRACTIONAL_ORDERS, _WHOLE_ORDERS])
+# Of fractional orders, where that of order 2 is above this; below, they could only serve more than 10^8 steps.
+_SMALLEST_DIVERGENCE = 1e-9
+# dp_accounting's series ends at a term below exp(-30); this leaves a margin.
+_LAST_TERM = 30.5
 # Up to here, in standard deviations, the noise's distribution is the normal one; see `tail_delta`.
 _TAIL = 11.0
 
@@ -221,14 +227,15 @@ def overflow_probability(*, num_examples: int, sampling_probability: float, max_
 def tail_delta(noise_multiplier: float) -> float:
     """Returns the delta that a step costs because its noise, drawn from 96 bits, ends 11.59 standard deviations out.
 
-    What is drawn is the Gaussian on a box |Z_i| <= T around each sum. Two neighbouring sums, s_i apart in standard
-    deviations, |s| <= 1 / sigma, have boxes that overlap but for a part of probability sum_i P[|Z_i + s_i| > T].
-    There a release may be possible in one world only; elsewhere both densities are the Gaussians' over one constant, so
-    that their ratio is the Gaussians'. The sum is largest where a single coordinate has all of s (each term is convex
-    in s_i^2 where s_i <= T - 1), and then at most
-      P[Z > T - 1/sigma] + 2^32 P[Z > T],
-    with fewer than 2^31 coordinates in a draw (`mechanisms`), T = 11. It is charged in every step, whatever the
-    sampling. Steps of other generators' noise are not covered: TensorFlow's own ends at 5.68.
+    In real numbers what is drawn is the Gaussian on a bounded set around each sum: pairs of coordinates on discs of
+    radius R > 11.5 standard deviations. The sets of two neighbouring sums, s apart in standard deviations,
+    |s| <= 1/sigma, overlap but for a part of probability sum_j P[|Z_j + s_j| > R] over the pairs j. There a release may
+    be possible in one world only; elsewhere both densities are the Gaussians' over one constant, so that their ratio is
+    the Gaussians'. The sum is largest where a single pair has all of s (each term is convex in |s_j|^2 for
+    |s_j| <= 10), and then at most
+      P[Z > 11 - 1/sigma] + 2^32 P[Z > 11]
+    for fewer than 2^31 coordinates in all draws of a step. It is charged in every step, whatever the sampling. Steps of
+    other generators' noise are not covered: TensorFlow's own ends at 5.68. Nor is how finely floats are spaced.
 
     Raises:
       ValueError: noise_multiplier is negative or not finite.
@@ -274,33 +281,50 @@ def default_max_batch_size(
     return high * multiple
 
 
-def _above_rounding(event: dp_accounting.DpEvent) -> dp_accounting.DpEvent:
-    """Lowers a noise multiplier so high that a step's Renyi divergences would be rounding errors.
+def _subsampled_divergence(order: int, q: float, sigma: float) -> float:
+    """The Renyi divergence of a whole order of one Poisson-sampled Gaussian, exact to rounding.
 
-    Those come out negative, on which dp_accounting fails (0.4.3) or reports epsilon 0 (0.6.0). Less
-    noise is a valid upper bound. The order-2 divergence is log(1 + q^2 (exp(sigma^-2) - 1))
-    (Mironov, Talwar, Zhang, arXiv 1908.10530, section 3.3), which is held at 1e-13 or more: still
-    far below what any epsilon shows.
+    With A = sum_k C(a, k) (1-q)^(a-k) q^k exp((k^2-k) / 2 sigma^2) it is log(A) / (a-1) (Mironov, Talwar, Zhang, arXiv
+    1908.10530, section 3.3). The binomial terms without the exponential sum to 1, so A - 1 is a sum of positive terms:
+    no digits are lost however small it is.
     """
-    q, sigma = event.event.sampling_probability, event.event.event.noise_multiplier
-    highest = 1.0 / math.sqrt(math.log1p(_SMALLEST_DIVERGENCE / q / q))
-    return gaussian_event(q, min(sigma, highest), event.count)
+    k = np.arange(2, order + 1)
+    exponents = (k * k - k) / (2.0 * sigma * sigma)
+    grown = np.where(exponents < 30.0, np.log(np.expm1(np.minimum(exponents, 30.0))), exponents)  # of exp(x) - 1
+    chosen = special.gammaln(order + 1) - special.gammaln(k + 1) - special.gammaln(order - k + 1)
+    terms = chosen + k * math.log(q) + (order - k) * math.log1p(-q) + grown
+    return float(np.logaddexp(0.0, special.logsumexp(terms))) / (order - 1)
 
 
-@functools.cache
-def _orders() -> np.ndarray:
-    return dp_accounting.rdp.RdpAccountant().orders
+def _size_of_last_term(q: float, sigma: float) -> np.ndarray:
+    """Logarithm of the 1,000th term of dp_accounting's series for fractional orders a (the same paper, equation 30).
+
+    The n-th is C(a, n) (1-q)^(a-n) q^n exp((n^2-n) / 2 sigma^2) erfc((n - z) / sqrt(2) sigma) / 2, whose exponentials
+    cancel with z = sigma^2 log(1/q - 1) + 1/2: what is left falls off as n^-(a+2) only.
+    """
+    a, n, z = _FRACTIONAL_ORDERS, 1000.0, sigma * sigma * math.log(1.0 / q - 1.0) + 0.5
+    chosen = special.gammaln(a + 1.0) + np.log(np.abs(np.sin(math.pi * a)) / math.pi) - (a + 1.0) * math.log(n)
+    tail = math.log(sigma / math.sqrt(2.0 * math.pi)) - math.log(max(n - z, 1.0)) - z * z / (2.0 * sigma * sigma)
+    return chosen + tail + a * math.log1p(-q)
 
 
 @functools.lru_cache(maxsize=256)
 def _step_divergences(step: dp_accounting.DpEvent) -> np.ndarray:
     """Renyi divergences of one step, by order; those of T equal steps are T times as large (they add up).
 
-    Finding them takes a tenth of a second, which a callback at every epoch should not pay each time.
+    Infinite at fractional orders that dp_accounting cannot compute: where log(A) is a rounding error, and where its
+    series does not end within the 1,000 terms that it takes (0.6.0, which says so in the log).
     """
-    renyi = dp_accounting.rdp.RdpAccountant()
-    renyi.compose(step)
-    return renyi.rdp
+    q, sigma = step.sampling_probability, step.event.noise_multiplier
+    if q == 1.0:
+        return _ORDERS / (2.0 * sigma * sigma)
+    whole = np.array([_subsampled_divergence(int(order), q, sigma) for order in _WHOLE_ORDERS])
+    known = (_size_of_last_term(q, sigma) < -_LAST_TERM) & (whole[0] > _SMALLEST_DIVERGENCE)
+    fractional = np.full(len(_FRACTIONAL_ORDERS), math.inf)
+    if known.any():
+        renyi = dp_accounting.rdp.RdpAccountant(_FRACTIONAL_ORDERS[known].tolist())
+        fractional[known] = renyi.compose(step).rdp
+    return np.concatenate([fractional, whole])
 
 
 @functools.lru_cache(maxsize=256)
@@ -316,9 +340,9 @@ def epsilon_of_events(events: tuple[dp_accounting.DpEvent, ...], delta: float, a
     delta -= math.fsum(event.count * tail_delta(event.event.event.noise_multiplier) for event in events)
     if delta <= 0.0:
         return math.inf
-    steps = [(event.count, _step_divergences(_above_rounding(event).event)) for event in events]
+    steps = [(event.count, _step_divergences(event.event)) for event in events]
     divergences = sum(count * step for count, step in steps)
-    epsilon = float(dp_accounting.rdp.compute_epsilon(_orders(), divergences, delta)[0])
+    epsilon = float(dp_accounting.rdp.compute_epsilon(_ORDERS, divergences, delta)[0])
     if accountant == "pld" and epsilon <= _PLD_CEILING:
         pld = dp_accounting.pld.PLDAccountant()
         for event in events:

@@ -122,7 +122,10 @@ def calibrate_noise_multiplier(
     while epsilon(upper) > target:
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
-            remedy = "No amount of noise reaches it. Raise it, or try accountant='pld'."
+            remedy = (
+                f"{accountant.upper()} accounting shows no epsilon below {epsilon(upper):.3g} here, whatever the "
+                "noise. Raise it, or try accountant='pld'."
+            )
             raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
     lower = upper / factor
     while epsilon(lower) <= target:

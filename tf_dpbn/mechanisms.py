@@ -19,8 +19,9 @@ SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
 # Rounding may leave a clipped vector longer than its bound by less than this part of it; noise covers it. Sums add
 # nothing to it that grows with the batch: they are float64 (docs/privacy.md, "Floating point").
 ROUNDING = 1e-5
-# One draw of noise has fewer numbers than this: TensorFlow counts them in 32 bits, and accounting relies on it.
-_MOST_COORDINATES = 2**31
+# One draw of noise has fewer numbers than this: their bits are twice as many words, and TensorFlow counts some things
+# in 32 bits. Accounting reckons with twice as many in all draws of a step.
+_MOST_COORDINATES = 2**30
 # Replicas change a variable alike; the first one's value is taken for all.
 _SAME = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
@@ -135,7 +136,7 @@ class NoiseSource:
         sizes = [shape.num_elements() for shape in shapes]
         total = sum(sizes)
         if total >= _MOST_COORDINATES:
-            raise ValueError(f"One draw of noise has fewer than 2^31 numbers. Train fewer weights. Received: {total}")
+            raise ValueError(f"One draw of noise has fewer than 2^30 numbers. Train fewer weights. Received: {total}")
         # One draw for all: on CPUs a draw of its own for each small variable takes longer than the numbers do.
         words = tf.random.stateless_uniform(
             [4, (total + 1) // 2], mixed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
