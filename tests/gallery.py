@@ -238,10 +238,10 @@ def _microbatch_clipping(self: Any, task: Any, rows: Any, l2_norm_clip: float) -
     results, gradients, cotangents = self._run(task, rows)
     gradients = vectorized._add_local_terms(task, gradients, cotangents)
     mask = tf.cast(rows[-1], tf.float32)
-    finite = tf.math.is_finite(tf.sqrt(tf.add_n([vectorized._squared_norms(g) for g in gradients])))
+    finite = tf.math.is_finite(tf.sqrt(tf.add_n([vectorized.sum_of_squares(g) for g in gradients])))
     kept = [tf.where(vectorized.by_row(finite, g), vectorized.by_row(mask, g) * g, 0.0) for g in gradients]
     pairs = [tf.reduce_mean(tf.reshape(g, [-1, 2, *g.shape[1:]]), 1) for g in kept]
-    squared = tf.add_n([vectorized._squared_norms(g) for g in pairs])
+    squared = tf.add_n([vectorized.sum_of_squares(g) for g in pairs])
     weights = mechanisms.clip_weights(squared, l2_norm_clip, None)
     sums = tuple(vectorized.weighted_sum(weights, g) for g in pairs)
     sums += microbatches.residual_sums(task, results.residuals, rows[-1])
@@ -263,7 +263,7 @@ def _variable_by_variable(self: Any, task: Any, rows: Any, l2_norm_clip: float) 
     results, gradients, cotangents = self._run(task, rows)
     sums = []
     for g in vectorized._add_local_terms(task, gradients, cotangents):
-        squared = vectorized._squared_norms(g)
+        squared = vectorized.sum_of_squares(g)
         weights = mechanisms.clip_weights(squared, l2_norm_clip, rows[-1])
         finite = vectorized.by_row(tf.math.is_finite(squared), g)
         sums.append(vectorized.weighted_sum(weights, tf.where(finite, g, 0.0)))

@@ -165,8 +165,8 @@ MUTANTS = (
     ),
     Mutant(
         "clipping/vectorized.py",
-        "tf.add_n([_squared_norms(g) for g in gradients])",
-        "tf.add_n([_squared_norms(g) for g in gradients[1:]])",
+        "tf.add_n([sum_of_squares(g) for g in gradients])",
+        "tf.add_n([sum_of_squares(g) for g in gradients[1:]])",
         _selected(_ENGINES, "loop_over_examples and vectorized and custom"),
     ),
     Mutant(

@@ -122,9 +122,10 @@ def calibrate_noise_multiplier(
     while epsilon(upper) > target:
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
-            remedy = (
-                f"{accountant.upper()} accounting shows no epsilon below {epsilon(upper):.3g} here, whatever the "
-                "noise. Raise it, or try accountant='pld'."
+            least = epsilon(upper)
+            remedy = f"{accountant.upper()} accounting shows no epsilon below {least:.3g} here, whatever the noise. "
+            remedy += (
+                "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or take fewer steps."
             )
             raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
     lower = upper / factor

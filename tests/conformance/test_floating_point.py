@@ -6,8 +6,8 @@ import tensorflow as tf
 
 import floating_point
 from tests import neighbours
-from tf_dpbn.clipping.rows import weighted_sum
-from tf_dpbn.mechanisms import normal_from_bits
+from tf_dpbn.clipping.rows import sum_of_squares, weighted_sum
+from tf_dpbn.mechanisms import ROUNDING, normal_from_bits
 
 
 @pytest.mark.once
@@ -28,6 +28,16 @@ def test_weighted_sums_are_those_of_float64(shape):
     found = tf.function(weighted_sum, autograph=False)(tf.constant(weights), tf.constant(values))
     assert found.dtype == tf.float64
     np.testing.assert_allclose(found, np.tensordot(weights.astype(float), values.astype(float), 1), atol=1e-7)
+
+
+@pytest.mark.keras_free
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_norms_of_long_rows_are_right_to_within_the_margin(jit_compile):
+    for shape in ((2, 10**7), (2, 3, 3, 500, 300), (3, 131_101), (2, 5000)):
+        values = tf.fill(shape, 0.1)  # equal numbers: all roundings of a running sum are alike
+        found = tf.function(sum_of_squares, jit_compile=jit_compile)(values).numpy()
+        expected = float(np.float32(0.1)) ** 2 * np.prod(shape[1:])
+        np.testing.assert_allclose(np.sqrt(found), np.sqrt(expected), rtol=ROUNDING / 2)
 
 
 @pytest.mark.keras_free

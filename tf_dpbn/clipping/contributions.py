@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn.clipping.local_terms import LocalTerm
-from tf_dpbn.clipping.rows import by_row, weighted_sum
+from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
 from tf_dpbn.clipping.rules.base import MatrixRule, Rule
 from tf_dpbn.clipping.rules.embedding import LookupRule
 
@@ -56,7 +56,7 @@ class Kept(Contribution):
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`."""
-        return tf.add_n([_sum_of_squares(block) for block in self._blocks])
+        return tf.add_n([sum_of_squares(block) for block in self._blocks])
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
@@ -96,7 +96,7 @@ class Products(Contribution):
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`; never below the true value by more than rounding."""
-        size = _sum_of_squares(self._a) * _sum_of_squares(self._g)
+        size = sum_of_squares(self._a) * sum_of_squares(self._g)
         single = self._rule.positions == 1 and self._rule.groups == 1
         squared = size if single else tf.reduce_sum(_gram(self._a) * _gram(self._g), [1, 2, 3])
         if single and not self._corrections:
@@ -144,7 +144,7 @@ class Lookups(Contribution):
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`."""
-        return _sum_of_squares(self._values)
+        return sum_of_squares(self._values)
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
@@ -160,10 +160,6 @@ def aligned(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 def _only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
     """Replaces rows that are not finite by zeros: a weight of 0 does not silence a NaN."""
     return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros_like(values))
-
-
-def _sum_of_squares(values: tf.Tensor) -> tf.Tensor:
-    return tf.reduce_sum(tf.square(values), list(range(1, values.shape.rank)))
 
 
 def _times(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:

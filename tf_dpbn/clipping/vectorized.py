@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_dpbn.clipping import ExampleResult, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
-from tf_dpbn.clipping.rows import by_row, densify, unscaled, weighted_sum, widen
+from tf_dpbn.clipping.rows import by_row, densify, sum_of_squares, unscaled, weighted_sum, widen
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
 
@@ -43,7 +43,7 @@ class PerExampleEngine(MicrobatchedEngine):
         """Clips and sums one microbatch; also returns (loss, parts, y_pred, not_finite) by row."""
         results, gradients, cotangents = self._run(task, rows)
         gradients = _add_local_terms(task, gradients, cotangents)
-        squared = tf.add_n([_squared_norms(g) for g in gradients])
+        squared = tf.add_n([sum_of_squares(g) for g in gradients])
         mask = rows[-1]
         weights = clip_weights(squared, l2_norm_clip, mask)
         finite = tf.math.is_finite(tf.sqrt(squared))  # a weight of 0 does not silence a NaN
@@ -88,8 +88,3 @@ def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf
             correction = term.pull_back(cotangents[2 * k], cotangents[2 * k + 1])
             gradients[term.index] += tf.cast(correction, tf.float32)
     return gradients
-
-
-def _squared_norms(gradients: tf.Tensor) -> tf.Tensor:
-    axes = list(range(1, gradients.shape.rank))
-    return tf.reduce_sum(tf.square(gradients), axes)
