@@ -1,11 +1,15 @@
 """What imports what: one direction, no TensorFlow in the accounting, noise in one file, Keras in one file."""
 
 import ast
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 import tf_dpbn
+from tf_dpbn import __main__
 
 pytestmark = pytest.mark.keras_free
 
@@ -14,6 +18,7 @@ ROOT = pathlib.Path(tf_dpbn.__file__).parent
 LEVELS = (
     ("_validate", "version"),
     ("_audit_bounds", "_ledger", "_dead_leaves", "_reports", "accounting"),
+    ("__main__",),
     ("augmentation", "sampling", "public_data", "mechanisms", "statistics", "_class_weight", "_keras", "_graph"),
     ("layers", "constraints"),
     ("clipping", "clipping.rows", "clipping.local_terms", "clipping.vectorization"),
@@ -31,7 +36,7 @@ LEVELS = (
     ("clipping.book_keeping",),
     ("clipping.registry",),
     ("optimizers",),
-    ("_accumulation", "_checks", "_precision", "_public_pass", "_training_trace"),
+    ("_accumulation", "_checks", "_loss_probe", "_precision", "_public_pass", "_training_trace"),
     ("_books",),
     ("_bookkeeping", "_stock_loss", "_stock_pass", "model"),
     ("_coupling", "_findings", "_rebuild", "conversion"),
@@ -131,15 +136,71 @@ def test_accounting_needs_neither_tensorflow_nor_the_rest_of_the_package(module)
     assert imported_modules(SOURCES[module]) <= {"_validate", "_ledger", "_reports", "accounting"}
 
 
+def test_accounting_starts_without_tensorflow_and_keras_files_load_with_the_package_alone():
+    program = """
+import sys
+import tf_dpbn.accounting
+assert not {"tensorflow", "keras", "tf_keras"} & set(sys.modules)
+assert {"DPModel", "callbacks", "PrivacyPlan"} <= set(dir(tf_dpbn))
+assert tf_dpbn.accounting.PrivacyPlan(
+    noise_multiplier=1.0, delta=1e-5, num_examples=1000, expected_batch_size=10, steps=10).epsilon > 0
+import keras, tensorflow as tf
+for name in [name for name in sys.modules if name.partition(".")[0] == "tf_dpbn"]:
+    del sys.modules[name]
+import tf_dpbn
+assert "tf_dpbn.model" in sys.modules and "tf_dpbn.constraints" in sys.modules
+assert all(getattr(tf_dpbn, name) is not None for name in tf_dpbn.__all__)
+try:
+    tf_dpbn.nothing
+except AttributeError as error:
+    assert "has no attribute 'nothing'" in str(error)
+else:
+    raise AssertionError
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ([], "tf_dpbn 0"),
+        (
+            [
+                "plan",
+                "--target_epsilon=3",
+                "--delta=1e-5",
+                "--num_examples=1000",
+                "--expected_batch_size=50",
+                "--epochs=2",
+            ],
+            "steps 40 of 50",
+        ),
+    ],
+)
+def test_command_line(arguments, expected, capsys):
+    __main__.main(arguments)
+    assert expected in capsys.readouterr().out
+
+
+def test_command_line_refuses_in_words():
+    arguments = ["plan", "--target_epsilon=-3", "--delta=1e-5", "--num_examples=1000", "--expected_batch_size=50"]
+    with pytest.raises(SystemExit, match="`target_epsilon` must be a finite number greater than 0"):
+        __main__.main([*arguments, "--steps=3"])
+
+
 @pytest.mark.parametrize("module", ["public_data", "_dead_leaves", "_audit_bounds"])
 def test_needs_no_tensorflow(module):
     assert not third_parties(SOURCES[module]) & FRAMEWORKS
 
 
 def test_only_mechanisms_draws_noise():
-    drawing = {module for module in MODULES if draws_normal(SOURCES[module])}
-    # Public batches are numpy's random numbers; that module imports no TensorFlow (above).
-    assert drawing - {"public_data"} == {"mechanisms"}
+    # Public batches are numpy's random numbers; that module imports no TensorFlow (above). Noise is made of uniform bits:
+    # TensorFlow's normal numbers have no tail.
+    assert {module for module in MODULES if draws_normal(SOURCES[module])} == {"public_data"}
+    uniform = {m for m in MODULES if any(name.endswith("stateless_uniform") for name in called_names(SOURCES[m]))}
+    assert {m for m in MODULES if "normal_from_bits" in called_names(SOURCES[m])} == {"mechanisms"}
+    assert uniform - {"augmentation"} == {"mechanisms"}
 
 
 def test_only_one_module_imports_keras():

@@ -15,32 +15,54 @@ The map, in the order data flows:
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
 - `interop`: the layer in stock models that optimizers of tensorflow-privacy train.
 - `auditing`: lower bounds on epsilon by attack, to hold against the claim.
+
+TensorFlow is imported when a name that needs it is first used, or at once where it, or Keras, has been imported before:
+so `accounting` is quick, and `keras.models.load_model` knows the classes. Import this package after Keras where all you
+do is load a file.
 """
 
-from tf_dpbn import (
-    accounting,
-    auditing,
-    augmentation,
-    callbacks,
-    clipping,
-    constraints,
-    conversion,
-    interop,
-    layers,
-    mechanisms,
-    model,
-    optimizers,
-    public_data,
-    sampling,
-    statistics,
-)
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
 from tf_dpbn.accounting import Ledger, PrivacyWarning
-from tf_dpbn.conversion import convert, to_stock, validate
-from tf_dpbn.layers import DPBatchNormalization
-from tf_dpbn.model import DPModel, DPSequential
-from tf_dpbn.optimizers import DPOptimizer
-from tf_dpbn.sampling import PrivacyPlan
 from tf_dpbn.version import __version__
+
+if TYPE_CHECKING:
+    from tf_dpbn import (
+        accounting,
+        auditing,
+        augmentation,
+        callbacks,
+        clipping,
+        constraints,
+        conversion,
+        interop,
+        layers,
+        mechanisms,
+        model,
+        optimizers,
+        public_data,
+        sampling,
+        statistics,
+    )
+    from tf_dpbn.conversion import convert, to_stock, validate
+    from tf_dpbn.layers import DPBatchNormalization
+    from tf_dpbn.model import DPModel, DPSequential
+    from tf_dpbn.optimizers import DPOptimizer
+    from tf_dpbn.sampling import PrivacyPlan
+
+# The module of each name; imported, TensorFlow with it, when it is first asked for, so that accounting is quick.
+_MODULE_OF = {
+    "DPBatchNormalization": "layers",
+    "DPModel": "model",
+    "DPOptimizer": "optimizers",
+    "DPSequential": "model",
+    "PrivacyPlan": "sampling",
+    "convert": "conversion",
+    "to_stock": "conversion",
+    "validate": "conversion",
+}
 
 __all__ = [
     "DPBatchNormalization",
@@ -70,3 +92,20 @@ __all__ = [
     "to_stock",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"tf_dpbn.{_MODULE_OF[name]}"), name)
+    if name in __all__:
+        return importlib.import_module(f"tf_dpbn.{name}")
+    raise AttributeError(f"module 'tf_dpbn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if {"keras", "tensorflow", "tf_keras"} & set(sys.modules):
+    for _module in ("model", "constraints"):  # which register classes with Keras
+        importlib.import_module(f"tf_dpbn.{_module}")
