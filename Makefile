@@ -37,6 +37,7 @@ PYTHON_TFP ?= python3.11
 
 DEMO_VENV := .venv
 TEST_VENV := .venv-test
+TFP_VENV := .venv-test-tfp
 TEST_BIN := $(TEST_VENV)/bin
 PEERS := opacus jax tfp
 SOURCES := setup.py tf_dpbn/version.py
@@ -51,7 +52,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test thorough lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
+.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -62,6 +63,13 @@ test: lint
 	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough"
 	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough and not once and not keras_free"
 	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
+	if $(TEST_BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then $(MAKE) test-tensorflow-privacy; \
+	  else echo "tensorflow-privacy needs Python 3.10 or 3.11: its tests are left out"; fi
+
+# With tensorflow-privacy, and the older packages that it pins.
+test-tensorflow-privacy: $(TFP_VENV)/.installed
+	TF_USE_LEGACY_KERAS=1 $(TFP_VENV)/bin/python -m pytest -n $(WORKERS) -m "tensorflow_privacy and not thorough"
+	$(TFP_VENV)/bin/python -m pytest -q tests/test_accounting.py tests/test_accounting_plan.py
 
 thorough: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m thorough
@@ -117,7 +125,7 @@ check-bazel: $(TEST_VENV)/.installed
 	tests/bazel.sh $(abspath $(TEST_BIN)) $(BAZEL_TESTS)
 
 clean:
-	rm -rf $(DEMO_VENV) $(TEST_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) audit_output build dist *.egg-info
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(TFP_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) audit_output build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -128,12 +136,18 @@ check-python:
 # Editable, so that an edited package needs no new installation; a changed setup.py does.
 $(DEMO_VENV)/.installed: $(SOURCES) | check-python
 	$(PYTHON) -m venv $(DEMO_VENV)
-	$(DEMO_VENV)/bin/python -m pip install --quiet -e '.[examples]'
+	@echo "Installing TensorFlow and what else the demo needs into $(DEMO_VENV); this takes some minutes."
+	$(DEMO_VENV)/bin/python -m pip install -e '.[examples]'
 	@touch $@
 
 $(TEST_VENV)/.installed: $(SOURCES) | check-python
 	$(PYTHON) -m venv $(TEST_VENV)
-	$(TEST_BIN)/python -m pip install --quiet -e '.[test]'
+	$(TEST_BIN)/python -m pip install --progress-bar=off -e '.[test]'
+	@touch $@
+
+$(TFP_VENV)/.installed: $(SOURCES) | check-python
+	$(PYTHON) -m venv $(TFP_VENV)
+	$(TFP_VENV)/bin/python -m pip install --progress-bar=off -e '.[test-tensorflow-privacy]'
 	@touch $@
 
 # Each peer has an environment of its own: their requirements contradict each other and those of the tests.

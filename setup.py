@@ -16,9 +16,17 @@ def _version() -> str:
 
 _LEGACY = ["tf_keras>=2.18"]
 _EXAMPLES = ["matplotlib>=3.7", "mlxtend>=0.23"]
-# tensorflow-privacy pins numpy 1, packaging 22 and absl-py 1, so it must be resolved together with
-# everything else, in one run of pip. It has no release for Python 3.12 and later.
+# tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
+# everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
 _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
+_TESTS = [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "ruff>=0.17,<0.18",
+    "tensorboard>=2.18",
+]
 
 setuptools.setup(
     name="tf_dpbn",
@@ -40,19 +48,12 @@ setuptools.setup(
     extras_require={
         "legacy": _LEGACY,
         # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
-        "examples": [*_EXAMPLES, "importlib_resources", "tensorflow-datasets>=4.9.4"],
+        # examples/multi_worker.py runs on tf_keras.
+        "examples": [*_EXAMPLES, *_LEGACY, "importlib_resources", "tensorflow-datasets>=4.9.4"],
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,
         "bench": _EXAMPLES,
-        "test": [
-            "hypothesis>=6.100",
-            "mypy>=1.10",
-            "pytest>=8.0",
-            "pytest-xdist>=3.5",
-            "ruff>=0.17,<0.18",
-            "tensorboard>=2.18",
-            *_EXAMPLES,
-            *_TENSORFLOW_PRIVACY,
-        ],
+        "test": [*_TESTS, *_EXAMPLES, *_LEGACY],
+        "test-tensorflow-privacy": [*_TESTS, *_EXAMPLES, *_TENSORFLOW_PRIVACY],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

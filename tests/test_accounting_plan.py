@@ -336,6 +336,7 @@ def test_tensorflow_privacy_numbers(microbatching, once, poisson):
     assert found.poisson == pytest.approx(poisson, abs=2e-3)
 
 
+@pytest.mark.tensorflow_privacy
 @pytest.mark.parametrize("microbatching", [True, False])
 @pytest.mark.parametrize("change", [{}, {"num_epochs": 2.5, "noise_multiplier": 0.9, "batch_size": 999}])
 def test_tensorflow_privacy_itself_prints_the_same(monkeypatch, microbatching, change):

@@ -436,6 +436,7 @@ def test_flags_become_a_config(monkeypatch, capsys):
 # ---------------------------------------------------------------------- tensorflow_privacy_interop.py
 
 
+@pytest.mark.tensorflow_privacy
 @pytest.mark.parametrize(
     ("route", "statistics", "optimizer"),
     [("stock", "public", "SGD"), ("stock", "none", "Adam"), ("dp_model", "noised", "SGD")],

@@ -14,6 +14,7 @@ PAGE = (ROOT / "docs" / "migration.md").read_text("utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.tensorflow_privacy
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=["DPModel", "tensorflow-privacy"])
 def test_snippets_run(snippet, capsys):
     if "tensorflow_privacy" in snippet:

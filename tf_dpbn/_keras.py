@@ -14,7 +14,12 @@ from typing import Any
 
 import tensorflow as tf
 
-IS_KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
+try:
+    IS_KERAS_3 = str(getattr(tf.keras, "__version__", "2")).startswith("3")
+except ImportError as error:
+    raise ImportError(
+        "TF_USE_LEGACY_KERAS=1 asks for tf_keras, which is not installed. Install it by pip install 'tf_dpbn[legacy]'."
+    ) from error
 # tf.keras of Keras 3 is a view of the package that lacks some modules (saving).
 keras: Any = importlib.import_module("keras") if IS_KERAS_3 else tf.keras
 
