@@ -204,8 +204,8 @@ def test_needs_no_tensorflow(module):
 
 
 def test_only_mechanisms_draws_noise():
-    # Nothing draws normal numbers of TensorFlow's, which have no tail: noise is made of uniform bits. Public batches are
-    # numpy's random numbers, and the module of those imports no TensorFlow (above).
+    # Nothing draws normal numbers of TensorFlow's, which have no tail: noise is made of uniform bits. Public batches
+    # are numpy's random numbers, and the module of those imports no TensorFlow (above).
     assert not {module for module in MODULES if draws_normal(SOURCES[module])} - {"public_data"}
     uniform = {m for m in MODULES if any(name.endswith("stateless_uniform") for name in called_names(SOURCES[m]))}
     assert uniform == {m for m in MODULES if "normal_from_bits" in called_names(SOURCES[m])} == {"mechanisms"}
