@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from absl import app, flags, logging
+from absl import app, flags
 
 ConfigT = TypeVar("ConfigT")
 
@@ -30,15 +30,13 @@ def runner(config: type[ConfigT], run: Callable[[ConfigT], dict[str, Any]]) -> C
 
 
 def prepare(argv: list[str]) -> None:
-    """Refuses arguments that are no flags, and silences warnings that say nothing to users.
+    """Refuses arguments that are no flags.
 
     Raises:
       absl.app.UsageError: if there are such arguments.
     """
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    # dp_accounting warns of each Renyi order that it leaves out, which makes no bound wrong.
-    logging.set_verbosity(logging.ERROR)
 
 
 def config_from_flags(config: type[ConfigT]) -> ConfigT:

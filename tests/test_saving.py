@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 
 import tf_dpbn
-from tests import helpers
+from tests import helpers, programs
 from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
 
@@ -479,3 +479,19 @@ def test_an_exported_model_converts_to_tflite(tmp_path):
     interpreter.set_tensor(inputs, x)
     interpreter.invoke()
     np.testing.assert_allclose(interpreter.get_tensor(outputs), model.predict(x, verbose=0), atol=1e-5)
+
+
+LOADS = """
+import sys
+import tf_dpbn  # alone, and before Keras
+assert "tensorflow" not in sys.modules
+keras = __import__(sys.argv[1])
+print(type(keras.models.load_model(sys.argv[2])).__module__)
+"""
+
+
+def test_a_model_loads_after_the_import_of_the_package_alone(tmp_path):
+    inputs = keras.Input((3,))
+    tf_dpbn.DPModel(inputs, tf_dpbn.DPBatchNormalization()(inputs)).save(tmp_path / "m.keras")
+    name = "keras" if IS_KERAS_3 else "tf_keras"
+    assert programs.last_line("-c", LOADS, name, str(tmp_path / "m.keras")) == "tf_dpbn.model"

@@ -16,15 +16,14 @@ The map, in the order data flows:
 - `interop`: the layer in stock models that optimizers of tensorflow-privacy train.
 - `auditing`: lower bounds on epsilon by attack, to hold against the claim.
 
-TensorFlow is imported when a name that needs it is first used, or at once where it, or Keras, has been imported before:
-so `accounting` is quick, and `keras.models.load_model` knows the classes. Import this package after Keras where all you
-do is load a file.
+TensorFlow is imported when a name that needs it is first used, so that `accounting` is quick. The classes that files
+name are registered once Keras is imported, before or after this package.
 """
 
 import importlib
-import sys
 from typing import TYPE_CHECKING, Any
 
+from tf_dpbn import _registration
 from tf_dpbn.accounting import Ledger, PrivacyWarning
 from tf_dpbn.version import __version__
 
@@ -95,17 +94,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULE_OF:
-        return getattr(importlib.import_module(f"tf_dpbn.{_MODULE_OF[name]}"), name)
-    if name in __all__:
-        return importlib.import_module(f"tf_dpbn.{name}")
-    raise AttributeError(f"module 'tf_dpbn' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'tf_dpbn' has no attribute {name!r}")
+    module = importlib.import_module(f"tf_dpbn.{_MODULE_OF.get(name, name)}")
+    return getattr(module, name) if name in _MODULE_OF else module
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if {"keras", "tensorflow", "tf_keras"} & set(sys.modules):
-    for _module in ("model", "constraints"):  # which register classes with Keras
-        importlib.import_module(f"tf_dpbn.{_module}")
+_registration.follow_keras()
