@@ -153,7 +153,7 @@ ERRORS = {
     private_optimizer_in_an_ordinary_model: (TypeError, "DPModel"),
     ordinary_optimizer: (TypeError, "Wrap yours: tf_dpbn.optimizers.DPOptimizer"),
     gradients_of_a_tape: (TypeError, "DPModel"),
-    training_loop_of_ones_own: (RuntimeError, "train it with `fit`"),
+    training_loop_of_ones_own: (RuntimeError, "To train, call `fit` of a tf_dpbn.DPModel"),
     stock_batch_normalization: (ValueError, "Replace it by tf_dpbn.DPBatchNormalization"),
     no_public_batch: (ValueError, "model.set_public_batch"),
     public_batch_of_another_shape: (ValueError, r"\(4, 4, 1\)|4, 4, 1"),
