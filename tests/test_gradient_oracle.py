@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn._keras import IS_KERAS_3, keras, raw
+from tf_dpbn._keras import IS_KERAS_3, call_model, keras, raw
 from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.mechanisms import NoisedGradients
 
@@ -513,3 +513,26 @@ def test_noised_statistics_refuse_a_kernel_layer_that_depends_on_the_number_of_r
     x, y = helpers.images(8, (2, 7))
     with pytest.raises(ValueError, match="'fed' is fed by another layer for one example than for the public pass"):
         model.train_on_batch(x, y)
+
+
+@pytest.mark.parametrize("rank, padding", [(1, "valid"), (2, "same"), (3, "same")])
+def test_no_convolution_of_one_tap_strides_in_a_private_step(rank, padding):
+    """Its filter gradient writes beyond its memory with fewer examples than threads (oneDNN, TensorFlow 2.21)."""
+    convolution = getattr(keras.layers, f"Conv{rank}D")
+    inputs = keras.Input((*(5, 6, 4)[:rank], 8))
+    first, second = convolution(8, 1, strides=2, padding=padding), convolution(16, 1, strides=(1, 3, 2)[:rank])
+    model = keras.Model(inputs, second(first(inputs)))
+    x = tf.random.normal((2, *inputs.shape[1:]))
+
+    def called(function):
+        return tf.function(lambda x: function(x), autograph=False).get_concrete_function(x)
+
+    private, stock = called(lambda x: call_model(model, x, training=True)), called(model)
+    np.testing.assert_allclose(private(x), stock(x), rtol=1e-5, atol=1e-6)
+
+    def strides(graph):
+        return [op.get_attr("strides") for op in graph.get_operations() if op.type in ("Conv2D", "Conv3D")]
+
+    assert len(strides(private.graph)) == 2 and set(sum(strides(private.graph), [])) == {1}
+    assert set(sum(strides(stock.graph), [])) > {1}
+    assert first.strides == (2,) * rank and "convolution_op" not in vars(first)

@@ -7,6 +7,7 @@ to, Keras 3 or, with TF_USE_LEGACY_KERAS=1, tf_keras.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +86,7 @@ def as_compiled(model: Any) -> Any:
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    with _without_cudnn(model):
+    with _without_cudnn(model), _leaving_out_positions_first(model):
         return model(x, training=training) if takes_training else model(x)
 
 
@@ -103,6 +104,47 @@ def _without_cudnn(model: Any) -> Iterator[None]:
     finally:
         for layer in choosing:
             layer.use_cudnn = "auto"
+
+
+@contextlib.contextmanager
+def _leaving_out_positions_first(model: Any) -> Iterator[None]:
+    """Convolutions of one tap a side that stride leave out positions of their inputs, and then do not stride.
+
+    Where there are fewer examples than threads, the filter gradient of oneDNN's kernel for them writes beyond its
+    memory, with some numbers of channels (TensorFlow 2.21, CPUs; 8 to 16 among them): that of an example alone, and
+    of a public batch on a machine of many cores.
+    """
+    striding = [(layer, _convolving_method(layer)) for layer in flatten_layers(model) if _strides_with_one_tap(layer)]
+    try:
+        for layer, method in striding:
+            vars(layer)[method] = functools.partial(_convolve_what_is_left, layer, method)
+        yield
+    finally:
+        for layer, method in striding:
+            vars(layer).pop(method, None)
+
+
+def _strides_with_one_tap(layer: Any) -> bool:
+    if not hasattr(layer, "convolution_op") or layer.groups != 1 or layer.data_format != "channels_last":
+        return False
+    return max(layer.kernel_size) == 1 and max(layer.strides) > 1
+
+
+def _convolving_method(layer: Any) -> str:
+    """The method that convolves: Conv1D of Keras 3 has its own `call`."""
+    own_call = IS_KERAS_3 and type(layer).call is keras.layers.Conv1D.call
+    return "call" if own_call else "convolution_op"
+
+
+def _convolve_what_is_left(layer: Any, method: str, inputs: tf.Tensor, *kernel: Any) -> tf.Tensor:
+    strides = layer.strides
+    first = inputs.shape.rank - 1 - len(strides)
+    vars(layer)["strides"] = (1,) * len(strides)
+    try:
+        left = inputs[(slice(None),) * first + tuple(slice(None, None, stride) for stride in strides)]
+        return getattr(type(layer), method)(layer, left, *kernel)
+    finally:
+        vars(layer)["strides"] = strides
 
 
 def is_compiled_whole(model: Any) -> bool:
