@@ -34,7 +34,7 @@ _FORMAT, _VERSION = "tf_dpbn.Ledger", 1
 # answers with the RDP bound, which is also valid.
 _PLD_CEILING = 50.0
 # Renyi orders: large ones show small epsilons, down to about log(1/delta) / 2^14; fractional ones large epsilons.
-_WHOLE_ORDERS = np.unique([*range(2, 65), *np.geomspace(64, 2**14, 33).astype(int)])
+_WHOLE_ORDERS = np.unique([*range(2, 65), *(64 * 2.0 ** np.arange(0.0, 8.1, 0.125)).astype(int)])
 _FRACTIONAL_ORDERS = np.array([1.0 + tenth / 10.0 for tenth in range(1, 100) if tenth % 10])
 _ORDERS = np.concatenate([_FRACTIONAL_ORDERS, _WHOLE_ORDERS])
 # Of fractional orders, where that of order 2 is above this; below, they could only serve more than 10^8 steps.
