@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from absl import app, flags
+from absl import app, flags, logging
 
 ConfigT = TypeVar("ConfigT")
 
@@ -30,13 +30,14 @@ def runner(config: type[ConfigT], run: Callable[[ConfigT], dict[str, Any]]) -> C
 
 
 def prepare(argv: list[str]) -> None:
-    """Refuses arguments that are no flags.
+    """Refuses arguments that are no flags, and leaves TensorFlow's notes on saving out of the output.
 
     Raises:
       absl.app.UsageError: if there are such arguments.
     """
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
 
 
 def config_from_flags(config: type[ConfigT]) -> ConfigT:
