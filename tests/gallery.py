@@ -3,7 +3,7 @@
     python -m tests.gallery    prints the table of docs/privacy.md: bug, who catches it, measured excess
 
 The checks are those that the right library passes: `neighbours.check` (sensitivity of every release), the same of whole
-updates, the law of the noise, the ledger against what was drawn, and `auditing.audit_step`.
+updates, the distribution of the noise, the ledger against what was drawn, and `auditing.audit_step`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from scipy import stats
 import tf_dpbn
 from tests import helpers, neighbours
 from tf_dpbn import _ledger, auditing, mechanisms
-from tf_dpbn import model as model_module
 from tf_dpbn._keras import keras
 from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.clipping import book_keeping, contributions, microbatches, vectorized
+from tf_dpbn.model import step
 
 layers = keras.layers
 SHAPE, ROWS, CLIP, DELTA = (4, 3), 6, 0.5, 1e-5
@@ -99,7 +99,7 @@ def drawn_noise(model: Any, draws: int = 400) -> list[np.ndarray]:
     ]
 
     def one(_: tf.Tensor) -> tf.Tensor:
-        flat = [tf.concat([tf.reshape(t, [-1]) for t in each.tensors], 0) for each in optimizer.privatize_all(sums)]
+        flat = [tf.concat([tf.reshape(t, [-1]) for t in each.tensors], 0) for each in optimizer.release(sums)]
         return tf.concat([optimizer.expected_batch_size * f / s for f, s in zip(flat, stddevs, strict=True)], 0)
 
     run = tf.function(
@@ -150,8 +150,8 @@ def check_audit(mode: str = "anchored") -> Finding:
 
 # ---------------------------------------------------------------------- the bugs
 
-_public_forward = model_module.DPModel._public_forward
-_privatize_all = tf_dpbn.DPOptimizer.privatize_all
+_public_forward = step.public_forward
+_release = tf_dpbn.DPOptimizer.release
 
 
 def _masked(batch: Any) -> tf.Tensor:
@@ -160,11 +160,11 @@ def _masked(batch: Any) -> tf.Tensor:
 
 
 def _with_public_batch(model: Any, batch: Any, rows: tf.Tensor) -> Any:
-    public, model._books.public_batch = model._books.public_batch, rows
+    public, model._public.batch = model._public.batch, rows
     try:
         return _public_forward(model, batch)
     finally:
-        model._books.public_batch = public
+        model._public.batch = public
 
 
 def _stock_statistics(model: Any, batch: Any) -> Any:
@@ -172,7 +172,7 @@ def _stock_statistics(model: Any, batch: Any) -> Any:
 
 
 def _papers_statistics(model: Any, batch: Any) -> Any:
-    return _with_public_batch(model, batch, tf.concat([model._books.public_batch, _masked(batch)], 0))
+    return _with_public_batch(model, batch, tf.concat([model._public.batch, _masked(batch)], 0))
 
 
 def _gradient_through_private_statistics(model: Any, batch: Any) -> PublicForward:
@@ -182,14 +182,14 @@ def _gradient_through_private_statistics(model: Any, batch: Any) -> PublicForwar
 
 
 def _privatize_statistics_without_noise(self: Any, clipped: Any) -> Any:
-    noised = _privatize_all(self, clipped)
+    noised = _release(self, clipped)
     plain = [tuple(t / self.expected_batch_size for t in each.tensors) for each in clipped[1:]]
     return (noised[0], *[mechanisms.NoisedGradients(each) for each in plain])
 
 
 def _clip_after_noise(self: Any, clipped: Any) -> Any:
     released = []
-    for each, noised in zip(clipped, _privatize_all(self, clipped), strict=True):
+    for each, noised in zip(clipped, _release(self, clipped), strict=True):
         norm = self.expected_batch_size * tf.linalg.global_norm(noised.tensors)
         factor = each.l2_sensitivity / tf.maximum(norm, each.l2_sensitivity)
         released.append(mechanisms.NoisedGradients(tuple(factor * t for t in noised.tensors)))
@@ -200,28 +200,26 @@ def _replica_noise(self: Any, clipped: Any) -> Any:
     """Four replicas should each add noise of half the stddev; only one of them does."""
     parts = 4
     rest = tuple(mechanisms.ClippedSum(c.tensors, c.l2_sensitivity / parts**0.5) for c in clipped)
-    return _privatize_all(self, rest)
+    return _release(self, rest)
 
 
 def _noise_without_sensitivity(self: Any, clipped: Any) -> Any:
-    return _privatize_all(self, tuple(mechanisms.ClippedSum(c.tensors, 1.0) for c in clipped))
+    return _release(self, tuple(mechanisms.ClippedSum(c.tensors, 1.0) for c in clipped))
 
 
-def _by_actual_batch_size(model: Any, total: Any, *rest: Any) -> None:
-    count = tf.reduce_sum(tf.cast(model._latest_mask, tf.float32))
-    factor = model.optimizer.expected_batch_size / tf.maximum(count, 1.0)
-    factor = tf.cast(factor, tf.float64)
-    scaled = [mechanisms.ClippedSum(tuple(factor * t for t in c.tensors), c.l2_sensitivity) for c in total]
-    _release(model, tuple(scaled), *rest)
+def _by_actual_batch_size(self: Any, clipped: Any) -> Any:
+    count = tf.reduce_sum(tf.cast(self._latest_mask, tf.float32))
+    factor = tf.cast(self.expected_batch_size / tf.maximum(count, 1.0), tf.float64)
+    scaled = [mechanisms.ClippedSum(tuple(factor * t for t in c.tensors), c.l2_sensitivity) for c in clipped]
+    return _release(self, tuple(scaled))
 
 
-_release = model_module.DPModel._release
-_read_batch = model_module.DPModel._read_batch
+_read_batch = step.read_batch
 
 
 def _remembering_mask(model: Any, data: Any) -> Any:
     batch = _read_batch(model, data)
-    model._latest_mask = tf.ones([ROWS]) if batch.mask is None else batch.mask
+    model.optimizer._latest_mask = tf.ones([ROWS]) if batch.mask is None else batch.mask
     return batch
 
 
@@ -321,7 +319,7 @@ _GRAM = functools.partial(check_sensitivity, engine="book_keeping", norm_method=
 _PER_EXAMPLE = functools.partial(check_sensitivity, engine="vectorized")
 _RELEASING = functools.partial(check_sensitivity, "anchored")
 _CLIP_USERS = (vectorized, book_keeping, microbatches)
-_MODEL, _OPTIMIZER, _ENGINE = model_module.DPModel, tf_dpbn.DPOptimizer, vectorized.PerExampleEngine
+_OPTIMIZER, _ENGINE = tf_dpbn.DPOptimizer, vectorized.PerExampleEngine
 
 
 def _everywhere(value: Any) -> tuple[tuple[Any, str, Any], ...]:
@@ -330,27 +328,27 @@ def _everywhere(value: Any) -> tuple[tuple[Any, str, Any], ...]:
 
 BUGS: dict[str, Bug] = {
     "stock batch normalization: statistics of the private batch": Bug(
-        ((_MODEL, "_public_forward", _stock_statistics),), check_sensitivity, _SENSITIVITY
+        ((step, "public_forward", _stock_statistics),), check_sensitivity, _SENSITIVITY
     ),
     "the paper's code: statistics of private and public rows together": Bug(
-        ((_MODEL, "_public_forward", _papers_statistics),), check_sensitivity, _SENSITIVITY
+        ((step, "public_forward", _papers_statistics),), check_sensitivity, _SENSITIVITY
     ),
     "gradient through the private batch's statistics": Bug(
-        ((_MODEL, "_public_forward", _gradient_through_private_statistics),), _GRAM, _SENSITIVITY
+        ((step, "public_forward", _gradient_through_private_statistics),), _GRAM, _SENSITIVITY
     ),
     "moving averages of statistics without noise": Bug(
-        ((_OPTIMIZER, "privatize_all", _privatize_statistics_without_noise),), check_audit, _AUDIT
+        ((_OPTIMIZER, "release", _privatize_statistics_without_noise),), check_audit, _AUDIT
     ),
-    "noise added before clipping": Bug(((_OPTIMIZER, "privatize_all", _clip_after_noise),), check_noise, _NOISE),
-    "noise of only one of four replicas": Bug(((_OPTIMIZER, "privatize_all", _replica_noise),), check_noise, _NOISE),
+    "noise added before clipping": Bug(((_OPTIMIZER, "release", _clip_after_noise),), check_noise, _NOISE),
+    "noise of only one of four replicas": Bug(((_OPTIMIZER, "release", _replica_noise),), check_noise, _NOISE),
     "noise of the multiplier, not times the sensitivity": Bug(
-        ((_OPTIMIZER, "privatize_all", _noise_without_sensitivity),), check_noise, _NOISE
+        ((_OPTIMIZER, "release", _noise_without_sensitivity),), check_noise, _NOISE
     ),
     "the same seed for every draw of noise": Bug(
         ((mechanisms.NoiseSource, "standard_normal", _reused_noise),), check_audit, _AUDIT
     ),
     "sum divided by the actual batch size": Bug(
-        ((_MODEL, "_release", _by_actual_batch_size), (_MODEL, "_read_batch", _remembering_mask)),
+        ((_OPTIMIZER, "release", _by_actual_batch_size), (step, "read_batch", _remembering_mask)),
         check_updates,
         "neighbouring updates",
     ),

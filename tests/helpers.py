@@ -15,7 +15,8 @@ import tensorflow as tf
 
 import tf_dpbn
 from tf_dpbn._keras import keras
-from tf_dpbn.clipping import Batch, BatchResult
+from tf_dpbn.clipping import BatchResult
+from tf_dpbn.model import step
 
 layers = keras.layers
 
@@ -102,12 +103,8 @@ def step_function(model: Any, jit_compile: bool = False, all_releases: bool = Fa
     """A tf.function (x, y, weight or None) -> (sums, fields of BatchResult); see `clipped_sum_function`."""
 
     def run(x: Any, y: Any, weight: Any) -> Any:
-        mask = None
-        if weight is not None:
-            mask = model._read_batch((x, y, weight)).mask
-        batch = Batch(x, y, weight, mask)
-        task = model._task(model._public_forward(batch))
-        clipped, result = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        batch = step.read_batch(model, (x, y, weight))
+        clipped, result = step.clipped_sums(model, batch, step.public_forward(model, batch))
         sums = [each.tensors for each in clipped] if all_releases else clipped[0].tensors
         return sums, tuple(getattr(result, f.name) for f in dataclasses.fields(result))
 
@@ -179,5 +176,4 @@ def logged_lines() -> Iterator[list[str]]:
 WAYS_TO_TRAIN = {
     "fit": lambda model, x, y: model.fit(x, y, verbose=0),
     "train_on_batch": lambda model, x, y: model.train_on_batch(x, y),
-    "train_step": lambda model, x, y: model.train_step((tf.constant(x), tf.constant(y))),
 }

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tf_dpbn.model import step
+
 ROWS = 7
 PAIRS = ROWS * 2 ** (ROWS - 1)
 # Float32 rounding in a sum of a few terms; docs/privacy.md states the bound.
@@ -72,9 +74,8 @@ def sums_of_subsets(model: Any) -> Callable[..., list[np.ndarray]]:
     released: list[tuple[int, float]] = []  # size and sensitivity of each, known once a step is traced
 
     def one(x: Any, y: Any, weight: tf.Tensor) -> tf.Tensor:
-        batch = model._read_batch((x, y, weight))
-        task = model._task(model._public_forward(batch))
-        found, _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        batch = step.read_batch(model, (x, y, weight))
+        found, _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
         released[:] = [(sum(t.shape.num_elements() for t in each.tensors), each.l2_sensitivity) for each in found]
         return tf.concat([tf.reshape(t, [-1]) for each in found for t in each.tensors], 0)
 

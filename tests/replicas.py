@@ -21,6 +21,7 @@ tf.config.set_logical_device_configuration(
 import tf_dpbn  # noqa: E402
 from tests import helpers  # noqa: E402
 from tf_dpbn._keras import keras, raw  # noqa: E402
+from tf_dpbn.model import step  # noqa: E402
 
 layers = keras.layers
 ROWS = 16
@@ -83,7 +84,7 @@ def one_number(y: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
 
 
 def values(model: Any) -> np.ndarray:
-    return helpers.flat([*model.get_weights(), *model._books._released_means.values()])
+    return helpers.flat([*model.get_weights(), *model._record._released_means.values()])
 
 
 def spread_over_replicas(model: Any, strategy: tf.distribute.Strategy) -> float:
@@ -132,8 +133,7 @@ def dropout_agreement() -> float:
         def outputs() -> tf.Tensor:
             x = tf.ones((1, 4000))
             batch = tf_dpbn.clipping.Batch(x, x, None, None)
-            model._public_forward(batch)
-            return model._engine(model._task(None), batch, 1.0)[1].y_pred
+            return step.clipped_sums(model, batch, step.public_forward(model, batch))[1].y_pred
 
         return strategy.run(outputs)
 

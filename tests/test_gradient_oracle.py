@@ -249,7 +249,7 @@ def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
 
     @tf.function(autograph=False)
     def trace(x):
-        found.extend(PublicForward(model, x, "local", model._books.released_mean).local_terms)
+        found.extend(PublicForward(model, x, "local", model._record.released_mean).local_terms)
 
     trace.get_concrete_function(tf.TensorSpec((4, *shape)))
     assert sum(bool(terms) for terms in found) == number

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn._keras import kept_state, keras
-from tf_dpbn._precision import in_full_float32
+from tf_dpbn._devices import require_full_float32
+from tf_dpbn._keras import keras
 from tf_dpbn.mechanisms import ClippedSum
-from tf_dpbn.model import DPModel
+from tf_dpbn.model import DPModel, step
 
 
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
@@ -25,17 +25,16 @@ def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, 
     Args:
       model: compiled.
     """
+    require_full_float32()
     sensitivities: list[float] = []
 
     def run(x: Any, y: Any, weights: Any) -> list[tuple[tf.Tensor, ...]]:
-        batch = model._read_batch((x, y, weights))
-        task = model._task(model._public_forward(batch))
-        with kept_state(model if model._books.has_state else None):
-            found, _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        batch = step.read_batch(model, (x, y, weights))
+        found, _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
         sensitivities[:] = [each.l2_sensitivity for each in found]
         return [each.tensors for each in found]
 
-    traced = in_full_float32(tf.function(run, autograph=False))
+    traced = tf.function(run, autograph=False)
 
     def call(x: Any, y: Any, weights: Any) -> tuple[ClippedSum, ...]:
         found = traced(*tf.nest.map_structure(tf.convert_to_tensor, (x, y, weights)))
@@ -53,10 +52,8 @@ def clipped_gradients(model: DPModel) -> Callable[[Any, Any], tf.Tensor]:
 
     def one(row: Any) -> tf.Tensor:
         x, y = tf.nest.map_structure(lambda t: t[None], row)
-        batch = model._read_batch((x, y))
-        task = model._task(model._public_forward(batch))
-        with kept_state(model if model._books.has_state else None):
-            (gradient, *_), _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        batch = step.read_batch(model, (x, y))
+        (gradient, *_), _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
         return tf.concat([tf.reshape(t, [-1]) for t in gradient.tensors], 0)
 
     return tf.function(

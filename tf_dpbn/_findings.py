@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from tf_dpbn import _coupling, _training_trace
-from tf_dpbn._bookkeeping import BookkeepingModel
+from tf_dpbn import _coupling
 from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state, raw
 from tf_dpbn._rebuild import is_convertible
 from tf_dpbn.layers import DPBatchNormalization
+from tf_dpbn.model import DPModel, training_trace
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
 _CONVERT = "tf_dpbn.convert(model), or freeze it with trainable=False."
@@ -97,7 +97,7 @@ def inspect_model(model: Any, x: Any) -> Findings:
         if not model.built or not model.weights:
             with kept_state(model):
                 call_model(model, x, training=False)
-        trace = _training_trace.trace_training_pass(model, x)
+        trace = training_trace.trace_training_pass(model, x)
     except Exception as error:
         raise ValueError(
             f"Model {model.name!r} does not run on the examples: {error} Pass `x`, examples of the kind that it takes."
@@ -138,7 +138,7 @@ def _would_train(layer: Any) -> bool:
 
 def _idle_finding(layer: Any, model: Any, remedy: str) -> Finding:
     reason = f"Stock {type(layer).__name__}, called with training=False only: it uses its moving statistics."
-    if isinstance(model, BookkeepingModel):
+    if isinstance(model, DPModel):
         return Finding(layer.name, "error", f"{reason} A DPModel takes it frozen only.", "Set its trainable=False.")
     return Finding(layer.name, "warning", f"{reason} That is private; a DPModel takes it frozen only.", remedy)
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _checks, _training_trace, _validate
+from tf_dpbn import _validate
 from tf_dpbn._coupling import make_batch
 from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
 from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn.conversion import validate
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
-from tf_dpbn.model import DPModel
+from tf_dpbn.model import DPModel, checks, training_trace
 from tf_dpbn.optimizers import DPOptimizer
 
 _ATTRIBUTES = ("_l2_norm_clip", "_noise_multiplier", "_num_microbatches", "_was_dp_gradients_called")
@@ -46,7 +46,7 @@ def check_model(model: Any) -> None:
         )
     _check_step(model)
     _check_strategy(model)
-    _checks.check_layers(model)
+    checks.check_layers(model)
     for layer in flatten_layers(model):
         if isinstance(layer, DPBatchNormalization):
             _check_normalization(layer)
@@ -195,7 +195,7 @@ def training_calls(model: Any, rows: int) -> list[NormalizationCall]:
     """
     batch = make_batch(model)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec([rows, *t.shape[1:]], tf.as_dtype(t.dtype)), batch)
-    trace = _training_trace.trace_training_pass(model, specs)
+    trace = training_trace.trace_training_pass(model, specs)
     for change in trace.changes_from_data:
         raise ValueError(change.reason)
     if not trace.scope.calls:

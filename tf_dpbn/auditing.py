@@ -157,11 +157,11 @@ def _noised_scores(
     model: DPModel, world: tuple[ClippedSum, ...], attack: Callable[[Any], tf.Tensor], trials: int
 ) -> np.ndarray:
     """[trials, attacks]: scores of independent releases of one world."""
-    denominator = model.optimizer.expected_batch_size
+    optimizer = type(model.optimizer).from_config(model.optimizer.get_config())  # which counts steps apart
 
     def one(_: tf.Tensor) -> tf.Tensor:
-        released = model.optimizer.privatize_all(world)
-        return attack([[denominator * t for t in each.tensors] for each in released])
+        released = optimizer.release(world)
+        return attack([[optimizer.expected_batch_size * t for t in each.tensors] for each in released])
 
     # One after the other, as steps are: the noise source counts its draws.
     run = tf.function(

@@ -61,10 +61,6 @@ class PrivacyLogger(keras.callbacks.Callback):
 class PrivacyBudget(keras.callbacks.Callback):
     """Stops training before the step that would exceed a budget, whatever ran before in this model's life.
 
-    Steps that other callbacks take count: `fit` and `train_on_batch` refuse the one that would exceed the budget. A
-    graph of your own that a callback runs cannot be stopped, nor can a `train_step` of your own that takes several
-    steps on one batch; `fit` then raises before its next step, or at its end.
-
     Where it stops training early it says so in a line after the progress bar, which otherwise looks complete; with
     `verbose=0` it says nothing.
 
@@ -75,7 +71,7 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     Raises:
       ValueError: for an argument out of range; at the start of training, if not even one more step fits; in training,
-        if other callbacks' steps leave no room for the next one; at its end, if they have exceeded the budget.
+        if a checkpoint that another callback loads leaves no room for the next one.
     """
 
     stops_in_time = True  # so that `fit` need not warn of more epochs than the data set's plan has
@@ -85,7 +81,8 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._epsilon = _validate.positive("epsilon", epsilon)
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
-        self._room: _Room | None = None
+        self._last_step = 0
+        self._version: int | None = None
         self._stride = 1
         self._epoch = 0
         self._stopped_early = False
@@ -93,25 +90,22 @@ class PrivacyBudget(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
-        self._stopped_early = False
+        self._version, self._stopped_early = None, False
         self._stride = self.model.steps_at_a_time()
-        self._room = _Room(self.model, self._epsilon, self._delta, self._accountant)
-        self._room.require(self._stride)
-        self.model.add_budget(self._room.require)
+        self._require_room()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Notes the epoch."""
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Checks that the next steps fit, also if the ledger has changed, by a checkpoint loaded meanwhile, say."""
-        if self._room is not None:
-            self._room.require(self.model.steps_at_a_time())
+        """Computes it anew if the ledger has changed, by a checkpoint that was loaded."""
+        self._require_room()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
         self._stride = max(self._stride, self.model.steps_at_a_time())  # tf_keras lowers it at the end of an epoch
-        if self._room is not None and not self._room.is_enough_for(self._stride):
+        if self.model.private_steps + self._stride > self._last_step:
             self.model.stop_training = True
             epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
             self._stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
@@ -126,39 +120,24 @@ class PrivacyBudget(keras.callbacks.Callback):
                 f"{self._epsilon:g} at delta {delta:g}, and another step would exceed it."
             )
 
-
-class _Room:
-    """How many more steps of a model fit into a budget; the arguments are those of PrivacyBudget."""
-
-    def __init__(self, model: DPModel, epsilon: float, delta: float | None, accountant: str) -> None:
-        self._model, self._epsilon, self._delta, self._accountant = model, epsilon, delta, accountant
-        self._last_step = 0
-        self._version: int | None = None
-
-    def is_enough_for(self, steps: int) -> bool:
-        """By what was computed last."""
-        return self._model.private_steps + steps <= self._last_step
-
-    def require(self, steps: int) -> None:
-        """Refuses steps that would exceed the budget; for none, a budget that is exceeded already."""
-        if self._model.ledger_version == self._version and self.is_enough_for(steps):
-            return
-        ledger, record = self._model.ledger, self._model.running_record
-        delta = _default_delta(self._model, self._delta)
-        left = accounting.max_steps(
-            ledger,
-            next_record_config=record,
-            target_epsilon=self._epsilon,
-            delta=delta,
-            accountant=self._accountant,
-        )
-        if left < steps or ledger.epsilon(delta, self._accountant) > self._epsilon:
+    def _require_room(self) -> None:
+        model = self.model
+        if model.ledger_version != self._version:
+            delta, ledger, self._version = _default_delta(model, self._delta), model.ledger, model.ledger_version
+            left = accounting.max_steps(
+                ledger,
+                next_record_config=model.running_record,
+                target_epsilon=self._epsilon,
+                delta=delta,
+                accountant=self._accountant,
+            )
+            self._last_step = model.private_steps + left
+        if model.private_steps + model.steps_at_a_time() > self._last_step:
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,
-                f"leave room for {'another step after ' if steps else ''}{ledger.steps} steps, at delta={delta:g} and "
-                f"noise multiplier {record.effective_noise_multiplier:g}",
-                "Train with more noise, or stop here; steps that callbacks take count.",
+                f"leave room for another step after {model.ledger.steps} steps, at "
+                f"delta={_default_delta(model, self._delta):g} and noise multiplier "
+                f"{model.running_record.effective_noise_multiplier:g}",
+                "Train with more noise, or stop here.",
             )
-        self._last_step = self._model.private_steps + left
-        self._version = self._model.ledger_version

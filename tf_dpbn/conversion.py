@@ -106,7 +106,7 @@ def convert(
         model._refresh_if_trained()
     converted = Rebuilder(replacement, "converted").rebuild(model, DPModel, DPSequential)
     _check_nothing_is_left(converted)
-    _hand_over_books(model, converted)
+    _hand_over_record(model, converted)
     if public_batch is not None:
         converted.set_public_batch(public_batch)
     return converted
@@ -188,11 +188,11 @@ def _check_nothing_is_left(model: Any) -> None:
             )
 
 
-def _hand_over_books(model: Any, converted: DPModel) -> None:
+def _hand_over_record(model: Any, converted: DPModel) -> None:
     """Ledgers of all DPModels in `model`, and the outermost's public batch."""
     for each in [*reversed(flatten_layers(model)), model]:
         if isinstance(each, DPModel):
-            converted._books.take_over(each._books)
+            converted._record.take_over(each._record)
     if isinstance(model, DPModel) and model.public_batch is not None:
-        told = model._books.may_contain_training_rows
+        told = model._public.may_contain_training_rows
         converted.set_public_batch(model.public_batch, may_contain_training_rows=told)

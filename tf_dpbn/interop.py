@@ -26,8 +26,8 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _stock_checks, _validate, accounting
+from tf_dpbn._devices import require_full_float32
 from tf_dpbn._keras import IS_KERAS_3, count_of, flatten_layers, keras
-from tf_dpbn._precision import check_rounding
 from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn._stock_pass import StockPass, StockRefresh
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
@@ -216,7 +216,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         _stock_checks.check_compilation(model)
         _stock_checks.check_rows(model, self._rows)
         _stock_checks.check_seed()
-        check_rounding()
+        require_full_float32()
         calls = _stock_checks.training_calls(model, self._rows)
         self._closed, self._open, self._steps_begun = self.ledger, None, 0
         self._calls_at_opening = count_of(self._scope.calls)

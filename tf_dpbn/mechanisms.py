@@ -23,7 +23,7 @@ ROUNDING = 1e-5
 # in 32 bits. Accounting reckons with twice as many in all draws of a step.
 _MOST_COORDINATES = 2**30
 # Replicas change a variable alike; the first one's value is taken for all.
-_SAME = tf.VariableAggregation.ONLY_FIRST_REPLICA
+SAME_ON_REPLICAS = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
 
 def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
@@ -119,8 +119,8 @@ class NoiseSource:
         else:
             key = [int(seed), 0]
         with tf.init_scope():
-            self._key = tf.Variable(key, dtype=tf.int64, trainable=False, name="key", aggregation=_SAME)
-            self._draws = tf.Variable(0, dtype=tf.int64, trainable=False, name="draws", aggregation=_SAME)
+            self._key = tf.Variable(key, dtype=tf.int64, trainable=False, name="key", aggregation=SAME_ON_REPLICAS)
+            self._draws = tf.Variable(0, dtype=tf.int64, trainable=False, name="draws", aggregation=SAME_ON_REPLICAS)
 
     def is_shared_in(self, strategy: tf.distribute.Strategy) -> bool:
         """Whether all replicas of `strategy` draw the same noise."""

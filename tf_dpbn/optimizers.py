@@ -15,7 +15,14 @@ import tensorflow as tf
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, apply_gradients, deserialize, keras, serialize
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
-from tf_dpbn.mechanisms import SMALLEST_CLIP, ClippedSum, NoisedGradients, NoiseSource, add_gaussian_noise
+from tf_dpbn.mechanisms import (
+    SAME_ON_REPLICAS,
+    SMALLEST_CLIP,
+    ClippedSum,
+    NoisedGradients,
+    NoiseSource,
+    add_gaussian_noise,
+)
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
 _PRIVACY_ARGUMENTS = (
@@ -32,10 +39,28 @@ _PARAMETER_KINDS = (
     inspect.Parameter.KEYWORD_ONLY,
     inspect.Parameter.VAR_KEYWORD,
 )
+_MOST_RELEASES = 1024
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
     "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
 )
+
+
+class _StepCounter:
+    """Counts steps by how many statistics they release; in no checkpoint, which could set it back."""
+
+    def __init__(self) -> None:
+        with tf.init_scope():
+            zeros = tf.zeros([_MOST_RELEASES], tf.int64)
+            self._counts = tf.Variable(zeros, trainable=False, name="private_steps", aggregation=SAME_ON_REPLICAS)
+
+    def count(self, statistic_releases: int) -> tf.Tensor:
+        if statistic_releases >= _MOST_RELEASES:
+            raise ValueError(f"A step releases fewer than {_MOST_RELEASES} statistics. Received: {statistic_releases}")
+        return self._counts.assign_add(tf.one_hot(statistic_releases, _MOST_RELEASES, dtype=tf.int64))
+
+    def counts(self) -> list[int]:
+        return tf.convert_to_tensor(self._counts).numpy().tolist()
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
@@ -90,7 +115,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "inner",
                 f"gradient_accumulation_steps={inner.gradient_accumulation_steps}",
                 "not accumulate gradients itself: each would carry noise of its own",
-                "Pass accumulation_steps to DPModel.compile, which draws noise once for all of them.",
+                "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes.",
             )
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
@@ -121,6 +146,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._statistics_fraction = _validate.open_probability("statistics_fraction", statistics_fraction)
         self._noise_source = NoiseSource(noise_seed)
+        self._steps = _StepCounter()
 
     @classmethod
     def from_plan(
@@ -191,12 +217,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """expected_batch_size / num_examples, or None if num_examples was not given."""
         return None if self.num_examples is None else self.expected_batch_size / self.num_examples
 
-    def privatize(self, clipped: ClippedSum) -> NoisedGradients:
-        """Releases the clipped sum of a step that releases nothing else; see `privatize_all`."""
-        return self.privatize_all((clipped,))[0]
-
-    def privatize_all(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
-        """Releases the clipped sums of one step: its privacy boundary.
+    def release(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
+        """Releases the clipped sums of one step: its privacy boundary. Counts the step, then draws its noise.
 
         Args:
           clipped: the gradient's sum, then those of statistics, if any.
@@ -206,12 +228,19 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
         Raises:
           TypeError: for anything but ClippedSums.
+          ValueError: for more than 1,023 releases of statistics.
         """
-        multipliers = self.noise_multipliers(len(clipped) - 1)
-        return tuple(
-            add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
-            for each, multiplier in zip(clipped, multipliers, strict=True)
-        )
+        statistic_releases = len(clipped) - 1
+        with tf.control_dependencies([self._steps.count(statistic_releases)]):
+            return tuple(
+                add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
+                for each, multiplier in zip(clipped, self.noise_multipliers(statistic_releases), strict=True)
+            )
+
+    def counted_steps(self) -> dict[tuple[float, ...], int]:
+        """How many steps `release` has taken in this process, by the noise multipliers that it drew with."""
+        counts = enumerate(self._steps.counts())
+        return {self.noise_multipliers(releases): steps for releases, steps in counts if steps}
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
         """Lets the inner optimizer apply noised gradients to `variables`.

@@ -1,6 +1,6 @@
 """Whole train steps of each optimizer, on one device and on several replicas: `python -m tests.conformance.steps`
 
-Every step is watched at the privacy boundary, `DPOptimizer.privatize_all`: what was clipped goes in, what is released
+Every step is watched at the privacy boundary, `DPOptimizer.release`: what was clipped goes in, what is released
 comes out. Prints a JSON object, case -> findings; test_steps.py says what they must be. A program of its own, because
 logical devices must be set up before TensorFlow starts.
 """
@@ -52,16 +52,16 @@ class Boundary:
     def __init__(self, optimizer: Any) -> None:
         self.sensitivities: list[float] = []
         self.steps: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
-        privatize_all = optimizer.privatize_all
+        release = optimizer.release
 
         def watched(clipped: Any) -> Any:
-            noised = privatize_all(clipped)
+            noised = release(clipped)
             self.sensitivities = [each.l2_sensitivity for each in clipped]
             vectors = [tf.concat([tf.reshape(t, [-1]) for t in each.tensors], 0) for each in (*clipped, *noised)]
             tf.py_function(self._keep, vectors, [])
             return noised
 
-        optimizer.privatize_all = watched
+        optimizer.release = watched
 
     def _keep(self, *vectors: Any) -> None:
         values = [np.asarray(vector, np.float64) for vector in vectors]
@@ -79,7 +79,7 @@ class SameWeights(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Puts them back."""
         self.model.set_weights(self._weights)
-        for mean in self.model._books._released_means.values():
+        for mean in self.model._record._released_means.values():
             mean.assign(tf.zeros_like(mean))
 
 

@@ -13,6 +13,7 @@ from tf_dpbn._keras import keras, raw
 from tf_dpbn.clipping import Batch, StatisticsRelease, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.registry import ENGINES
+from tf_dpbn.model import step
 
 NORMALIZED = [name for name in zoo.BODIES if name.startswith("batch_normalization")]
 PLAIN = [name for name in zoo.BODIES if name not in NORMALIZED]
@@ -176,9 +177,8 @@ def test_a_batch_of_no_rows_and_unknown_size_contributes_nothing(engine):
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec([None, *t.shape[1:]], t.dtype) for t in (x, y)])
     def run(x, y):
-        (clipped,), result = model._engine(
-            model._task(model._public_forward(Batch(x, y, None, None))), Batch(x, y, None, None), 1.0
-        )
+        batch = Batch(x, y, None, None)
+        (clipped,), result = step.clipped_sums(model, batch, step.public_forward(model, batch))
         return clipped.tensors, result.loss, result.y_pred
 
     sums, loss, y_pred = run(x[:0], y[:0])
@@ -311,8 +311,7 @@ def test_dropout_is_independent_across_examples_and_steps():
     outputs = []
 
     def run(batch):
-        model._public_forward(Batch(batch, batch, None, None))
-        task = model._task(None)
+        task = step.task(model, step.public_forward(model, Batch(batch, batch, None, None)))
         return tf.vectorized_map(
             lambda row: task.run_example(row[0], row[0], (), row[1], ()).y_pred, (batch, tf.range(4))
         )

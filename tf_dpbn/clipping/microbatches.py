@@ -8,9 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _validate
+from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping import Batch, BatchResult, Task
 from tf_dpbn.clipping.rows import weighted_sum
-from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum, clip_weights
 
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small

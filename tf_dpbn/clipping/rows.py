@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.vectorization import has_accelerator
+from tf_dpbn._devices import has_accelerator
 
 # Into how many groups of rows, at most, a sum is divided on CPUs.
 _GROUPS = 8

@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _graph
+from tf_dpbn._devices import has_accelerator
 
 _RowFunction = Callable[[Any], Any]
 
@@ -86,11 +87,6 @@ def _is_unsafe_product(operation: tf.Operation) -> bool:
         return False
     left, right = (tensor.shape.rank for tensor in operation.inputs)
     return None in (left, right) or (left != right and max(left, right) >= 4)
-
-
-def has_accelerator() -> bool:
-    """Whether TensorFlow sees a GPU or a TPU."""
-    return bool(tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU"))
 
 
 def _mend(outputs: Any) -> Any:

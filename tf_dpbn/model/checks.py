@@ -126,14 +126,11 @@ def _has_grouped_gradients(rank: int) -> bool:
 _REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy, tf.distribute.TPUStrategy)
 
 
-def check_replicas(
-    strategy: tf.distribute.Strategy, optimizer: DPOptimizer, accumulation_steps: int, run_eagerly: bool
-) -> None:
+def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run_eagerly: bool) -> None:
     """Refuses what several replicas cannot do alike.
 
     Raises:
-      NotImplementedError: for a strategy without mirrored variables, or on several replicas gradient accumulation or
-        eager steps.
+      NotImplementedError: for a strategy without mirrored variables, or eager steps on several replicas.
       ValueError: for an optimizer that was built in another scope than the model.
     """
     single = isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__.startswith("_Default")
@@ -155,11 +152,6 @@ def check_replicas(
             "TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported, which selects tf_keras."
         )
     replicas = strategy.num_replicas_in_sync
-    if replicas > 1 and accumulation_steps > 1:
-        raise NotImplementedError(
-            "`accumulation_steps` must be 1 on several replicas, which already share a batch. Pass microbatch_size to "
-            f"compile to save memory. Received: accumulation_steps={accumulation_steps}, {replicas} replicas"
-        )
     if replicas > 1 and run_eagerly:
         raise NotImplementedError(
             f"`run_eagerly` must be False on several replicas. Leave it out. Received: True, {replicas} replicas"
@@ -221,9 +213,7 @@ def _counting(labels: np.ndarray, sample_weight: Any) -> np.ndarray:
     return np.broadcast_to(weights != 0, labels.shape)
 
 
-def check_batches(
-    x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer, accumulation_steps: int
-) -> None:
+def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer) -> None:
     """Refuses batches whose size contradicts the sampling rate that the accounting assumes.
 
     Args:
@@ -231,7 +221,6 @@ def check_batches(
       batch_size: the batch size given to `fit`, or None for Keras' default of 32.
       held_out: validation_split.
       optimizer: the optimizer.
-      accumulation_steps: how many batches make one logical batch.
 
     Raises:
       ValueError: naming both numbers.
@@ -251,12 +240,11 @@ def check_batches(
                     f"equal the number of training examples, {examples}",
                     "Epsilon depends on it.",
                 )
-    if size is not None and size * accumulation_steps != optimizer.expected_batch_size:
-        of_parts = "" if accumulation_steps == 1 else f" times accumulation_steps={accumulation_steps}"
+    if size is not None and size != optimizer.expected_batch_size:
         raise _validate.argument_error(
             "expected_batch_size",
             optimizer.expected_batch_size,
-            f"equal the size of the batches, {size}{of_parts}",
+            f"equal the size of the batches, {size}",
             "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
             "data set from PrivacyPlan.poisson_dataset.",
         )
@@ -276,29 +264,22 @@ def check_callbacks(callbacks: Any) -> None:
             )
 
 
-def check_sampling(law: PoissonSampling, optimizer: DPOptimizer, accumulation_steps: int, replicas: int) -> None:
-    """Refuses a data set of draws that the optimizer's denominator, accounting, accumulation or replicas do not fit.
+def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: int) -> None:
+    """Refuses a data set of draws that the optimizer's denominator, accounting or replicas do not fit.
 
     Raises:
       ValueError: naming both numbers.
     """
-    if law.rows % replicas:
+    if batches.rows % replicas:
         raise _validate.argument_error(
             "x",
-            f"a Poisson data set of {law.rows} rows",
+            f"a Poisson data set of {batches.rows} rows",
             f"have equally many rows for each of the {replicas} replicas",
             "Build it within `with strategy.scope():`, or choose another max_batch_size.",
         )
-    if law.batches_per_draw != accumulation_steps:
-        raise _validate.argument_error(
-            "accumulation_steps",
-            accumulation_steps,
-            f"equal that of the Poisson data set, {law.batches_per_draw}",
-            "Pass the same accumulation_steps to compile and to poisson_dataset.",
-        )
     pairs = [
-        ("expected_batch_size", optimizer.expected_batch_size, law.expected_batch_size),
-        ("num_examples", optimizer.num_examples or law.num_examples, law.num_examples),
+        ("expected_batch_size", optimizer.expected_batch_size, batches.expected_batch_size),
+        ("num_examples", optimizer.num_examples or batches.num_examples, batches.num_examples),
     ]
     for name, given, drawn in pairs:
         if abs(given - drawn) > 1e-6 * drawn:
@@ -335,13 +316,13 @@ def check_public_rows(public_batch: Any, training: Any) -> None:
 
 
 def check_plan(
-    plan: PrivacyPlan, law: PoissonSampling, ledger: Ledger, record: StepRecord, options: dict[str, Any]
+    plan: PrivacyPlan, draws: PoissonSampling, ledger: Ledger, record: StepRecord, options: dict[str, Any]
 ) -> None:
     """Warns of a `fit` that would go beyond the plan of its data set, counting what ran before.
 
     Args:
       plan: of the data set.
-      law: of the data set.
+      draws: of the data set.
       ledger: what ran.
       record: the step that runs next.
       options: arguments of `fit`. With a PrivacyBudget among the callbacks, which stops in time, there is nothing to
@@ -350,8 +331,7 @@ def check_plan(
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
     resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
     epochs = max(0, options.get("epochs", 1) - options.get("initial_epoch", 0))
-    batches = steps_of_epoch(options.get("steps_per_epoch")) or law.steps_per_epoch * law.batches_per_draw
-    steps = epochs * batches // law.batches_per_draw
+    steps = epochs * (steps_of_epoch(options.get("steps_per_epoch")) or draws.steps_per_epoch)
     if not steps or resumed or any(getattr(each, "stops_in_time", False) for each in callbacks):
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
@@ -402,18 +382,30 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
             )
 
 
+def check_overrides(model: Any, private: type) -> None:
+    """Refuses models that take steps, or compute losses, in a method of their own.
+
+    Args:
+      model: the model.
+      private: DPModel.
+
+    Raises:
+      NotImplementedError: naming the method.
+    """
+    for method, owner, remedy in (
+        ("train_step", private, "which is the private step itself. Put what it does into layers, losses or callbacks"),
+        ("compute_loss", keras.Model, "which a private step does not call. Give the loss to compile(loss=...)"),
+    ):
+        if getattr(type(model), method) is not getattr(owner, method) or method in vars(model):
+            raise NotImplementedError(f"Model {model.name!r} overrides {method}, {remedy}.")
+
+
 def check_loss(model: Any) -> None:
-    """Refuses to train a model that was compiled without a loss, or computes it in a method of its own.
+    """Refuses to train a model that was compiled without a loss.
 
     Raises:
       ValueError: without a loss.
-      NotImplementedError: if `compute_loss` is overridden, which a private step does not call.
     """
-    if type(model).compute_loss is not keras.Model.compute_loss:
-        raise NotImplementedError(
-            f"Model {model.name!r} overrides compute_loss, which a private step does not call: it takes the compiled "
-            "loss of one example at a time. Give the loss to compile(loss=...) instead."
-        )
     if all(each is None for each in tf.nest.flatten(model.loss)):
         raise ValueError(
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
@@ -477,23 +469,6 @@ def check_copies(x: Any, multiplicity: int) -> None:
                 f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile",
                 "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs.",
             )
-
-
-def check_steps(steps_per_epoch: int, steps_per_execution: int, accumulation_steps: int) -> None:
-    """Refuses epochs that end within a logical batch: the next one would be made of parts of two draws.
-
-    Raises:
-      ValueError: with the number of steps.
-    """
-    executed = -(-steps_per_epoch // steps_per_execution) * steps_per_execution
-    if steps_per_epoch % accumulation_steps or executed % accumulation_steps:
-        raise _validate.argument_error(
-            "steps_per_epoch",
-            steps_per_epoch,
-            f"be a multiple of accumulation_steps={accumulation_steps}, and stay one when rounded up to a multiple of "
-            f"steps_per_execution={steps_per_execution}",
-            "Leave it out: a data set of poisson_dataset knows how long an epoch is.",
-        )
 
 
 def check_reduction(loss: Any) -> None:

@@ -1,35 +1,12 @@
-"""Poisson sampling: index draws and fixed-shape, padded `tf.data` datasets.
-
-Formal Guarantees. Privacy amplification by subsampling, as used by `accounting`, needs batches in
-which every example lies with probability q, independently of all others and of all other steps.
-Shuffled or fixed-order batches do not have that law; the draws made here do.
-
-| case                          | what happens                                                    |
-| ----------------------------- | --------------------------------------------------------------- |
-| fewer than M examples drawn   | the other rows are padding: all zeros, weight 0                 |
-| nothing drawn                 | a batch of padding only; the step must still run and add noise  |
-| more than M examples drawn    | M of them, uniformly at random, are kept; `accounting` adds the |
-|                               | probability of this to delta                                    |
-| `seed` given                  | draws can be repeated: whoever knows the seed can undo the      |
-|                               | amplification, so keep it secret or use it for tests only       |
-| several workers, one data set | all need the same secret seed, and each its own share of rows   |
-| the dataset is cached         | NOT Poisson sampling: each pass repeats the draws of the first  |
-
-Examples take uniformly random rows of the batch. So one example more or less changes one row, and
-the law of all other rows stays as it was: microbatches and replicas, which split the batch by
-rows, keep the sensitivity of a single example.
-"""
+"""Padded `tf.data` datasets of Poisson-sampled batches, of one fixed shape; see `draws` for their distribution."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
-import numbers
-import secrets
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,79 +14,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _validate, accounting, augmentation
+from tf_dpbn.sampling.draws import PoissonSampling, SharedDraws, checked_seed, digest_of, draws, seed_sequence
 
 _SOURCE_ATTRIBUTE = "tf_dpbn_source"
 _TRANSPARENT = ("_OptionsDataset", "_PrefetchDataset")  # of TensorFlow; by another name they lose the source
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoissonSampling:
-    """The law of the batches; public facts only.
-
-    Attributes:
-      num_examples: N, number of examples in the data set.
-      sampling_probability: q, probability in (0, 1] that a batch contains a given example.
-      max_batch_size: M, how many examples a draw holds at most.
-      steps_per_epoch: number of draws in one pass over the dataset.
-      batches_per_draw: in how many consecutive batches of equal size a draw is handed out (gradient accumulation).
-      replicas: among how many replicas each of these batches is split by rows.
-
-    Raises:
-      ValueError: a count is not a whole number of at least 1, or q is outside (0, 1].
-    """
-
-    num_examples: int
-    sampling_probability: float
-    max_batch_size: int
-    steps_per_epoch: int
-    batches_per_draw: int = 1
-    replicas: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("num_examples", "max_batch_size", "steps_per_epoch", "batches_per_draw", "replicas"):
-            object.__setattr__(self, name, _validate.positive_int(name, getattr(self, name)))
-        rate = _validate.positive("sampling_probability", self.sampling_probability)
-        if rate > 1:
-            raise _validate.argument_error("sampling_probability", rate, "be at most 1")
-        object.__setattr__(self, "sampling_probability", rate)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a draw, padding included: M, rounded up so that all batches and replicas get equally many."""
-        parts = self.batches_per_draw * self.replicas
-        return -(-self.max_batch_size // parts) * parts
-
-    @property
-    def expected_batch_size(self) -> float:
-        """Mean number of examples drawn, q * N: the public denominator of the step's averages."""
-        return self.sampling_probability * self.num_examples
-
-
-class SharedDraws:
-    """Keeps several workers' draws alike: one secret seed, and a stream for each epoch of training.
-
-    Streams are numbered by what all workers count alike, calls of `fit` and private steps, not by iterations of the
-    data set: one more on a single worker, to look at a batch, must not put it out of step with the others.
-
-    Args:
-      seed: of this worker, or None; that of the first worker is taken for all.
-      digest: of the training data, by which workers can tell that they hold the same.
-    """
-
-    def __init__(self, seed: int | None, digest: int) -> None:
-        self.seed = _shared_seed(seed)
-        self.digest = digest
-        self._fits = 0
-        self._steps: Callable[[], int] = int
-
-    def begin(self, steps: Callable[[], int]) -> None:
-        """Notes that `fit` begins; `steps` counts private steps."""
-        self._fits += 1
-        self._steps = steps
-
-    def stream(self) -> tuple[int, int]:
-        """The number of the stream for an iteration that begins now."""
-        return self._fits, self._steps()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -117,7 +25,7 @@ class PoissonSource:
     """Where the batches of a dataset come from.
 
     Attributes:
-      sampling: the law of the batches.
+      sampling: the distribution of the batches.
       inputs, labels: the private inputs and labels as they were given to `poisson_dataset`.
       sample_weight: likewise, or None: the weights of batches then only tell examples from padding.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
@@ -135,25 +43,6 @@ class PoissonSource:
     plan: PrivacyPlan | None = None
 
 
-def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draws batches of example numbers, without end.
-
-    Args:
-      sampling: the law of the batches.
-      seed: whole number that fixes the sequence; for tests. None takes the operating system's
-        entropy, which no global seed of Python, numpy, TensorFlow or Keras makes predictable.
-
-    Returns:
-      An iterator over (indices, mask), one pair a draw: int64 [rows], the example's number or -1 for
-      padding; float32 [rows], 1 for an example, 0 for padding. The rows of the examples are
-      uniformly random; padding may lie between them.
-
-    Raises:
-      ValueError: bad `seed`.
-    """
-    return _draws(sampling, np.random.default_rng(_seed_sequence(_checked_seed(seed), 0)))
-
-
 def poisson_dataset(
     x: Any,
     y: Any,
@@ -162,7 +51,6 @@ def poisson_dataset(
     expected_batch_size: int,
     max_batch_size: int,
     steps_per_epoch: int | None = None,
-    accumulation_steps: int = 1,
     augment: Callable[[Any], Any] | None = None,
     augmentation_multiplicity: int = 1,
     seed: int | None = None,
@@ -172,7 +60,7 @@ def poisson_dataset(
     Build it within the scope of the distribution strategy it is for, if any. Every iteration over the dataset makes
     fresh draws. The dataset carries what it is, readable by
     `source_of`, and so does one derived from it by `prefetch` or `with_options`. Others (cache, map, repeat) do not,
-    since they may have another law: `DPModel.fit` takes them with a warning.
+    since their distribution may be another: `DPModel.fit` takes them with a warning.
 
     Args:
       x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become
@@ -185,8 +73,6 @@ def poisson_dataset(
       max_batch_size: rows M of every batch, at least B; see
         `accounting.default_max_batch_size`.
       steps_per_epoch: draws in one iteration; None takes ceil(N / B).
-      accumulation_steps: in how many consecutive batches, of M / accumulation_steps rows, each draw
-        is handed out; the number given to `DPModel.compile`.
       augment: maps one example's inputs to augmented ones of the same shapes, at random; see `augmentation`.
         It is called for one example at a time and must keep no state.
       augmentation_multiplicity: how many augmented copies K of each example to make; the number given to
@@ -219,7 +105,6 @@ def poisson_dataset(
         sampling_probability=expected / num_examples,
         max_batch_size=max_batch_size,
         steps_per_epoch=steps_per_epoch,
-        batches_per_draw=_validate.positive_int("accumulation_steps", accumulation_steps),
         replicas=tf.distribute.get_strategy().num_replicas_in_sync,
     )
     multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
@@ -227,7 +112,7 @@ def poisson_dataset(
         remedy = "Without it all copies would be the same: see tf_dpbn.augmentation."
         raise _validate.argument_error("augment", None, "be given with augmentation_multiplicity", remedy)
     weights = _weights(sample_weight, num_examples)
-    seed, draws = _checked_seed(seed), None
+    seed, draws = checked_seed(seed), None
     if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
         arrays = tf.nest.flatten((*data, weights))
         draws = SharedDraws(seed, digest_of([*arrays, np.array(dataclasses.astuple(sampling))]))
@@ -255,17 +140,13 @@ def poisson_dataset(
 class PrivacyPlan(accounting.PrivacyPlan):
     """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
 
-    def poisson_dataset(
-        self, x: Any, y: Any, sample_weight: Any = None, *, accumulation_steps: int = 1, **options: Any
-    ) -> tf.data.Dataset:
+    def poisson_dataset(self, x: Any, y: Any, sample_weight: Any = None, **options: Any) -> tf.data.Dataset:
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
           x: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
           y: likewise.
           sample_weight: likewise, or None.
-          accumulation_steps: in how many consecutive batches each draw is handed out; the number given to
-            `DPModel.compile`. The plan's batch size is that of the draw.
           **options: `augment`, `augmentation_multiplicity` and `seed`, as for `sampling.poisson_dataset`; leave the
             seed out when training for privacy.
 
@@ -289,7 +170,6 @@ class PrivacyPlan(accounting.PrivacyPlan):
             expected_batch_size=self.expected_batch_size,
             max_batch_size=self.max_batch_size,
             steps_per_epoch=self.steps_per_epoch,
-            accumulation_steps=accumulation_steps,
             **options,
         )
         setattr(dataset, _SOURCE_ATTRIBUTE, dataclasses.replace(getattr(dataset, _SOURCE_ATTRIBUTE), plan=self))
@@ -299,8 +179,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
 def source_of(dataset: Any) -> PoissonSource | None:
     """Returns what `poisson_dataset` noted on `dataset`, or None if it is not such a dataset.
 
-    Prefetching and options change no batch, unless the options let batches change their order, in which the parts of
-    a draw stand, or let each worker have all rows.
+    Prefetching and options change no batch, unless the options let each worker have all rows, or another order.
     """
     inner = dataset
     while type(inner).__name__ in _TRANSPARENT and not hasattr(inner, _SOURCE_ATTRIBUTE):
@@ -342,69 +221,22 @@ def real_example_mask(sample_weight: Any) -> tf.Tensor:
     return tf.reduce_any(nonzero, axis=tf.range(1, rank))
 
 
-def _draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the (indices, mask) of `poisson_indices` from `rng`."""
-    rows = sampling.rows
-    while True:
-        # One coin for each example is the definition itself, to within 2^-53 of the probability.
-        coins = rng.random(sampling.num_examples)
-        drawn = np.flatnonzero(coins < sampling.sampling_probability)
-        if drawn.size > sampling.max_batch_size:
-            drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)
-        indices = np.full(rows, -1, dtype=np.int64)
-        indices[rng.choice(rows, size=drawn.size, replace=False)] = drawn
-        yield indices, (indices >= 0).astype(np.float32)
-
-
-def digest_of(arrays: Sequence[Any]) -> int:
-    """A number of 32 bits that tells nests of arrays apart."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.asarray(array)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        flat = np.ascontiguousarray(array.astype(bytes) if array.dtype == object else array).reshape(-1)
-        digest.update(flat.view(np.uint8).data)  # not a copy of the array
-    return int.from_bytes(digest.digest()[:4], "big")
-
-
-def _shared_seed(seed: int | None) -> int:
-    """The first worker's seed, secret unless it was given, on all workers of the current strategy."""
-    mask = 2**63 - 1
-    words = [secrets.randbits(63), secrets.randbits(63)] if seed is None else [seed >> 63 & mask, seed & mask]
-    variable = tf.Variable(
-        words,
-        dtype=tf.int64,
-        trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # created with the first worker's value
-    )
-    high, low = tf.distribute.get_strategy().experimental_local_results(variable)[0].numpy().tolist()
-    return high << 63 | low
-
-
-def _seed_sequence(seed: int | None, *stream: int) -> np.random.SeedSequence:
-    """Returns the seed of one iteration: from `seed` and its number, or new from the operating system."""
-    # A stream for each iteration: what prefetching draws ahead in one does not shift the next.
-    # Without a seed nothing is kept between iterations that a forked process could repeat.
-    entropy = secrets.randbits(128) if seed is None else seed
-    return np.random.SeedSequence(entropy, spawn_key=stream)
-
-
 def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDraws | None) -> tf.data.Dataset:
-    """Returns a dataset of one epoch of index vectors, int64 [rows / batches_per_draw]."""
+    """Returns a dataset of one epoch of index vectors, int64 [rows]."""
     iterations = itertools.count()
 
     def epoch() -> Iterator[np.ndarray]:
         if shared is None:
-            seeds = _seed_sequence(seed, next(iterations))
+            seeds = seed_sequence(seed, next(iterations))
         else:
-            seeds = _seed_sequence(shared.seed, *shared.stream())
+            seeds = seed_sequence(shared.seed, *shared.stream())
         rng = np.random.default_rng(seeds)
-        for indices, _ in itertools.islice(_draws(sampling, rng), sampling.steps_per_epoch):
-            yield from np.split(indices, sampling.batches_per_draw)
+        for indices, _ in itertools.islice(draws(sampling, rng), sampling.steps_per_epoch):
+            yield indices
 
-    signature = tf.TensorSpec([sampling.rows // sampling.batches_per_draw], tf.int64)
+    signature = tf.TensorSpec([sampling.rows], tf.int64)
     dataset = tf.data.Dataset.from_generator(epoch, output_signature=signature)
-    return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch * sampling.batches_per_draw))
+    return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch))
 
 
 class _RowGatherer:
@@ -525,12 +357,3 @@ def _weights(sample_weight: Any, num_examples: int) -> np.ndarray:
     if not np.all(np.isfinite(weights)):
         raise ValueError("`sample_weight` must hold finite float32 numbers only.")
     return weights
-
-
-def _checked_seed(seed: int | None) -> int | None:
-    """Returns `seed` as a Python int or None."""
-    if seed is None:
-        return None
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise _validate.argument_error("seed", seed, "be None or a whole number of at least 0")
-    return int(seed)

@@ -1,0 +1,48 @@
+"""Accelerators, and products in full float32 on them.
+
+Recent GPUs round the operands of float32 products to 10 bits of mantissa (TensorFloat-32), TPUs to 7 (bfloat16), unless
+they are told not to. A norm and the clipped sum multiply in different orders: rounded so coarsely, a contribution could
+exceed the clip norm by more than the noise allows for (docs/privacy.md).
+"""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+
+# Environment variables with which libraries round operands whatever TensorFlow is told, and their harmless values:
+# oneDNN on CPUs; cuBLASLt keeps the plan of a product, rounding included, for later ones of its shape.
+_ROUNDING = {
+    "TF_SET_ONEDNN_FPMATH_MODE": ("", "STRICT"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "DNNL_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "TF_USE_CUBLASLT": ("", "0", "FALSE"),
+}
+
+
+def has_accelerator() -> bool:
+    """Whether TensorFlow sees a GPU or a TPU."""
+    return bool(tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU"))
+
+
+def require_full_float32() -> None:
+    """Has TensorFlow multiply in full float32, from here on and in all of the process.
+
+    Raises:
+      RuntimeError: for settings that narrow the operands of products whatever TensorFlow is told.
+    """
+    for option, value in tf.config.optimizer.get_experimental_options().items():
+        if option.startswith("auto_mixed_precision") and value:
+            raise RuntimeError(
+                f"TensorFlow's option {option!r} would narrow the products that clipping relies on. Call "
+                f"tf.config.optimizer.set_experimental_options({{{option!r}: False}}), and for half precision use "
+                "keras.mixed_precision, whose norms and sums are float32."
+            )
+    for name, harmless in _ROUNDING.items():
+        if os.environ.get(name, "").upper() not in harmless:
+            raise RuntimeError(
+                f"The environment variable {name} lets products that clipping relies on be rounded. Start Python "
+                f"without it. Received: {name}={os.environ[name]!r}"
+            )
+    tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -1,0 +1,166 @@
+"""The parts of one private step before and behind its privacy boundary; `DPModel.train_step` puts them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn._keras import (
+    call_model,
+    compiled_data_loss,
+    draw_example_seeds,
+    flatten_layers,
+    isolated_call,
+    kept_state,
+    keras,
+    loss_trackers,
+    masks_of,
+    raw,
+    regularization_losses,
+    tracker_variables,
+    update_compiled_metrics,
+    with_masks,
+)
+from tf_dpbn._public_pass import PublicForward
+from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
+from tf_dpbn.layers import GivenStatistics
+from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.model import checks
+from tf_dpbn.model.training_trace import trace_structure
+from tf_dpbn.sampling import real_example_mask
+
+_HALF_PRECISION_LOSS_SCALE = 1024.0
+
+
+def read_batch(model: Any, data: Any) -> Batch:
+    """The examples of what Keras hands to a train step."""
+    x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+    checks.check_copies(x, model._dp_options["augmentation_multiplicity"])
+    if weight is None:
+        return Batch(x, y, None, None)
+    masks = [real_example_mask(each) for each in tf.nest.flatten(weight)]
+    return Batch(x, y, weight, tf.reduce_any(tf.stack(masks), 0))
+
+
+def public_forward(model: Any, batch: Batch) -> PublicForward:
+    """The forward pass of public data at the current weights; of the batch it uses shapes and types alone.
+
+    Where no statistics come from a public batch it runs on one row of zeros, for the updates of state (spectral
+    normalization, say) that the examples' own passes leave out.
+    """
+    checks.check_layers(model)
+    x = batch.x
+    if model._dp_options["augmentation_multiplicity"] > 1:
+        x = tf.nest.map_structure(lambda t: t[:, 0], x)
+    structure = model._public.structure = trace_structure(model, x, batch.y)
+    zeros = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
+    public_batch = model._public.require_batch() if structure.needs_public_batch else zeros
+    return PublicForward(model, public_batch, model._dp_options["correction"], model._record.released_mean)
+
+
+def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+    """The clipped sum of per-example gradients, then those of statistics' residuals; and what metrics read."""
+    with kept_state(model if model._public.structure.has_state else None):
+        return model._engine(task(model, public), batch, model.optimizer.l2_norm_clip)
+
+
+def task(model: Any, public: PublicForward) -> Task:
+    """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics."""
+    seeds = draw_example_seeds(model)
+    copies = model._dp_options["augmentation_multiplicity"]
+
+    def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
+        y, weight = tf.nest.map_structure(lambda t: t[None], (y, weight))
+        y = _with_class_where_unweighted(y, weight)
+        scale, weight = _split_weight(weight)
+        if copies == 1:
+            x = tf.nest.map_structure(lambda t: t[None], x)
+        else:
+            y = tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), y)
+            weight = None if weight is None else tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), weight)
+        with (
+            GivenStatistics(public.calls, statistics) as given,
+            isolated_call(seeds, index, tracker_variables(model), model.weights) as scope,
+        ):
+            y_pred = call_model(model, x, training=True)
+            loss, parts = compiled_data_loss(model, y, y_pred, weight, scope)
+        masks = tf.nest.map_structure(lambda t: t[0], masks_of(y_pred))  # of copies alike: shapes are the same
+        y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0) if copies == 1 else tf.reduce_mean(t, 0), y_pred)
+        y_pred = MaskedPredictions(y_pred, masks) if tf.nest.flatten(masks) else y_pred
+        parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
+        residuals = public.residuals(given, tf.nest.flatten(x))
+        return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
+
+    variables = tuple(raw(variable) for variable in model.trainable_variables)
+    return Task(run_example, variables, public.statistics, public.local_terms, _loss_scale(model), public.releases)
+
+
+def _loss_scale(model: Any) -> float:
+    given = model._dp_options["loss_scale"]
+    if given is not None:
+        return float(given)
+    half = any(getattr(layer, "compute_dtype", None) == "float16" for layer in [model, *flatten_layers(model)])
+    return _HALF_PRECISION_LOSS_SCALE if half else 1.0
+
+
+def regularization(model: Any) -> tuple[tf.Tensor, list[tf.Tensor | None]]:
+    """Sum of the weights' regularizers and its gradients: no private data, so neither clipped nor noised."""
+    variables = [raw(variable) for variable in model.trainable_variables]
+    with tf.GradientTape() as tape:
+        losses = [tf.cast(loss, tf.float32) for loss in regularization_losses(model)]
+        total = tf.add_n(losses) if losses else tf.constant(0.0)
+    return total, tape.gradient(total, variables) if losses else [None] * len(variables)
+
+
+def update_metrics(model: Any, batch: Batch, result: BatchResult, penalty: tf.Tensor) -> dict[str, Any]:
+    """Updates Keras' metrics on the real examples; un-noised, outside the guarantee.
+
+    Args:
+      model: a DPModel.
+      batch: the batch.
+      result: losses and predictions of its rows.
+      penalty: the regularizers' sum at the weights that made them, from before the update.
+    """
+    model._record.non_finite.assign_add(result.not_finite)
+    real = tf.ones_like(result.loss, tf.bool) if batch.mask is None else batch.mask
+    count = tf.reduce_sum(tf.cast(real, tf.float32))
+
+    def mean(values: tf.Tensor) -> tf.Tensor:
+        values = tf.where(real, values, tf.zeros_like(values))
+        return tf.math.divide_no_nan(tf.reduce_sum(values), count)
+
+    total, parts = loss_trackers(model)
+    total.update_state(mean(result.loss) + penalty, sample_weight=count)
+    for tracker, values in zip(parts, result.parts, strict=True):
+        tracker.update_state(mean(values), sample_weight=count)
+    y_pred, weight = result.y_pred, batch.sample_weight
+    if isinstance(y_pred, MaskedPredictions):
+        y_pred = with_masks(*y_pred)
+    if isinstance(weight, tf.Tensor) and weight.dtype in (tf.bool, tf.int8):  # only says which rows are real
+        weight = None
+    update_compiled_metrics(model, batch.y, y_pred, weight, batch.mask)
+    return model.get_metrics_result()
+
+
+def _with_class_where_unweighted(y: Any, weight: Any) -> Any:
+    """Sets labels of weight 0 to class 0: the loss of a label that is no class fails on CPUs and is NaN elsewhere."""
+    if tf.nest.is_nested(y) or tf.nest.is_nested(weight) or not y.dtype.is_integer or y.shape.rank is None:
+        return y
+    if weight.shape.rank is None or not y.shape[: weight.shape.rank].is_compatible_with(weight.shape):
+        return y
+    counts = tf.reshape(weight != 0, tf.concat([tf.shape(weight), [1] * (y.shape.rank - weight.shape.rank)], 0))
+    return tf.where(counts, y, tf.zeros_like(y))
+
+
+def _split_weight(weight: Any) -> tuple[Any, Any]:
+    """Splits one example's sample weight, [1, ...], into a factor on its loss and what Keras' loss must handle.
+
+    A weight for the whole example multiplies its loss, whatever the loss' reduction; weights by position or by output
+    go to Keras.
+    """
+    if isinstance(weight, tuple) and not weight:
+        return 1.0, None
+    if not tf.nest.is_nested(weight) and weight.shape.num_elements() == 1:
+        return tf.cast(tf.reshape(weight, []), tf.float32), None
+    return 1.0, weight

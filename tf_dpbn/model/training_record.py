@@ -1,0 +1,142 @@
+"""What private training of one model has cost: its ledger, and what is kept of released statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import uuid
+
+import tensorflow as tf
+
+from tf_dpbn.accounting import Ledger, StepRecord
+from tf_dpbn.optimizers import DPOptimizer
+from tf_dpbn.sampling import PoissonSampling
+
+NO_SAVED_MODEL = (
+    "tf.saved_model.save cannot save a DPModel. Call `model.export(path)`, which makes a SavedModel for inference."
+)
+
+
+class TrainingRecord(tf.train.experimental.PythonState):
+    """The record of one model: no part of its weights, but of its checkpoints (as serialized text).
+
+    Steps are counted by the optimizer, which draws their noise; this record says how their batches were drawn.
+
+    Attributes:
+      configuration: the step that would run next, as a record of one step; None before `compile`.
+      non_finite: counts examples that were dropped because their gradient was non-finite.
+      version: changes whenever the ledger changes otherwise than by steps of `configuration`.
+    """
+
+    def __init__(self) -> None:
+        self.configuration: StepRecord | None = None
+        self.version = 0
+        self._optimizer: DPOptimizer | None = None
+        self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
+        self._run = uuid.uuid4().hex
+        self._closed = {self._run: Ledger()}  # by who took the steps: only this object adds to its own
+        self._released_means: dict[str, tf.Variable] = {}
+        self._saved_means: dict[str, list[float]] = {}
+        with tf.init_scope():
+            zero = tf.constant(0, tf.int64)
+            self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
+
+    def open(self, optimizer: DPOptimizer, batches: PoissonSampling | None = None, sampling: str = "assumed") -> None:
+        """Records the steps so far, and from here on those of `optimizer` on batches drawn in a given way.
+
+        A data set that was derived from one of the Poisson sampler has its distribution, if that is assumed: truncated
+        batches are charged to delta all the same.
+
+        Args:
+          optimizer: whose steps are counted.
+          batches: the distribution of the batches; None takes the optimizer's.
+          sampling: "poisson" if they are known to be drawn so, or "assumed".
+        """
+        self._close()
+        self._optimizer, self._counted = optimizer, optimizer.counted_steps()
+        self.configuration = StepRecord(
+            noise_multipliers=(optimizer.noise_multiplier,),
+            steps=1,
+            sampling_probability=batches.sampling_probability if batches else optimizer.sampling_probability,
+            num_examples=batches.num_examples if batches else optimizer.num_examples,
+            max_batch_size=batches.max_batch_size if batches else None,
+            sampling=sampling,
+        )
+
+    def ledger(self) -> Ledger:
+        """Everything that ran, the running steps included."""
+        return Ledger([record for ledger in self._ledgers()[0].values() for record in ledger.entries])
+
+    @property
+    def own_steps(self) -> int:
+        """How many steps this object has recorded, not those that were loaded."""
+        return self._ledgers()[0][self._run].steps
+
+    def _ledgers(self) -> tuple[dict[str, Ledger], dict[tuple[float, ...], int]]:
+        """The ledgers of all runs, and the optimizer's count that they go by: steps can run while they are made."""
+        counted = self._optimizer.counted_steps() if self._optimizer is not None else {}
+        own = self._closed[self._run].copy()
+        for multipliers, steps in counted.items():
+            new = steps - self._counted.get(multipliers, 0)
+            if self.configuration is not None and new:
+                own.record(dataclasses.replace(self.configuration, noise_multipliers=multipliers, steps=new))
+        return {**self._closed, self._run: own}, counted
+
+    def _close(self) -> None:
+        self._closed, self._counted = self._ledgers()
+        self.version += 1
+
+    def _merge(self, others: dict[str, Ledger]) -> None:
+        """Adds runs; of two states of one run, whose steps only one object ever took, the longer stays."""
+        self._close()
+        merged = {run: ledger.copy() for run, ledger in others.items()}
+        for run, ledger in self._closed.items():
+            if run not in merged or ledger.steps >= merged[run].steps:
+                merged[run] = ledger
+        self._closed = merged
+
+    def take_over(self, other: TrainingRecord) -> None:
+        """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
+        self._merge(other._ledgers()[0])
+        self._saved_means.update(other._means())
+
+    # ------------------------------------------------------------------ released means, saving
+
+    def released_mean(self, name: str, size: int) -> tf.Variable:
+        """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
+        variable = self._released_means.get(name)
+        if variable is None or variable.shape[0] != size:
+            value = self._saved_means.get(name, [])
+            with tf.init_scope():
+                variable = tf.Variable(
+                    value if len(value) == size else [0.0] * size,
+                    dtype=tf.float32,
+                    trainable=False,
+                    name="released_mean",
+                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+                )
+            self._released_means[name] = variable
+        return variable
+
+    def _means(self) -> dict[str, list[float]]:
+        return {**self._saved_means, **{k: v.numpy().tolist() for k, v in self._released_means.items()}}
+
+    def serialize(self) -> str:
+        """The ledger by who took the steps, and released means, as text; tf.train.Checkpoint calls this too."""
+        if not tf.executing_eagerly():
+            raise ValueError(NO_SAVED_MODEL)
+        runs = {run: ledger.to_json() for run, ledger in self._ledgers()[0].items() if ledger.steps}
+        return json.dumps({"runs": runs, "input_means": self._means()})
+
+    def deserialize(self, text: str | bytes) -> None:
+        """Takes over a saved ledger; steps that ran here or elsewhere stay recorded.
+
+        Steps that another object took are added. Of those that were taken by the same one, this or another, the file
+        and this model may hold different states; the longer stays.
+        """
+        saved = json.loads(text)
+        self._saved_means = saved.get("input_means", {})
+        for name, variable in self._released_means.items():
+            value = self._saved_means.get(name, [])
+            variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
+        self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})

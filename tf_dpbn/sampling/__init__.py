@@ -1,0 +1,26 @@
+"""Poisson sampling: draws of examples, and padded datasets of them."""
+
+from tf_dpbn.sampling.class_weight import apply_class_weight
+from tf_dpbn.sampling.dataset import (
+    PoissonSource,
+    PrivacyPlan,
+    poisson_dataset,
+    real_example_mask,
+    source_behind,
+    source_of,
+)
+from tf_dpbn.sampling.draws import PoissonSampling, SharedDraws, digest_of, poisson_indices
+
+__all__ = [
+    "PoissonSampling",
+    "PoissonSource",
+    "PrivacyPlan",
+    "SharedDraws",
+    "apply_class_weight",
+    "digest_of",
+    "poisson_dataset",
+    "poisson_indices",
+    "real_example_mask",
+    "source_behind",
+    "source_of",
+]
