@@ -16,6 +16,8 @@ PACKAGES = (
     "tf_dpbn",
     "tf_dpbn/clipping",
     "tf_dpbn/clipping/rules",
+    "tf_dpbn/model",
+    "tf_dpbn/sampling",
     "examples",
     "benchmarks",
     "tests",

@@ -39,7 +39,7 @@ _DATASET = "tests/test_poisson_dataset.py"
 _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
-_PRECISION, _GPU = "tests/test_precision.py", "tests/test_gpu_graphs.py"
+_DEVICES, _GPU = "tests/test_devices.py", "tests/test_gpu_graphs.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,23 +242,33 @@ MUTANTS = (
     Mutant("accounting.py", "delta=self.delta - overflow,", "delta=self.delta,", (_PLAN,)),
     Mutant("accounting.py", "return low\n\n\n@dataclasses", "return high\n\n\n@dataclasses", (_PLAN,)),
     Mutant(
-        "sampling.py",
+        "sampling/draws.py",
         "coins < sampling.sampling_probability",
         "coins < 0.9 * sampling.sampling_probability",
         (_SAMPLING,),
     ),
     Mutant(
-        "sampling.py",
+        "sampling/draws.py",
         "drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)",
         "drawn = drawn[: sampling.max_batch_size]",
         (_SAMPLING,),
     ),
-    Mutant("sampling.py", "rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", (_SAMPLING,)),
     Mutant(
-        "sampling.py", "secrets.randbits(128) if seed is None else seed", "0 if seed is None else seed", (_SAMPLING,)
+        "sampling/draws.py", "rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", (_SAMPLING,)
     ),
-    Mutant("sampling.py", "return tf.where(keep, gathered, tf.zeros_like(gathered))", "return gathered", (_DATASET,)),
-    Mutant("sampling.py", "nonzero = tf.not_equal(", "nonzero = tf.greater(", (_DATASET,)),
+    Mutant(
+        "sampling/draws.py",
+        "secrets.randbits(128) if seed is None else seed",
+        "0 if seed is None else seed",
+        (_SAMPLING,),
+    ),
+    Mutant(
+        "sampling/dataset.py",
+        "return tf.where(keep, gathered, tf.zeros_like(gathered))",
+        "return gathered",
+        (_DATASET,),
+    ),
+    Mutant("sampling/dataset.py", "nonzero = tf.not_equal(", "nonzero = tf.greater(", (_DATASET,)),
     Mutant(
         "optimizers.py",
         "add_gaussian_noise(each, multiplier, self",
@@ -271,53 +281,65 @@ MUTANTS = (
         "0.5 * self.expected_batch_size / self.num_examples",
         _selected(_LEDGER, "epsilon_is_that"),
     ),
-    Mutant("_books.py", "self.steps.assign_add(1)", "self.steps.assign_add(0)", _selected(_LEDGER, "booked_by")),
-    Mutant("_books.py", "self._granted.assign(granted - of_fit)", "self._granted", _selected(_LEDGER, "second_step")),
     Mutant(
-        "_books.py",
-        "tf.logical_or(granted < 0, of_fit > 0)",
-        "tf.constant(True)",
-        _selected(_LEDGER, "traced_before_fit"),
+        "optimizers.py",
+        "tf.control_dependencies([self._steps.count(statistic_releases)])",
+        "tf.control_dependencies([])",
+        _selected(_LEDGER, "recorded_by"),
     ),
-    Mutant("_books.py", "assign_add(1 - admission.of_fit)", "assign_add(0)", _selected(_LEDGER, "callback_takes")),
     Mutant(
-        "model.py",
-        "noised = noised.plus(public.nonlocal_correction(",
-        "noised.plus(public.nonlocal_correction(",
+        "model/training_record.py",
+        "steps - self._counted.get(multipliers, 0)",
+        "steps",
+        _selected(_LEDGER, "recorded_by"),
+    ),
+    Mutant(
+        "model/training_record.py",
+        "if optimizer is not self._optimizer:",
+        "if True:",
+        _selected(_LEDGER, "while_the_ledger"),
+    ),
+    Mutant(
+        "model/dp_model.py",
+        "if not self._is_in_step:",
+        "if False:",
+        _selected(_LEDGER, "elsewhere"),
+    ),
+    Mutant(
+        "model/dp_model.py",
+        "self._record.open(optimizer)  # later",
+        "pass  # later",
+        _selected(_LEDGER, "assumed_even_after"),
+    ),
+    Mutant(
+        "model/dp_model.py",
+        "released.plus(correction).plus(penalty_gradients)",
+        "released.plus(penalty_gradients)",
         _selected(_ORACLE, "local_and_nonlocal"),
     ),
     Mutant(
-        "model.py",
-        "noised = noised.plus(penalty_gradients)",
-        "noised.plus(penalty_gradients)",
+        "model/dp_model.py",
+        "released.plus(correction).plus(penalty_gradients)",
+        "released.plus(correction)",
         _selected(_WEIGHTS, "regularizer"),
     ),
     Mutant(
-        "model.py",
-        "public.update_statistics([each.tensors[0] for each in residuals])",
+        "model/dp_model.py",
+        "public.update_statistics([each.tensors[0] for each in statistics])",
         "public.update_statistics([each.tensors[0] for each in clipped[1:]])",
         _selected(_RELEASED, "promised_noise"),
     ),
     Mutant(
-        "model.py",
-        "function = in_full_float32(self.train_function)",
-        "function = self.train_function",
-        (_PRECISION,),
+        "model/dp_model.py",
+        "            require_full_float32()\n",
+        "",
+        (_DEVICES,),
     ),
     Mutant(
-        "_precision.py",
-        "tensor_float_32_execution(False)\n    try",
-        "tensor_float_32_execution(True)\n    try",
-        (_PRECISION,),
-    ),
-    Mutant(
-        "_precision.py",
-        "            if not _blocks:\n                tf",
-        "            if True:\n                tf",
-        (_PRECISION,),
-    ),
-    Mutant(
-        "_precision.py", "    check_rounding()\n    with _LOCK", "    with _LOCK", _selected(_PRECISION, "callback")
+        "_devices.py",
+        "tensor_float_32_execution(False)",
+        "tensor_float_32_execution(True)",
+        (_DEVICES,),
     ),
     Mutant("clipping/rows.py", "(slice(None),) * (tensor", "() * (tensor", _selected(_GPU, "every_axis")),
     Mutant("clipping/vectorization.py", "images.shape.rank != 5", "images.shape.rank != 6", _selected(_GPU, "sums")),

@@ -188,61 +188,6 @@ def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
     assert model.epsilon(DELTA) <= budget_for(allowed)
 
 
-def test_steps_that_another_callback_takes_count():
-    model = make_model()
-    budget = PrivacyBudget(budget_for(6))
-    batch = [tensor[:4] for tensor in (X, Y)]
-    beside = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: [model.train_on_batch(*batch) for _ in range(2)])
-    with pytest.raises(ValueError, match="leave room for another step after 6 steps"):
-        fit(model, budget, beside, epochs=3)
-    assert model.ledger.steps == 6
-    fit(model)  # without a budget
-
-
-def test_a_step_that_a_later_callback_takes_between_check_and_step_counts():
-    model = make_model()
-    batch = [tensor[:4] for tensor in (X, Y)]
-    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: model.train_on_batch(*batch))
-    with pytest.raises(ValueError, match="leave room for another step after 3 steps"):
-        fit(model, PrivacyBudget(budget_for(3)), beside)
-    assert model.ledger.steps == 3
-
-
-def test_one_budget_for_two_models_holds_for_each():
-    model, inner = make_model(), make_model()
-    budget = PrivacyBudget(budget_for(6))
-    training = keras.callbacks.LambdaCallback(on_train_begin=lambda *_: fit(inner, budget))
-    with pytest.raises(ValueError, match="leave room for another step after 6 steps"):
-        fit(model, budget, training, epochs=4)
-    assert inner.ledger.steps == 4
-
-
-@pytest.mark.parametrize("parts, stride", [(2, 1), (2, 2), (4, 4)])
-def test_a_call_of_several_parts_is_fewer_steps(parts, stride):
-    model = make_model(accumulation_steps=parts, steps_per_execution=stride)
-    data = PLAN.poisson_dataset(X, Y, accumulation_steps=parts)
-    model.fit(data, epochs=3, verbose=0, callbacks=[PrivacyBudget(budget_for(6))])
-    assert model.ledger.steps == 6
-
-
-@pytest.mark.parametrize("when", ["on_epoch_end", "on_train_end"])
-def test_a_budget_that_callbacks_exceed_at_the_end_is_told(when):
-    model = make_model()
-    batch = [tf.constant(tensor[:4]) for tensor in (X, Y)]
-    graph = tf.function(model.train_step)
-    beside = keras.callbacks.LambdaCallback(**{when: lambda *_: [graph(batch) for _ in range(3)]})
-    with pytest.raises(ValueError, match="leave room for 7 steps"):
-        fit(model, PrivacyBudget(budget_for(6)), beside)
-
-
-def test_steps_of_unknown_sampling_have_no_budget():
-    model = make_model(helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4))
-    batch = [tensor[:4] for tensor in (X, Y)]
-    beside = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: model.train_on_batch(*batch))
-    with pytest.raises(ValueError, match="Pass `num_examples` to the optimizer"):
-        fit(model, PrivacyBudget(budget_for(12), DELTA), beside, epochs=2)
-
-
 def test_a_stride_that_does_not_fit_is_refused():
     model = make_model(steps_per_execution=3)
     with pytest.raises(ValueError, match="leave room for another step after 0 steps"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dpbn._class_weight import apply_class_weight
+from tf_dpbn.sampling import apply_class_weight
 
 CLASS_WEIGHT = {0: 1.0, 1: 0.5, 2: 3.0}
 CLASSES = np.array([2, 0, 1, 1])

@@ -1,6 +1,6 @@
-"""The ledger of a model: what is booked when, and what epsilon comes of it."""
+"""The ledger of a model: what is recorded when, and what epsilon comes of it."""
 
-import contextlib
+import copy
 import dataclasses
 import math
 
@@ -10,8 +10,8 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn import _books, accounting
-from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn import accounting
+from tf_dpbn._keras import keras
 
 layers = keras.layers
 DELTA = 1e-3
@@ -59,7 +59,7 @@ def test_a_new_model_has_spent_nothing():
     assert model.epsilon(DELTA) == 0.0
 
 
-def test_fits_are_booked_by_their_sampling(trained):
+def test_fits_are_recorded_by_their_sampling(trained):
     assert trained.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(4)])
 
 
@@ -94,7 +94,7 @@ def test_the_statement_of_poisson_batches_assumes_nothing():
     assert "Poisson" in statement
 
 
-def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
+def test_train_on_batch_is_recorded_as_assumed_even_after_a_poisson_fit():
     plan = make_plan()
     model = make_model(plan)
     model.fit(plan.poisson_dataset(X, Y), verbose=0)
@@ -103,119 +103,61 @@ def test_train_on_batch_is_booked_as_assumed_even_after_a_poisson_fit():
     assert model.ledger == tf_dpbn.Ledger([poisson_record(4), assumed_record(2)])
 
 
-class Subclassed(tf_dpbn.DPModel):
-    def __init__(self):
-        super().__init__()
-        self.last = layers.Dense(2)
+WAYS = {
+    "fit": lambda model: model.fit(X, Y, verbose=0),
+    "train_on_batch": lambda model: model.train_on_batch(X[:4], Y[:4]),
+    "compile": lambda model: helpers.compiled(model, "mse", model.optimizer),
+    "train_step": lambda model: model.train_step((tf.constant(X[:4]), tf.constant(Y[:4]))),
+}
 
-    def call(self, x):
-        return self.last(x)
+
+@pytest.mark.parametrize("when", ["on_train_begin", "on_train_batch_end", "on_epoch_end"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_callback_may_not_train_or_compile(way, when):
+    plan = make_plan()
+    model = make_model(plan)
+    callback = keras.callbacks.LambdaCallback(**{when: lambda *args, **kwargs: WAYS[way](model)})
+    message = "taken by `fit` and `train_on_batch` alone" if way == "train_step" else f"`{way}` cannot .* by a callback"
+    with pytest.raises(RuntimeError, match=message):
+        model.fit(plan.poisson_dataset(X, Y), verbose=0, callbacks=[callback])
+    model.fit(plan.poisson_dataset(X, Y), verbose=0)  # afterwards it may
+    done = {"on_train_begin": 0, "on_train_batch_end": 1, "on_epoch_end": 4}[when]
+    assert model.ledger == tf_dpbn.Ledger([poisson_record(done + 4)])
 
 
-class SharedGraph(Subclassed):
-    """Its step is one graph, whoever runs it."""
+@pytest.mark.parametrize("wrap", [lambda step: step, tf.function, lambda s: tf.function(s, jit_compile=True)])
+def test_a_step_from_elsewhere_is_refused(wrap):
+    model = make_model()
+    with pytest.raises(RuntimeError, match="taken by `fit` and `train_on_batch` alone.*instead of train_step"):
+        wrap(model.train_step)((tf.constant(X[:4]), tf.constant(Y[:4])))
+    assert model.ledger.steps == 0
 
-    @tf.function
+
+class OwnStep(tf_dpbn.DPSequential):
     def train_step(self, data):
         return super().train_step(data)
 
 
-class TrainsBeside(keras.callbacks.Callback):
-    """Takes steps on batches of its own: by Keras, by hand, and by a graph of its own."""
-
-    def on_train_begin(self, logs=None):
-        self.own_graph = tf.function(self.model.train_step)
-        self.train()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.train()
-
-    def train(self):
-        batch = batch_like(make_plan().poisson_dataset(X, Y))
-        self.model.train_on_batch(*batch)
-        self.model.train_step(batch)
-        self.own_graph(batch)
+class OwnLoss(tf_dpbn.DPSequential):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return tf.reduce_mean(y_pred)
 
 
-@pytest.mark.parametrize("shared, run_eagerly", [(False, False), (False, True), (True, False), (True, True)])
-def test_steps_that_a_callback_takes_are_booked_as_assumed_within_a_poisson_fit(shared, run_eagerly):
-    plan = make_plan()
-    model = make_model(plan, model=SharedGraph() if shared else None, run_eagerly=run_eagerly)
-    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[TrainsBeside()])
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(9)])
-    assert "ASSUMED" in model.privacy_statement(DELTA)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_steps_by_any_way_outside_of_fit_are_booked_as_assumed(shared):
-    model = make_model(model=SharedGraph() if shared else None)
-    beside = TrainsBeside()
-    beside.set_model(model)
-    beside.on_train_begin()
-    beside.train()
-    assert model.ledger == tf_dpbn.Ledger([assumed_record(6)])
-
-
-def test_a_fit_within_a_fit_is_booked_by_its_own_sampling():
-    plan = make_plan()
-    model = make_model(plan)
-    inner = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: model.fit(X, Y, batch_size=4, verbose=0))
-    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
-        model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[inner])
-    assert [(each.sampling, each.steps) for each in model.ledger.entries] == [("poisson", 8), ("assumed", 8)]
-    model.train_on_batch(X[:4], Y[:4])
-    assert model.ledger.entries[-1].steps == 9
-
-
-@pytest.mark.parametrize("train", helpers.WAYS_TO_TRAIN)
-def test_a_callback_adds_no_part_to_a_logical_batch_of_fit(train):
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=2)
-    beside = keras.callbacks.LambdaCallback(on_epoch_begin=lambda *_: helpers.WAYS_TO_TRAIN[train](model, X[:4], Y[:4]))
-    with pytest.raises(RuntimeError, match="accumulation_steps=2.*within `fit`"):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
+@pytest.mark.parametrize("kind, method", [(OwnStep, "train_step"), (OwnLoss, "compute_loss")])
+def test_a_step_or_loss_of_the_models_own_is_refused(kind, method):
+    with pytest.raises(NotImplementedError, match=f"overrides {method}"):
+        make_model(model=kind([keras.Input((3,)), layers.Dense(2)]))
+    model = make_model()
+    setattr(model, method, lambda *args, **kwargs: None)
+    for train in ("fit", "train_on_batch"):
+        with pytest.raises(NotImplementedError, match=f"overrides {method}"):
+            WAYS[train](model)
     assert model.ledger.steps == 0
-    model.train_on_batch(X[:4], Y[:4])  # afterwards it may
 
 
-def batch_like(data):
-    """As many rows as the batches of `fit`, whose graph it may then share."""
-    rows = data.element_spec[0].shape[0]
-    return tf.constant(np.resize(X, (rows, 3))), tf.constant(np.resize(Y, (rows, 2))), tf.ones(rows)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_graph_that_was_traced_before_fit_adds_no_part_to_its_logical_batch(shared):
-    plan = make_plan()
-    model = make_model(plan, model=SharedGraph() if shared else None, accumulation_steps=2)
-    batch = batch_like(plan.poisson_dataset(X, Y, accumulation_steps=2))
-    graph = tf.function(model.train_step)
-    graph(batch), graph(batch)
-    assert model.ledger.steps == 1
-    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda *_, **__: graph(batch))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="accumulation_steps=2.*within `fit`"):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
-    assert model.ledger.steps == 1
-    graph(batch), graph(batch)
-    assert model.ledger.steps == 2
-
-
-def test_xla_which_cannot_refuse_adds_no_part_to_a_logical_batch_of_fit():
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=2)
-    batch = tf.constant(X[:4]), tf.constant(Y[:4])
-    graph = tf.function(model.train_step, jit_compile=True)
-    graph(batch), graph(batch)
-    pending = []
-
-    def step_beside(*_, **__):
-        graph(batch)
-        pending.append(model._accumulator.pending)
-
-    beside = keras.callbacks.LambdaCallback(on_train_batch_begin=step_beside)
-    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[beside])
-    assert pending == [0, 1] * 4
-    assert [(each.sampling, each.steps) for each in model.ledger.entries] == [("assumed", 1), ("poisson", 4)]
+def test_a_deep_copy_is_refused():
+    with pytest.raises(TypeError, match="copy.deepcopy cannot copy a DPModel.*Received: model="):
+        copy.deepcopy(make_model())
 
 
 class Interruption(keras.callbacks.Callback):
@@ -224,263 +166,19 @@ class Interruption(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_logical_batch_is_not_the_beginning_of_another():
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=2)
-    with pytest.raises(KeyboardInterrupt):  # the third batch is the first part of a logical batch
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0, callbacks=[Interruption()])
-    model.train_on_batch(X[:4], Y[:4])
-    assert model.ledger.steps == 1
-    model.train_on_batch(X[4:8], Y[4:8])
-    assert model.ledger.steps == 2
-
-
-@pytest.mark.parametrize("train", ["train_on_batch", "train_step"])
-def test_a_failed_part_is_not_added_once_more(train):
-    calls = []
-
-    def failing_once(y_true, y_pred):
-        def check(value):
-            calls.append(value)
-            assert len(calls) > 1, "the first call"
-            return value
-
-        return tf.reshape(tf.py_function(check, [tf.reduce_mean(y_pred)], tf.float32), [1])
-
-    model = make_model(accumulation_steps=2, metrics=[failing_once])
-    batch = tf.constant(X[:4]), tf.constant(Y[:4])
-    step = helpers.WAYS_TO_TRAIN[train]
-    with pytest.raises(Exception, match="the first call"):
-        step(model, *batch)
-    step(model, *batch)
-    assert model.ledger.steps == 0
-    step(model, tf.constant(X[4:8]), tf.constant(Y[4:8]))
-    assert model.ledger.steps == 1
-
-
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3)])
-def test_compile_within_fit_does_not_change_what_a_logical_batch_is(before, after):
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=before)
-    compiling = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda *_: helpers.compiled(model, "mse", model.optimizer, accumulation_steps=after)
-    )
-    data = plan.poisson_dataset(X, Y, accumulation_steps=before)
-    with pytest.raises(RuntimeError, match="within `fit`"):
-        model.fit(data, verbose=0, callbacks=[compiling])
-    model.fit(data, verbose=0)
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
-
-
-class StepsTwice(Subclassed):
-    """Takes two steps on each batch that `fit` gives it."""
-
-    def train_step(self, data):
-        super().train_step(data)
-        return super().train_step(data)
-
-
-class StepsInLoop(Subclassed):
-    """Its two steps are one in the graph."""
-
-    def train_step(self, data):
-        def step(i):
-            tf_dpbn.DPModel.train_step(self, data)
-            return [i + 1]
-
-        tf.while_loop(lambda i: i < 2, step, [0])
-        return self.get_metrics_result()
-
-
-class StepsTwiceBySuper(StepsTwice):
-    def train_step(self, data):
-        return super().train_step(data)
-
-
-TWICE = {"twice": StepsTwice, "loop": StepsInLoop, "super": StepsTwiceBySuper}
-
-
-@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)
-@pytest.mark.parametrize("kind", TWICE)
-def test_a_second_step_on_a_batch_of_fit_is_not_sampled_anew(kind, options):
-    plan = make_plan()
-    model = make_model(plan, model=TWICE[kind](), **options)
-    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(8)])
-    assert "ASSUMED" in model.privacy_statement(DELTA)
-
-
-@pytest.mark.parametrize("options", [{}, {"steps_per_execution": 2}, {"run_eagerly": True}], ids=str)
-def test_a_second_step_on_a_batch_of_fit_is_no_part_of_a_logical_batch(options):
-    plan = make_plan()
-    model = make_model(plan, model=StepsTwice(), accumulation_steps=2, **options)
-    with pytest.raises(tf.errors.InvalidArgumentError, match="an example could then be twice"):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger.steps == 0
-
-
-@pytest.mark.parametrize("stride", [1, 4])
-def test_xla_which_cannot_refuse_leaves_a_second_step_on_a_batch_out_of_the_logical_batch(stride):
-    plan = make_plan()
-    model = make_model(plan, model=StepsTwice(), accumulation_steps=2, steps_per_execution=stride, jit_compile=True)
-    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
-
-
-class Recursive(Subclassed):
-    def train_step(self, data, again=True):
-        return self.train_step(data, again=False) if again else tf_dpbn.DPModel.train_step(self, data)
-
-
-def test_a_train_step_may_call_itself():
-    plan = make_plan()
-    model = make_model(plan, model=Recursive(), steps_per_execution=2, accumulation_steps=2)
-    model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
-
-
-@pytest.mark.parametrize("parts, records", [(1, [assumed_record(16)]), (2, [])])
-def test_a_train_step_of_the_instance_is_not_known_to_be_fits(parts, records):
-    def twice(data):
-        tf_dpbn.DPModel.train_step(model, data)
-        return tf_dpbn.DPModel.train_step(model, data)
-
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=parts, steps_per_execution=2)
-    model.train_step = twice
-    outcome = pytest.raises(tf.errors.InvalidArgumentError) if parts > 1 else contextlib.nullcontext()
-    with outcome:
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=parts), epochs=2, verbose=0)
-    assert model.ledger == tf_dpbn.Ledger(records)
-
-
-class SkipsSome(Subclassed):
-    """Takes no step on the second part of a draw."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = tf.Variable(0, trainable=False)
-
-    def train_step(self, data):
-        def step():
-            tf_dpbn.DPModel.train_step(self, data)
-            return True
-
-        tf.cond(self.seen.assign_add(1) == 2, lambda: False, step)
-        return self.get_metrics_result()
-
-
-@pytest.mark.parametrize("stride", [1, 4])
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_batch_without_a_step_does_not_join_parts_of_two_draws(jit_compile, stride):
-    plan = make_plan()
-    model = make_model(
-        plan, model=SkipsSome(), accumulation_steps=2, steps_per_execution=stride, jit_compile=jit_compile
-    )
-    # XLA cannot refuse, and the unfinished logical batch is found at the end of the epoch
-    error, words = (
-        (RuntimeError, "whole logical") if jit_compile else (tf.errors.InvalidArgumentError, "one step on each")
-    )
-    with pytest.raises(error, match=words):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger.steps == 0
-
-
-class FailsOnce(Subclassed):
-    """Goes on after a step that failed."""
-
-    failed = False
-
-    def train_step(self, data):
-        if not self.failed:
-            self.failed = True
-            with pytest.raises(ValueError):
-                super().train_step((data[0][:, :2], *data[1:]))
-            return self.get_metrics_result()
-        return super().train_step(data)
-
-
-def test_a_failure_within_fit_keeps_the_place_in_the_draw():
-    plan = make_plan()
-    model = make_model(plan, model=FailsOnce(), accumulation_steps=2, run_eagerly=True)
-    model(X[:1])
-    with pytest.raises(tf.errors.InvalidArgumentError, match="one step on each"):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger.steps == 0
-
-
-@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no such setting")
-def test_an_epoch_that_keras_cuts_within_a_logical_batch_is_refused(monkeypatch):
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=2)
-    monkeypatch.setattr(keras.config, "max_steps_per_epoch", lambda: 3)
-    with pytest.raises(ValueError, match="steps_per_epoch=3"):
-        model.fit(plan.poisson_dataset(X, Y, accumulation_steps=2), verbose=0)
-    assert model.ledger.steps == 0
-
-
-def test_an_epoch_that_began_late_ends_within_no_logical_batch():
-    """As where tf_keras resumes within an epoch."""
-    plan = make_plan()
-    model = make_model(plan, accumulation_steps=2)
-    data = plan.poisson_dataset(X, Y, accumulation_steps=2)
-    losing = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: batch == 0 and model._accumulator.reset()
-    )
-    with pytest.raises(RuntimeError, match="within a logical batch"):
-        model.fit(data, verbose=0, callbacks=[losing])
-
-
-def test_a_train_step_of_ones_own_that_steps_once_is_nothing_special():
-    class Logging(tf_dpbn.DPSequential):
-        def train_step(self, data):
-            return {**super().train_step(data), "twice": 2.0}
-
-    plan = make_plan()
-    model = make_model(plan, model=Logging([keras.Input((3,)), layers.Dense(2)]), steps_per_execution=3)
-    history = model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0)
-    assert history.history["twice"] == [2.0, 2.0]
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8)])
-    model.train_step(batch_like(plan.poisson_dataset(X, Y)))
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(1)])
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_graph_from_before_compile_does_not_run_with_its_noise(shared):
-    plan = make_plan(noise_multiplier=0.5)
-    model = make_model(plan, model=SharedGraph() if shared else None)
-    kept = model.optimizer, model.metrics  # else TensorFlow may find their variables deleted
-    batch = batch_like(plan.poisson_dataset(X, Y))
-    graph = tf.function(model.train_step)
-    graph(batch)
-    helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(make_plan(), "sgd", 1.0))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="traced before the last `compile`"):
-        graph(batch)
-    assert model.ledger == tf_dpbn.Ledger([assumed_record(1, 0.5)])
-    assert kept
-
-
-def test_a_grant_that_an_interrupt_left_behind_ends_with_the_next_fit():
-    plan = make_plan()
-    model = make_model(plan)
-    model._books._granted.assign(1)
-    model.fit(plan.poisson_dataset(X, Y), epochs=2, verbose=0, callbacks=[TrainsBeside()])
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(9)])
-
-
-def test_steps_while_the_ledger_is_read_are_booked(monkeypatch):
-    """Another thread's steps, between the reads of the counters."""
+def test_steps_while_the_ledger_is_read_are_recorded(monkeypatch):
+    """Another thread's steps, between two reads of the optimizer's counter."""
     model = make_model()
     model.train_on_batch(X[:4], Y[:4])
-    read = _books.count_of
+    counted = model.optimizer.counted_steps
 
-    def read_and_step(variable):
-        value = read(variable)
-        variable.assign_add(1)
-        return value
+    def count_and_step():
+        found = counted()
+        model.optimizer._steps.count(0)
+        return found
 
-    monkeypatch.setattr(_books, "count_of", read_and_step)
-    model._books.take_over(_books.Books())
+    monkeypatch.setattr(model.optimizer, "counted_steps", count_and_step)
+    model._record.open(model.optimizer)
     monkeypatch.undo()
     assert model.ledger.steps == 2
 
@@ -566,7 +264,7 @@ def test_an_exception_in_a_callback_loses_no_steps():
     assert model.ledger == tf_dpbn.Ledger([poisson_record(3), assumed_record(1)])
 
 
-def test_a_step_that_changed_the_weights_is_booked_though_its_metric_raises():
+def test_a_step_that_changed_the_weights_is_recorded_though_its_metric_raises():
     def failing(y_true, y_pred):
         import tensorflow as tf
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import build_compiled_loss, keras
-from tf_dpbn._loss_probe import check_rows_alone
+from tf_dpbn.model.training_trace import check_rows_alone
 
 layers, losses = keras.layers, keras.losses
 

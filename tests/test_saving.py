@@ -1,6 +1,5 @@
 """Saving, loading, resuming and exporting: what was spent is never forgotten, and nothing un-noised is written."""
 
-import copy
 import io
 import os
 import pickle
@@ -73,11 +72,6 @@ def fit(model, epochs=1, callbacks=()):
     return model.fit(PLAN.poisson_dataset(X, Y), epochs=epochs, verbose=0, callbacks=list(callbacks))
 
 
-def spend(model, steps):
-    """Books steps as train_on_batch does, without the work."""
-    model._books.steps.assign_add(steps)
-
-
 def ledger(steps):
     return tf_dpbn.Ledger([PLAN.record(steps)])
 
@@ -147,7 +141,7 @@ def test_public_batches_of_several_inputs_are_kept(structure, tmp_path):
         inputs, public = {"a": a, "b": b}, {"a": public[0], "b": public[1]}
     model = prepare(tf_dpbn.DPModel(inputs, joined))
     model.set_public_batch(public)
-    spend(model, 3)
+    helpers.spend(model, 3)
     model.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
     assert type(loaded.public_batch) is type(public)
@@ -182,7 +176,7 @@ def test_the_old_saved_model_format_is_refused(tmp_path):
 # ---------------------------------------------------------------------- weights and checkpoints
 
 
-def test_weights_files_keep_the_books(trained, tmp_path):
+def test_weights_files_keep_the_record(trained, tmp_path):
     path = str(tmp_path / "m.weights.h5")
     trained.save_weights(path)
     other = prepare(functional())
@@ -216,14 +210,14 @@ def test_weights_files_go_between_stock_and_private_forms(tmp_path):
     for saved in STORED:
         model = normalized_twice(1, **STORED[saved])
         if saved != "stock":
-            model._books.open_record(helpers.dp_optimizer(), None)
-            spend(model, 3)
+            model._record.open(helpers.dp_optimizer())
+            helpers.spend(model, 3)
         model.save_weights(path)
         for loaded in STORED:
             other = normalized_twice(2, **STORED[loaded])
             if loaded != "stock":
-                other._books.open_record(helpers.dp_optimizer(), None)
-                spend(other, 2)
+                other._record.open(helpers.dp_optimizer())
+                helpers.spend(other, 2)
             other.load_weights(path)
             np.testing.assert_allclose(model(X), other(X), rtol=1e-5, err_msg=f"{saved}, {loaded}")
             if loaded != "stock":
@@ -278,7 +272,7 @@ def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
     for content in (h5_keys(inside), h5_keys(tmp_path / "m.weights.h5")):
         for name, value in content.items():
             first = name.split("/")[0]
-            known = {"layers", "_layer_checkpoint_dependencies", "optimizer", "vars", "metrics", "zz_tf_dpbn_books"}
+            known = {"layers", "_layer_checkpoint_dependencies", "optimizer", "vars", "metrics", "zz_tf_dpbn_record"}
             assert first in known, name
             assert first != "metrics" or not np.any(value), name
             assert not np.isin(key, value).any(), name
@@ -293,15 +287,15 @@ def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
 def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
     path = str(tmp_path / "m.weights.h5")
     model = plain()
-    spend(model, 3)
+    helpers.spend(model, 3)
     model.save_weights(path)
-    spend(model, 2)
+    helpers.spend(model, 2)
     model.load_weights(path)
     assert model.ledger.steps == 5
     resumed = plain()
     resumed.load_weights(path)
     assert resumed.ledger.steps == 3
-    spend(resumed, 4)
+    helpers.spend(resumed, 4)
     resumed.save_weights(path)
     model.load_weights(path)
     assert model.ledger.steps == 9  # three of both, two of one, four of the other
@@ -310,14 +304,14 @@ def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
 def test_another_run_is_added(tmp_path):
     path = str(tmp_path / "m.weights.h5")
     model, other = plain(), plain()
-    spend(model, 3)
-    spend(other, 4)
+    helpers.spend(model, 3)
+    helpers.spend(other, 4)
     other.save_weights(path)
     model.load_weights(path)
     assert model.ledger.steps == 7
     restored = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
     third = plain()
-    spend(third, 1)
+    helpers.spend(third, 1)
     tf.train.Checkpoint(model=third).restore(restored)
     assert third.ledger.steps == 8
 
@@ -325,28 +319,15 @@ def test_another_run_is_added(tmp_path):
 def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
     start, branch = str(tmp_path / "start.weights.h5"), str(tmp_path / "branch.weights.h5")
     model, other = plain(), plain()
-    spend(model, 3)
+    helpers.spend(model, 3)
     model.save_weights(start)
     other.load_weights(start)
-    spend(other, 2)
+    helpers.spend(other, 2)
     other.save_weights(branch)
-    spend(model, 2)
+    helpers.spend(model, 2)
     for _ in range(2):
         model.load_weights(branch)
         assert model.ledger.steps == 7  # three of both, two of each
-
-
-def test_a_copy_takes_steps_of_its_own(tmp_path):
-    path = str(tmp_path / "m.weights.h5")
-    model = tf_dpbn.DPSequential([layers.Dense(2)])
-    copied = copy.deepcopy(model)
-    for each in (model, copied):
-        prepare(each)
-        each(X[:1])
-        spend(each, 2)
-    model.save_weights(path)
-    copied.load_weights(path)
-    assert copied.ledger.steps == 4
 
 
 def test_the_ledger_is_loaded_though_weights_do_not_match(tmp_path):
@@ -364,7 +345,7 @@ def test_the_ledger_is_loaded_though_weights_do_not_match(tmp_path):
     for each in (model, other):
         each(X[:1])
         prepare(each)
-    spend(model, 3)
+    helpers.spend(model, 3)
     model.save_weights(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras', of what does not match

@@ -195,19 +195,14 @@ def _seed_generators(model: Any) -> list[Any]:
     return list(generators.values())
 
 
-def steps_per_execution(model: Any) -> int:
-    """How many steps one call of the model's train function takes.
+def steps_of_call(model: Any) -> int:
+    """How many steps the next call of the model's train function takes at most; tf_keras changes it as it trains.
 
     Raises:
       ValueError: if Keras tunes the number while training.
     """
     if not IS_KERAS_3 and model.autotune_steps_per_execution:
         raise ValueError('`steps_per_execution` must be a number here. Received: steps_per_execution="auto"')
-    return steps_of_call(model)
-
-
-def steps_of_call(model: Any) -> int:
-    """How many steps the next call of the model's train function takes at most; tf_keras changes it as it trains."""
     return int(model.steps_per_execution) if IS_KERAS_3 else count_of(model._steps_per_execution)
 
 
@@ -216,14 +211,6 @@ def steps_of_epoch(steps_per_epoch: int | None) -> int | None:
     cap = keras.config.max_steps_per_epoch() if IS_KERAS_3 and hasattr(keras.config, "max_steps_per_epoch") else None
     given = [steps for steps in (steps_per_epoch, cap) if steps]
     return min(given) if given else None
-
-
-def with_callback(callbacks: Any, callback: Any) -> Any:
-    """What `fit` got as callbacks, with one more in front of the others where their order allows."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.callbacks.append(callback)
-        return callbacks
-    return [callback, *tf.nest.flatten(callbacks or [])]
 
 
 def seed_states(model: Any) -> list[tf.Variable]:
@@ -419,11 +406,6 @@ def symbolic_outputs(model: Any) -> Any:
     """The outputs of a functional model, None of others."""
     functional = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds one
     return getattr(functional, "_outputs_struct" if IS_KERAS_3 else "_nested_outputs", None)
-
-
-def compiled_is_built(model: Any) -> bool:
-    """Whether the compiled losses and metrics have created their variables."""
-    return all(container is None or container.built for container in _compiled(model))
 
 
 def build_compiled(model: Any, y: Any, y_pred: Any) -> None:

@@ -99,13 +99,13 @@ class PrivacyBudget(keras.callbacks.Callback):
         self._epoch = epoch
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Computes it anew if the ledger has changed, by a checkpoint that was loaded."""
+        """Checks that the next steps fit: a checkpoint may have been loaded."""
         self._require_room()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
         self._stride = max(self._stride, self.model.steps_at_a_time())  # tf_keras lowers it at the end of an epoch
-        if self.model.private_steps + self._stride > self._last_step:
+        if self.model.private_steps + self._stride > self._last_allowed_step():
             self.model.stop_training = True
             epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
             self._stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
@@ -120,7 +120,8 @@ class PrivacyBudget(keras.callbacks.Callback):
                 f"{self._epsilon:g} at delta {delta:g}, and another step would exceed it."
             )
 
-    def _require_room(self) -> None:
+    def _last_allowed_step(self) -> int:
+        """The number of the last step that fits, computed anew if the ledger changed, by a loaded checkpoint."""
         model = self.model
         if model.ledger_version != self._version:
             delta, ledger, self._version = _default_delta(model, self._delta), model.ledger, model.ledger_version
@@ -132,7 +133,11 @@ class PrivacyBudget(keras.callbacks.Callback):
                 accountant=self._accountant,
             )
             self._last_step = model.private_steps + left
-        if model.private_steps + model.steps_at_a_time() > self._last_step:
+        return self._last_step
+
+    def _require_room(self) -> None:
+        model = self.model
+        if model.private_steps + model.steps_at_a_time() > self._last_allowed_step():
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,

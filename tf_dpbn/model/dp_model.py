@@ -25,7 +25,7 @@ from tf_dpbn._keras import (
     is_compiled_whole,
     is_functional_signature,
     keras,
-    steps_per_execution,
+    steps_of_call,
     symbolic_outputs,
 )
 from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
@@ -215,7 +215,7 @@ class DPModel(keras.Model):
         return optimizer
 
     def make_train_function(self, force: bool = False) -> Any:
-        """As in Keras; only what it makes may call `train_step`."""
+        """As in Keras; only what it makes may call `train_step`, and it multiplies in full float32."""
         before = self.train_function
         super().make_train_function(force)
         if self.train_function is before:
@@ -223,6 +223,7 @@ class DPModel(keras.Model):
         function = self.train_function
 
         def train_function(*args: Any, **kwargs: Any) -> Any:
+            require_full_float32()
             self._is_in_step = True
             try:
                 return function(*args, **kwargs)
@@ -248,8 +249,8 @@ class DPModel(keras.Model):
         """Trains as keras.Model.fit does.
 
         Pass a data set from `PrivacyPlan.poisson_dataset` as x: the accounting assumes Poisson-sampled batches. Other
-        input works with a warning, and the privacy statement says that sampling was assumed. On GPUs and TPUs,
-        TensorFloat-32 is switched off and stays so.
+        input works with a warning, and the privacy statement says that sampling was assumed. TensorFloat-32, in which
+        GPUs would round products, is switched off and stays so, here and in `train_on_batch`.
 
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
@@ -296,7 +297,6 @@ class DPModel(keras.Model):
         """A scope in which the model trains, once it may; yields the optimizer."""
         self._refuse_while_training(method)
         optimizer = self._compiled_optimizer()
-        require_full_float32()
         checks.check_functions()
         checks.check_overrides(self, DPModel)
         checks.check_loss(self)
@@ -504,7 +504,7 @@ class DPModel(keras.Model):
         Raises:
           ValueError: if Keras tunes the number while training.
         """
-        return steps_per_execution(self)
+        return steps_of_call(self)
 
     def epsilon(self, delta: float, accountant: str = "rdp") -> float:
         """The epsilon, at `delta`, of everything that ran.

@@ -53,7 +53,8 @@ class TrainingRecord(tf.train.experimental.PythonState):
           sampling: "poisson" if they are known to be drawn so, or "assumed".
         """
         self._close()
-        self._optimizer, self._counted = optimizer, optimizer.counted_steps()
+        if optimizer is not self._optimizer:
+            self._optimizer, self._counted = optimizer, optimizer.counted_steps()
         self.configuration = StepRecord(
             noise_multipliers=(optimizer.noise_multiplier,),
             steps=1,

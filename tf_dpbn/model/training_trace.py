@@ -72,7 +72,7 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
     for change in trace.changes_from_data:
         raise ValueError(change.reason)
     with tf.init_scope():  # once a trace, on made-up numbers
-        _check_rows_alone(model, *specs[-1])
+        check_rows_alone(model, *specs[-1])
     needs_public_batch = any(call.layer.statistics != "noised" for call in trace.scope.calls)
     return Structure(frozenset(trace.scope.active), needs_public_batch, trace.has_state)
 
@@ -167,7 +167,7 @@ def _reason_of_change(operation: Any, changed: Sequence[Any], names: Sequence[st
     )
 
 
-def _check_rows_alone(model: Any, y: Any, y_pred: Any) -> None:
+def check_rows_alone(model: Any, y: Any, y_pred: Any) -> None:
     """Refuses a loss that compares the rows of a batch: of one example alone it is the same whatever is predicted.
 
     A loss whose value on a batch is merely not the mean of its values on the rows (Dice of a whole batch) is taken
