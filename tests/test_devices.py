@@ -56,7 +56,7 @@ def test_steps_multiply_in_full_float32_whatever_callbacks_set(eagerly):
     seen = Seen()
     model = make_model(seen, run_eagerly=eagerly)
     switch = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda *_: tf.config.experimental.enable_tensor_float_32_execution(True)
+        on_train_batch_end=lambda batch, logs: tf.config.experimental.enable_tensor_float_32_execution(True)
     )
     model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[switch])
     assert rounding()  # as the callback left it

@@ -62,7 +62,7 @@ def clipped_sums(count, seed=0):
 
 def step(optimizer, layer, clipped):
     """One update of `layer`; returns the gradients that were released."""
-    noised = optimizer.privatize(clipped)
+    noised = optimizer.release((clipped,))[0]
     optimizer.apply_gradients(noised, layer.trainable_variables)
     return noised
 
@@ -96,7 +96,7 @@ def test_the_inner_optimizer_may_know_no_further_arguments():
 
     variable = keras.Variable([1.0]) if IS_KERAS_3 else tf.Variable([1.0])
     optimizer = helpers.dp_optimizer(inner=Narrow(1.0), noise_multiplier=0.0, expected_batch_size=2)
-    optimizer.apply_gradients(optimizer.privatize(ClippedSum((tf.constant([1.0]),), 1.0)), [variable])
+    optimizer.apply_gradients(optimizer.release((ClippedSum((tf.constant([1.0]),), 1.0),))[0], [variable])
     np.testing.assert_allclose(variable, [0.5])
 
 
@@ -115,7 +115,7 @@ def test_works_in_a_function():
 
 def test_noise_has_the_scale_of_the_clipping_bound():
     optimizer = helpers.dp_optimizer(noise_multiplier=2.0, l2_norm_clip=3.0, noise_seed=0)
-    released = optimizer.privatize(ClippedSum((tf.zeros([20_000]),), 3.0)).tensors[0]
+    released = optimizer.release((ClippedSum((tf.zeros([20_000]),), 3.0),))[0].tensors[0]
     np.testing.assert_allclose(np.std(released), 2.0 * 3.0 / 8, rtol=0.02)
 
 
@@ -170,14 +170,14 @@ def test_refuses_to_train_a_stock_model_in_mixed_precision():
 
 
 @pytest.mark.parametrize("gradients", [None, [tf.zeros([1])], NoisedGradients(())])
-def test_privatize_refuses_anything_but_a_clipped_sum(gradients):
+def test_release_refuses_anything_but_a_clipped_sum(gradients):
     with pytest.raises(TypeError, match=f"be a ClippedSum.*{re.escape(repr(gradients))}"):
-        helpers.dp_optimizer().privatize(gradients)
+        helpers.dp_optimizer().release((gradients,))
 
 
 def test_refuses_another_number_of_variables():
     optimizer, layer = helpers.dp_optimizer(), make_layer()
-    noised = optimizer.privatize(clipped_sums(1)[0])
+    noised = optimizer.release(clipped_sums(1))[0]
     with pytest.raises(ValueError, match="zip"):
         optimizer.apply_gradients(noised, layer.trainable_variables[:1])
 
@@ -403,5 +403,5 @@ def test_microbatches_may_equal_the_batch_size():
 
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras optimizers do not accumulate")
 def test_refuses_an_inner_optimizer_that_accumulates():
-    with pytest.raises(ValueError, match="Pass accumulation_steps to DPModel.compile"):
+    with pytest.raises(ValueError, match=r"the whole batch: DPModel.compile\(microbatch_size=...\)"):
         helpers.dp_optimizer(inner=keras.optimizers.SGD(1.0, gradient_accumulation_steps=2))

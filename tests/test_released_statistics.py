@@ -372,17 +372,6 @@ def test_half_precision_trains(mode, policy):
     assert "float32" in str(layer.statistic_updates.dtype)
 
 
-def test_gradient_accumulation_releases_once():
-    x, y = helpers.images(16)
-    model = stack("noised", "public", "anchored")
-    optimizer = helpers.dp_optimizer(expected_batch_size=16)
-    helpers.compiled(model, optimizer=optimizer, accumulation_steps=2)
-    with pytest.warns(accounting.PrivacyWarning, match="Poisson"):
-        model.fit(tf.data.Dataset.from_tensor_slices((x, y)).batch(8, drop_remainder=True), verbose=0)
-    assert model.ledger.steps == 1
-    assert [float(layer.statistic_updates) for layer in normalizations(model) if layer.releases] == [1.0, 1.0]
-
-
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 takes a single axis")
 @pytest.mark.parametrize("mode", MODES)
 def test_several_channel_axes(mode):

@@ -475,4 +475,4 @@ def test_a_model_loads_after_the_import_of_the_package_alone(tmp_path):
     inputs = keras.Input((3,))
     tf_dpbn.DPModel(inputs, tf_dpbn.DPBatchNormalization()(inputs)).save(tmp_path / "m.keras")
     name = "keras" if IS_KERAS_3 else "tf_keras"
-    assert programs.last_line("-c", LOADS, name, str(tmp_path / "m.keras")) == "tf_dpbn.model"
+    assert programs.last_line("-c", LOADS, name, str(tmp_path / "m.keras")) == "tf_dpbn.model.dp_model"

@@ -231,7 +231,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
           ValueError: for more than 1,023 releases of statistics.
         """
         statistic_releases = len(clipped) - 1
-        with tf.control_dependencies([self._steps.count(statistic_releases)]):
+        sums = [tensor for each in clipped for tensor in getattr(each, "tensors", ())]
+        with tf.control_dependencies(sums):  # a batch that cannot be read, beyond the end of the data, is no step
+            counted = self._steps.count(statistic_releases)
+        with tf.control_dependencies([counted]):
             return tuple(
                 add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
                 for each, multiplier in zip(clipped, self.noise_multipliers(statistic_releases), strict=True)
