@@ -44,14 +44,14 @@ def work() -> None:
 
     weights, moves = [], []
 
-    def look_at_data(*_) -> None:
+    def look_at_data(*_, **__) -> None:
         if worker == 0:  # once more than the other worker
             next(iter(dataset))
 
-    def note_weights(*_) -> None:
+    def note_weights(*_, **__) -> None:
         weights.append(np.array(model.get_weights()[0])[:, 0])
 
-    def note_moves(*_) -> None:
+    def note_moves(*_, **__) -> None:
         moves.append(np.abs(np.array(model.get_weights()[0])[:, 0] - weights[-1]) * BATCH)
 
     look_at_data()
