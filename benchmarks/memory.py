@@ -25,15 +25,13 @@ class Peak:
 
     Attributes:
       process: the whole of it, with what Python and TensorFlow take before the first step.
-      above_start: how far it grew: its peak during the steps over its size just before the first one. The first step
-        also builds and optimizes the graph, once in a training.
-      above_graph: its peak during the steps over its size once the graph was built.
+      above_start: how far it grew: its peak during the steps over its size just before the first one, which also builds
+        and optimizes the graph.
       parameters: trainable parameters of the model.
     """
 
     process: int
     above_start: int
-    above_graph: int
     parameters: int
 
 
@@ -67,12 +65,10 @@ def _measure_here(variant: Variant) -> Peak:
     with contextlib.suppress(OSError):  # where that is not allowed, a higher peak while importing counts too
         _RESET.write_text("5")  # the peak begins anew
     start = resident("VmRSS", _STATUS.read_text())
-    step.trace()
-    graph = resident("VmRSS", _STATUS.read_text())
     for _ in range(_STEPS):
         step()
     peak = resident("VmHWM", _STATUS.read_text())
-    return Peak(peak, peak - start, peak - graph, step.parameters)
+    return Peak(peak, peak - start, step.parameters)
 
 
 if __name__ == "__main__":

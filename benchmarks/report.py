@@ -22,8 +22,6 @@ _COLUMNS: dict[str, list[tuple[str, str, float, int]]] = {
         ("/ plain", "process_ratio_to_plain", 1.0, 2),
         ("MiB growth", "above_start_bytes", 2.0**20, 1),
         ("/ plain", "above_start_ratio_to_plain", 1.0, 2),
-        ("MiB without graph", "above_graph_bytes", 2.0**20, 1),
-        ("/ plain", "above_graph_ratio_to_plain", 1.0, 2),
     ],
 }
 

@@ -227,7 +227,7 @@ def memory_rows(config: Config, variants: Sequence[Variant]) -> list[Row]:
     for variant in variants:
         row = {**_variant_row(variant), "measured": "memory", "processes": config.memory_repeats}
         row["parameters"] = peaks[variant.label][0].parameters
-        for field in ("process", "above_start", "above_graph"):
+        for field in ("process", "above_start"):
             values = {label: [getattr(peak, field) for peak in found] for label, found in peaks.items()}
             found, plain = values[variant.label], values.get(PLAIN)
             row.update(_spread(f"{field}_bytes", timing.quartiles(found)))

@@ -60,7 +60,7 @@ class Variant:
 
 
 class Step:
-    """One train step on a batch of random images, compiled as `fit` does; see `Variant`."""
+    """One `train_on_batch` on random images; see `Variant`."""
 
     def __init__(self, variant: Variant) -> None:
         image = ARCHITECTURES[variant.net].image
@@ -72,24 +72,15 @@ class Step:
         else:
             # What the Poisson sampler yields has weights, with which it marks padding.
             self._model, self._data = _dp_model(variant), (x, y, tf.ones([variant.batch_size]))
-        self._model.optimizer.build(self._model.trainable_variables)
-        # `fit` of a DPModel computes in full float32, that of Keras as TensorFlow is set.
-        self._rounds = variant.engine is None
-        # Not `fit` itself, whose input pipeline would be timed too.
-        self._function = tf.function(
-            lambda data: self._model.train_step(data), autograph=False, jit_compile=variant.jit_compile
-        )
+        self._is_plain = variant.engine is None
         self.parameters = sum(int(np.prod(v.shape)) for v in self._model.trainable_variables)
-
-    def trace(self) -> None:
-        """Builds the graph, without running it."""
-        tf.config.experimental.enable_tensor_float_32_execution(self._rounds)
-        self._function.get_concrete_function(self._data)
 
     def __call__(self) -> None:
         """Runs one step to its end."""
-        tf.config.experimental.enable_tensor_float_32_execution(self._rounds)
-        self._function(self._data)["loss"].numpy()
+        # Not `fit`, whose input pipeline would be timed too.
+        if self._is_plain:
+            tf.config.experimental.enable_tensor_float_32_execution(True)  # a private step leaves it off
+        self._model.train_on_batch(*self._data)
         tf.test.experimental.sync_devices()  # the loss is ready before the weights are updated
 
 

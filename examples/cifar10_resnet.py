@@ -14,7 +14,6 @@ ends with one line of JSON.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import tensorflow as tf
@@ -33,7 +32,7 @@ _WIDTHS = (16, 32, 64)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training. See the flags, which have the same names; `max_examples` is for quick tests."""
+    """One training. See the flags, which have the same names."""
 
     dataset: str = "cifar10"
     data_dir: str | None = None
@@ -122,14 +121,14 @@ def run(config: Config, strategy: tf.distribute.Strategy | None = None) -> dict[
         "convolutions": 1 + 6 * config.blocks,
         "replicas": strategy.num_replicas_in_sync,
         "test_accuracy": round(float(accuracy), 4),
-        "epsilon": math.ceil(model.epsilon(plan.delta) * 1e4) / 1e4,
+        "epsilon": command_line.round_up(model.epsilon(plan.delta)),
         "delta": plan.delta,
         "steps": model.ledger.steps,
     }
 
 
 def define_flags() -> None:
-    """Defines one flag for each field of Config that is for users."""
+    """Defines one flag for each field of Config, but for the strategy, which tpu_resnet.py chooses otherwise."""
     defaults = Config()
     flags.DEFINE_enum("dataset", defaults.dataset, datasets.NAMES, "What to train on.")
     flags.DEFINE_string("data_dir", None, "Directory with the IDX files of mnist or fashion_mnist.")
@@ -138,7 +137,6 @@ def define_flags() -> None:
     flags.DEFINE_float("epsilon", defaults.epsilon, "Target epsilon of the whole training.", lower_bound=0.0)
     flags.DEFINE_integer("augmentation_multiplicity", 1, "Augmented copies of each image.", lower_bound=1)
     flags.DEFINE_integer("microbatch_size", None, "Examples worked on at a time; bounds memory.", lower_bound=1)
-    flags.DEFINE_integer("max_examples", None, "Use only so many training examples.", lower_bound=1)
     command_line.define_training_flags(defaults)
 
 

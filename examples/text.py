@@ -44,7 +44,7 @@ _GROUPS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(mnist.Config):
-    """One training. See the flags, which have the same names; `max_examples` is for quick tests."""
+    """One training. See the flags, which have the same names."""
 
     dataset: str = "docstrings"
     l2_norm_clip: float = 0.5
@@ -107,7 +107,7 @@ def normalization(kind: str, statistics: str = "public") -> Any:
 
 
 def define_flags() -> None:
-    """Defines one flag for each field of Config that is for users."""
+    """Defines one flag for each field of Config."""
     defaults = Config()
     flags.DEFINE_enum("dataset", defaults.dataset, text_datasets.NAMES, "What to train on.")
     flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps imdb_reviews, if not in its usual place.")

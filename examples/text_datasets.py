@@ -83,7 +83,7 @@ def public_documents(count: int, words: int, buckets: int, seed: int = 0) -> np.
 
 
 def random_documents(count: int, words: int, buckets: int, seed: int = 0) -> np.ndarray:
-    """Synthetic documents of random lengths whose tokens are drawn by Zipf's law. int32 [count, words]."""
+    """Synthetic documents of random lengths whose tokens are drawn from Zipf's distribution. int32 [count, words]."""
     rng = np.random.default_rng(seed)
     weights = 1.0 / np.arange(1, buckets - 1)
     frequent = NAME + 1 + rng.permutation(buckets - 2)  # the hash spreads frequent words over all numbers

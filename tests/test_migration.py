@@ -24,7 +24,7 @@ def test_snippets_run(snippet, capsys):
 
 
 def test_named_tests_exist():
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE)
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)::(test_\w+)`", PAGE)
     assert len(named) > 15
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), test

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import warnings
-from typing import Any
 
 import numpy as np
 
@@ -22,33 +21,13 @@ def launch() -> None:
     sys.exit(multi_worker.launch(2))
 
 
-class Watch:
-    """What a callback does: notes how far each weight moves in each step, and looks at the data on one worker alone."""
-
-    def __init__(self, dataset: Any, is_first: bool) -> None:
-        self.dataset = dataset
-        self.is_first = is_first
-        self.moves: list[np.ndarray] = []
-
-    def on_epoch_begin(self, model: Any) -> None:
-        if self.is_first:
-            for _ in self.dataset.take(1):
-                pass
-
-    def on_train_batch_begin(self, model: Any) -> None:
-        self.before = np.array(model.get_weights()[0])
-
-    def on_train_batch_end(self, model: Any) -> None:
-        self.moves.append(np.abs(np.array(model.get_weights()[0]) - self.before)[:, 0] * BATCH)
-
-
 def work() -> None:
     import tensorflow as tf
 
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     import tf_dpbn
-    from tf_dpbn._keras import keras
 
+    keras = tf.keras
     warnings.simplefilter("ignore")
     worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     x, y = np.eye(EXAMPLES, dtype="float32"), np.zeros((EXAMPLES, 1), "float32")
@@ -62,17 +41,27 @@ def work() -> None:
         model.compile(optimizer, lambda _, output: -100.0 * tf.reduce_sum(output, -1))
         dataset = tf_dpbn.sampling.poisson_dataset(x, y, seed=5 + worker, **batches)
         other = tf_dpbn.sampling.poisson_dataset(np.random.default_rng(worker).permutation(x), y, **batches)
-    watch = Watch(dataset, worker == 0)
-    watch.on_epoch_begin(model)
+
+    weights, moves = [], []
+
+    def look_at_data(*_, **__) -> None:
+        if worker == 0:  # once more than the other worker
+            next(iter(dataset))
+
+    def note_weights(*_, **__) -> None:
+        weights.append(np.array(model.get_weights()[0])[:, 0])
+
+    def note_moves(*_, **__) -> None:
+        moves.append(np.abs(np.array(model.get_weights()[0])[:, 0] - weights[-1]) * BATCH)
+
+    look_at_data()
     callback = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda *_, **__: watch.on_epoch_begin(model),
-        on_batch_begin=lambda *_, **__: watch.on_train_batch_begin(model),
-        on_batch_end=lambda *_, **__: watch.on_train_batch_end(model),
+        on_epoch_begin=look_at_data, on_batch_begin=note_weights, on_batch_end=note_moves
     )
     model.fit(dataset, epochs=3, callbacks=[callback], verbose=0)
     result = {
-        "largest": float(np.max(watch.moves)),
-        "draws": sorted({tuple(np.round(move).astype(int).tolist()) for move in watch.moves}),
+        "largest": float(np.max(moves)),
+        "draws": sorted({tuple(np.round(move).astype(int).tolist()) for move in moves}),
         "steps": model.ledger.steps,
     }
     attempts = {
