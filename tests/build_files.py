@@ -16,6 +16,7 @@ PACKAGES = (
     "tf_dpbn",
     "tf_dpbn/clipping",
     "tf_dpbn/clipping/rules",
+    "tf_dpbn/normalization",
     "examples",
     "benchmarks",
     "tests",

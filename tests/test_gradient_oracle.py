@@ -9,8 +9,8 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, call_model, keras, raw
-from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.mechanisms import NoisedGradients
+from tf_dpbn.normalization import PublicForward
 
 layers = keras.layers
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, keras
-from tf_dpbn.clipping.registry import ENGINES
+from tf_dpbn.clipping import ENGINES
 from tf_dpbn.sampling import poisson_dataset
 
 layers = keras.layers

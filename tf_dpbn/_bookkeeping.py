@@ -24,9 +24,8 @@ from tf_dpbn._keras import (
     keras,
     symbolic_outputs,
 )
-from tf_dpbn._public_pass import refresh_moving_statistics
 from tf_dpbn.accounting import Ledger, StepRecord, privacy_statement
-from tf_dpbn.layers import DPBatchNormalization, PublicPass, current_scope
+from tf_dpbn.normalization import DPBatchNormalization, PublicPass, current_scope, refresh_moving_statistics
 
 _STORE_KEY = "tf_dpbn_books"
 _BATCH_KEY = "tf_dpbn_public_batch_"

@@ -11,9 +11,9 @@ from tf_dpbn._coupling import make_batch
 from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
 from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn.conversion import validate
-from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 from tf_dpbn.model import DPModel
+from tf_dpbn.normalization import DPBatchNormalization, NormalizationCall
 from tf_dpbn.optimizers import DPOptimizer
 
 _ATTRIBUTES = ("_l2_norm_clip", "_noise_multiplier", "_num_microbatches", "_was_dp_gradients_called")

@@ -14,13 +14,21 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import statistics
 from tf_dpbn._keras import call_model, raw
-from tf_dpbn._public_pass import assign_moving_statistics, refresh_moving_statistics
-from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
 from tf_dpbn.clipping.rows import weighted_sum
-from tf_dpbn.layers import DPBatchNormalization, NormalizationCall, PublicPass, StatisticsScope
 from tf_dpbn.mechanisms import ClippedSum, NoiseSource, add_gaussian_noise, clip_weights
+from tf_dpbn.normalization import (
+    DPBatchNormalization,
+    LocalTerm,
+    NormalizationCall,
+    PublicPass,
+    StatisticsScope,
+    assign_moving_statistics,
+    find_local_terms,
+    input_means,
+    moments,
+    refresh_moving_statistics,
+)
 
 # What replaces an example may be a padding row, whose residual is not zero: a layer does not see weights.
 ROWS_CHANGED_BY_ONE_EXAMPLE = 2
@@ -188,7 +196,7 @@ def clipped_residuals(
 
     def of_row(each: tuple[tf.Tensor, ...]) -> tf.Tensor:
         row, *row_mask = [tensor[None] for tensor in each]
-        found = statistics.residuals(row, mean, variance, layer.epsilon, layer.channel_axes, *row_mask)
+        found = moments.residuals(row, mean, variance, layer.epsilon, layer.channel_axes, *row_mask)
         return tf.cast(found, tf.float32)
 
     vectors = tf.vectorized_map(of_row, (z,) if mask is None else (z, mask))

@@ -24,7 +24,7 @@ from tf_dpbn._keras import (
     tracker_variables,
 )
 from tf_dpbn._loss_probe import check_rows_alone
-from tf_dpbn.layers import PublicPass
+from tf_dpbn.normalization import PublicPass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Structure:
     """What a trace of the model's training pass shows.
 
     Attributes:
-      active: the normalization calls that are in training (see `layers.PublicPass`).
+      active: the normalization calls that are in training (see `normalization.PublicPass`).
       needs_public_batch: some of these take statistics from a public batch.
       has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
     """

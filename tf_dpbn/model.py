@@ -50,13 +50,11 @@ from tf_dpbn._keras import (
     with_masks,
 )
 from tf_dpbn._precision import check_full_float32, check_rounding, in_full_float32
-from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import PrivacyWarning
-from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
-from tf_dpbn.clipping.registry import get_engine
+from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task, get_engine
 from tf_dpbn.clipping.vectorization import has_accelerator
-from tf_dpbn.layers import GivenStatistics
 from tf_dpbn.mechanisms import ClippedSum, summed_over_replicas
+from tf_dpbn.normalization import CORRECTIONS, GivenStatistics, PublicForward, create_averages
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import real_example_mask, source_behind, source_of
 
@@ -133,7 +131,7 @@ class DPModel(BookkeepingModel):
             3a does not apply), "adaptive" (3a, and 3b as far as it is more than noise: deep networks train better, and
             a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for studies). "auto",
             the default, is "adaptive" from eight normalizations on that train, and else "local".
-          engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.registry`. All give the same result.
+          engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.get_engine`. All give the same result.
           microbatch_size: how many examples are worked on at a time, within one step; bounds memory and does not change
             the result. None chooses.
           norm_method: for "book_keeping": "auto", "instantiate" or "gram", see `clipping.book_keeping`.

@@ -10,9 +10,9 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, zoo
 from tf_dpbn._keras import keras, raw
-from tf_dpbn.clipping import Batch, StatisticsRelease, Task
+from tf_dpbn.clipping import ENGINES, Batch, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
-from tf_dpbn.clipping.registry import ENGINES
+from tf_dpbn.normalization import StatisticsRelease
 
 NORMALIZED = [name for name in zoo.BODIES if name.startswith("batch_normalization")]
 PLAIN = [name for name in zoo.BODIES if name not in NORMALIZED]

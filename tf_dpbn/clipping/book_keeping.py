@@ -19,16 +19,16 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _graph, _validate
-from tf_dpbn.clipping import Task
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Lookups, Products, aligned
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
+from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rows import densify, unscaled, widen
 from tf_dpbn.clipping.rules import AnyRule
 from tf_dpbn.clipping.rules.base import MatrixRule, Rule
 from tf_dpbn.clipping.rules.embedding import LookupRule
+from tf_dpbn.clipping.task import Task
 from tf_dpbn.clipping.uses import Use, find_uses
 from tf_dpbn.clipping.vectorization import vectorize
-from tf_dpbn.clipping.vectorized import PerExampleEngine
 from tf_dpbn.mechanisms import clip_weights
 
 NORM_METHODS = ("auto", "instantiate", "gram")

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.local_terms import LocalTerm
 from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
 from tf_dpbn.clipping.rules.base import MatrixRule, Rule
 from tf_dpbn.clipping.rules.embedding import LookupRule
+from tf_dpbn.normalization import LocalTerm
 
 # (term, cotangents by mean and variance, [rows, channels] each)
 BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]

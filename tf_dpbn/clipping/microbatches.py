@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn.clipping import Batch, BatchResult, Task
 from tf_dpbn.clipping.rows import weighted_sum
+from tf_dpbn.clipping.task import Batch, BatchResult, Task
 from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum, clip_weights
 

@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn.clipping.vectorization import has_accelerator
+from tf_dpbn.normalization.moments import widen
 
 # Into how many groups of rows, at most, a sum is divided on CPUs.
 _GROUPS = 8
@@ -81,11 +82,6 @@ def sum_of_squares(values: tf.Tensor) -> tf.Tensor:
 def _in_one_pass(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     """The weighted sum, compiled by XLA: without it large values would be read and written in float64 as well."""
     return tf.reduce_sum(tf.cast(by_row(weights, values), tf.float64) * tf.cast(values, tf.float64), 0)
-
-
-def widen(tensor: tf.Tensor) -> tf.Tensor:
-    """Casts to float32 what is narrower: norms and sums are accumulated in it."""
-    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def window_of(tensor: tf.Tensor, window: Sequence[slice]) -> tf.Tensor:

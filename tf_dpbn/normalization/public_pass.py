@@ -9,12 +9,17 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import statistics
 from tf_dpbn._keras import call_model, flatten_layers, raw
-from tf_dpbn.clipping import StatisticsRelease
-from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
-from tf_dpbn.layers import DPBatchNormalization, GivenStatistics, NormalizationCall, PublicPass
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
+from tf_dpbn.normalization import moments
+from tf_dpbn.normalization.layer import (
+    DPBatchNormalization,
+    GivenStatistics,
+    NormalizationCall,
+    PublicPass,
+    StatisticsRelease,
+)
+from tf_dpbn.normalization.local_terms import LocalTerm, find_local_terms, input_means
 
 CORRECTIONS = ("auto", "local", "adaptive", "full", "none")
 # From this many normalizations on "auto" is "adaptive". In stacks of 8 and 12 convolutions that gained 2.1 and 3.6
@@ -111,7 +116,7 @@ class PublicForward:
         vectors = []
         for k in self._releasing:
             (z, mask), layer = given.inputs[k], self.calls[k].layer
-            parts = [statistics.residuals(z, *self.statistics[k], layer.epsilon, layer.channel_axes, mask)]
+            parts = [moments.residuals(z, *self.statistics[k], layer.epsilon, layer.channel_axes, mask)]
             if k in with_mean:
                 if found[k] is None:
                     raise ValueError(
@@ -190,7 +195,7 @@ class PublicForward:
             if self._adaptive and self.local_terms[k]:  # without 3a it is all the gradient there is
                 share = self._share_of_signal(k, tf.concat([d_gamma, d_beta], 0), stddev)
                 d_gamma, d_beta = share * d_gamma, share * d_beta
-            c = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
+            c = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
             counted += [(term.index, term.pull_back(*c)) for term in self.local_terms[k]]  # before clipping
             targets += [call.public_mean, call.public_variance]
             cotangents += call.public_cotangents(*c)
@@ -207,7 +212,7 @@ class PublicForward:
         average = _DECAY * average + (1.0 - _DECAY) * tf.cast(released, tf.float32)
         variance = _DECAY**2 * variance + (1.0 - _DECAY) ** 2 * stddev**2
         kept.assign(tf.concat([average, variance[None]], 0))
-        return tf.cast(statistics.share_of_signal(average, variance), released.dtype)
+        return tf.cast(moments.share_of_signal(average, variance), released.dtype)
 
     def update_statistics(self, released: Sequence[tf.Tensor]) -> None:
         """Takes over releases, and sets the moving statistics of layers with a public part to those of this pass.

@@ -11,9 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn.clipping import ExampleResult, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.rows import by_row, densify, sum_of_squares, unscaled, weighted_sum, widen
+from tf_dpbn.clipping.task import ExampleResult, Task
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
 

@@ -16,12 +16,35 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from tf_dpbn import _validate, statistics
+from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, UNFUSED, StoredBeside, is_shape_inference, keras, raw, stored_as
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
+from tf_dpbn.normalization import moments
 
 STATISTICS_MODES = ("public", "noised", "anchored")
 _DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
+
+
+@dataclasses.dataclass(frozen=True)
+class StatisticsRelease:
+    """A vector by example whose clipped sum is released with noise, beside the gradient.
+
+    Attributes:
+      size: its length.
+      l2_norm_clip: bound on its L2 norm.
+    """
+
+    size: int
+    l2_norm_clip: float
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
+            raise _validate.argument_error(
+                "l2_norm_clip",
+                self.l2_norm_clip,
+                f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]",
+                "1.0 is a common choice.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +75,7 @@ class NormalizationCall:
         shift, log_scale, variance = (
             tf.reshape(each, [-1]) for each in (raw(self.layer.shift), raw(self.layer.log_scale), self.public_variance)
         )
-        return statistics.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
+        return moments.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
 
 
 class _Scopes(threading.local):
@@ -118,7 +141,7 @@ class PublicPass(StatisticsScope):
         self._seen[id(layer)] = key[1] + 1
         if not (training if self._given is None else key in self._given):
             return None
-        found = layer.released_statistics() or statistics.moments(inputs, layer.channel_axes, mask)
+        found = layer.released_statistics() or moments.moments(inputs, layer.channel_axes, mask)
         private = layer.private_statistics(*found)
         self.calls.append(NormalizationCall(layer, inputs, *private, *found, mask is not None))
         self.active.add(key)
@@ -188,7 +211,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     Args:
       axis: int, the channel axis; on tf_keras also a sequence of ints.
       momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public", which keeps no
-        averages). The first updates count more, see `statistics.update_rate`.
+        averages). The first updates count more, see `moments.update_rate`.
       epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
         moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in
         keras.layers.BatchNormalization.
@@ -339,11 +362,11 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if self.statistics != "anchored":
             return mean, variance
         averages = (self._by_channel(self.shift), self._by_channel(self.log_scale))
-        return statistics.anchored(mean, variance, *averages, self.epsilon)
+        return moments.anchored(mean, variance, *averages, self.epsilon)
 
     def update_rate(self, layers: int) -> tf.Tensor:
-        """The part that the next release has in the averages, see `statistics.update_rate`."""
-        return statistics.update_rate(self.momentum, raw(self.statistic_updates), layers)
+        """The part that the next release has in the averages, see `moments.update_rate`."""
+        return moments.update_rate(self.momentum, raw(self.statistic_updates), layers)
 
     def update_statistics(self, call: NormalizationCall, released: tf.Tensor, layers: int) -> None:
         """Takes over the released mean of residuals, [2 * channels], that was computed with `call`'s statistics.
@@ -357,11 +380,11 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if self.statistics == "noised":
             weights = (self.moving_mean, self.moving_variance)
             mean, variance = (tf.reshape(t, [-1]) for t in (call.mean, call.variance))
-            values = statistics.updated(mean, variance, released, rate, self.epsilon)
+            values = moments.updated(mean, variance, released, rate, self.epsilon)
         else:
             weights = (self.shift, self.log_scale)
             shift, log_scale = (tf.reshape(raw(weight), [-1]) for weight in weights)
-            values = statistics.updated_anchor(shift, log_scale, released, rate)
+            values = moments.updated_anchor(shift, log_scale, released, rate)
         for weight, value in zip(weights, values, strict=True):
             weight.assign(tf.cast(tf.reshape(value, weight.shape), weight.dtype))
         self.statistic_updates.assign_add(1.0)
@@ -389,8 +412,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         found = scope.batch_statistics(self, inputs, mask, training) if scope else None
         if found is None:
             return super().call(inputs, training=False)
-        z = statistics.widen(tf.convert_to_tensor(inputs))
-        out = statistics.normalize(z, *found, self.gamma, self.beta, self.epsilon, self.channel_axes)
+        z = moments.widen(tf.convert_to_tensor(inputs))
+        out = moments.normalize(z, *found, self.gamma, self.beta, self.epsilon, self.channel_axes)
         return tf.cast(out, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

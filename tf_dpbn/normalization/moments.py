@@ -61,9 +61,9 @@ def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tenso
     return tf.squeeze(mean, reduce), tf.reduce_sum(squares, reduce) / count
 
 
-def widen(z: tf.Tensor) -> tf.Tensor:
-    """Casts half precision to float32, in which statistics are computed; leaves wider types alone."""
-    return tf.cast(z, tf.float32) if z.dtype in (tf.float16, tf.bfloat16) else z
+def widen(tensor: tf.Tensor) -> tf.Tensor:
+    """Casts what is narrower to float32, in which statistics, norms and sums are computed."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def normalize(

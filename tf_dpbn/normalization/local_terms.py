@@ -19,8 +19,8 @@ import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn._graph import captured_variables, data_tensors
-from tf_dpbn.clipping.rows import widen
-from tf_dpbn.layers import NormalizationCall
+from tf_dpbn.normalization.layer import NormalizationCall
+from tf_dpbn.normalization.moments import widen
 
 # Operations that multiply data by a kernel -> axes of the kernel that enumerate the output's channels.
 _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
@@ -90,7 +90,7 @@ def find_local_terms(
     """Computes the local terms of each normalization call of a public pass in the current graph.
 
     Args:
-      calls: from `layers.PublicPass`.
+      calls: from `layer.PublicPass`.
       public_inputs: the tensors through which public data entered the pass.
       variables: the trainable variables.
       released_means: for each call whose statistics do not come from this pass, the released mean, by channel, of what
