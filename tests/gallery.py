@@ -177,7 +177,9 @@ def _papers_statistics(model: Any, batch: Any) -> Any:
 
 def _gradient_through_private_statistics(model: Any, batch: Any) -> PublicForward:
     right, private = _public_forward(model, batch), _stock_statistics(model, batch)
-    right.local_terms = private.local_terms  # Jacobians of the private rows' statistics
+    # Jacobians of the private rows' statistics
+    pairs = zip(right.calls, private.calls, strict=True)
+    right.calls = [dataclasses.replace(call, local_terms=other.local_terms) for call, other in pairs]
     return right
 
 
@@ -244,7 +246,7 @@ def _microbatch_clipping(self: Any, task: Any, rows: Any, l2_norm_clip: float) -
     squared = tf.add_n([per_example.sum_of_squares(g) for g in pairs])
     weights = mechanisms.clip_weights(squared, l2_norm_clip, None)
     sums = tuple(per_example.weighted_sum(weights, g) for g in pairs)
-    sums += microbatches.residual_sums(task, results.residuals, rows[-1])
+    sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return sums, (results.loss, results.parts, results.y_pred, tf.logical_not(finite))
 
 
@@ -267,11 +269,11 @@ def _variable_by_variable(self: Any, task: Any, rows: Any, l2_norm_clip: float) 
         weights = mechanisms.clip_weights(squared, l2_norm_clip, rows[-1])
         finite = per_example.by_row(tf.math.is_finite(squared), g)
         sums.append(per_example.weighted_sum(weights, tf.where(finite, g, 0.0)))
-    sums += microbatches.residual_sums(task, results.residuals, rows[-1])
+    sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return tuple(sums), (results.loss, results.parts, results.y_pred, tf.zeros_like(rows[-1]))
 
 
-def _unclipped_residuals(task: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def _unclipped_residuals(releases: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
     kept = [tf.where(tf.math.is_finite(r), r, 0.0) for r in residuals]
     return tuple(3.0 * per_example.weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tf_dpbn import _training_trace
 from tf_dpbn._keras import count_of
 from tf_dpbn.accounting import Ledger, StepRecord
+from tf_dpbn.normalization import ReleasedMeans
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
 
@@ -51,6 +52,7 @@ class Books(tf.train.experimental.PythonState):
 
     Attributes:
       public_batch: nest of tensors, or None.
+      released_means: what normalizations keep of earlier releases.
       may_contain_training_rows: whether the public batch may hold rows of the training data, as the user said.
       structure: what the last trace of the training pass showed.
       configuration: the step that would run next, as a record of one step.
@@ -82,8 +84,7 @@ class Books(tf.train.experimental.PythonState):
         self._assumed: StepRecord | None = None
         self._steps_at_opening, self._others_at_opening = 0, 0
         self._releases = 0
-        self._released_means: dict[str, tf.Variable] = {}
-        self._saved_means: dict[str, list[float]] = {}
+        self.released_means = ReleasedMeans()
         with tf.init_scope():
             self.steps = _counter("privacy_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
             self.others = _counter("other_steps", tf.VariableAggregation.ONLY_FIRST_REPLICA)
@@ -293,35 +294,16 @@ class Books(tf.train.experimental.PythonState):
     def take_over(self, other: Books) -> None:
         """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
         self._merge(other._snapshot()[0])
-        self._saved_means.update(other._means())
+        self.released_means.load(other.released_means.values())
 
-    # ------------------------------------------------------------------ released means, saving
-
-    def released_mean(self, name: str, size: int) -> tf.Variable:
-        """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
-        variable = self._released_means.get(name)
-        if variable is None or variable.shape[0] != size:
-            value = self._saved_means.get(name, [])
-            with tf.init_scope():
-                variable = tf.Variable(
-                    value if len(value) == size else [0.0] * size,
-                    dtype=tf.float32,
-                    trainable=False,
-                    name="released_mean",
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                )
-            self._released_means[name] = variable
-        return variable
-
-    def _means(self) -> dict[str, list[float]]:
-        return {**self._saved_means, **{k: v.numpy().tolist() for k, v in self._released_means.items()}}
+    # ------------------------------------------------------------------ saving
 
     def serialize(self) -> str:
         """The ledger by who took the steps, and released means, as text; tf.train.Checkpoint calls this too."""
         if not tf.executing_eagerly():
             raise ValueError(NO_SAVED_MODEL)
         runs = {run: ledger.to_json() for run, ledger in self._snapshot()[0].items() if ledger.steps}
-        return json.dumps({"runs": runs, "input_means": self._means()})
+        return json.dumps({"runs": runs, "input_means": self.released_means.values()})
 
     def deserialize(self, text: str | bytes) -> None:
         """Takes over a saved ledger. Nothing that ran is ever forgotten.
@@ -330,10 +312,7 @@ class Books(tf.train.experimental.PythonState):
         and this model may hold different states; the longer stays.
         """
         saved = json.loads(text)
-        self._saved_means = saved.get("input_means", {})
-        for name, variable in self._released_means.items():
-            value = self._saved_means.get(name, [])
-            variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
+        self.released_means.load(saved.get("input_means", {}))
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})
 
 

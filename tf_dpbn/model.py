@@ -304,7 +304,7 @@ class DPModel(BookkeepingModel):
             public_batch = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
             if structure.needs_public_batch:
                 public_batch = self._require_public_batch()
-            return PublicForward(self, public_batch, self._dp_options["correction"], self._books.released_mean)
+            return PublicForward(self, public_batch, self._dp_options["correction"], self._books.released_means)
         if structure.has_state:
             # The private pass leaves state alone; run its updates, which do not depend on the input, on zeros.
             call_model(self, tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x), training=True)
@@ -342,7 +342,7 @@ class DPModel(BookkeepingModel):
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
         if self.built:
             with self.distribute_strategy.scope():
-                create_averages(self, self._dp_options["correction"], self._books.released_mean)
+                create_averages(self, self._dp_options["correction"], self._books.released_means)
 
     def _create_input_means(self, x: Any, y: Any) -> None:
         """Creates what noised statistics keep of their kernel layers' inputs, which takes a trace to find.
@@ -367,7 +367,7 @@ class DPModel(BookkeepingModel):
         batch, found = self._require_public_batch(), []
 
         def report() -> None:
-            public = PublicForward(self, batch, self._dp_options["correction"], self._books.released_mean)
+            public = PublicForward(self, batch, self._dp_options["correction"], self._books.released_means)
             found.append(public.corrections())
 
         with as_compiled(self):
@@ -406,9 +406,7 @@ class DPModel(BookkeepingModel):
 
         variables = tuple(raw(variable) for variable in self.trainable_variables)
         scale = self._loss_scale()
-        if public is None:
-            return Task(run_example, variables, (), (), scale)
-        return Task(run_example, variables, public.statistics, public.local_terms, scale, public.releases)
+        return Task(run_example, variables, calls, scale)
 
     def _loss_scale(self) -> float:
         given = self._dp_options["loss_scale"]

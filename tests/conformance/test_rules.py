@@ -87,7 +87,7 @@ def task_of(function, variables, dtype="float32"):
         out = function(x[None])[0]
         return ExampleResult(tf.reduce_sum(tf.cast(out, dtype) * y), (), out)
 
-    return Task(run_example, tuple(variables), (), ())
+    return Task(run_example, tuple(variables))
 
 
 def rows_of(x, y, mask=None):

@@ -106,7 +106,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         books = _Books()
         specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
         tf.function(lambda row: _record(task, books, *row[:-1]), autograph=False).get_concrete_function(specs)
-        with_terms = {term.index for terms in task.local_terms for term in terms}
+        with_terms = {term.index for call in task.calls for term in call.local_terms}
         numbers = sum(task.variables[i].shape.num_elements() for i in books.direct)
         for use in books.uses:
             numbers += sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
@@ -136,7 +136,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         squared, mask = vectors.squared_norms(), rows[-1]
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = vectors.weighted_sums(clip_weights(squared, l2_norm_clip, mask), finite)
-        sums += residual_sums(task, vectors.residuals, mask)
+        sums += residual_sums(task.releases, vectors.residuals, mask)
         return sums, (*vectors.results, tf.logical_and(mask, tf.logical_not(finite)))
 
     def _contributions(
@@ -144,8 +144,8 @@ class BookKeepingEngine(MicrobatchedEngine):
     ) -> list[Contribution]:
         """Each variable's part of the vectors, in the order of the variables."""
         terms: dict[int, list[BoundTerm]] = {}
-        for k, local in enumerate(task.local_terms):
-            for term in local:
+        for k, call in enumerate(task.calls):
+            for term in call.local_terms:
                 terms.setdefault(term.index, []).append((term, cotangents[2 * k], cotangents[2 * k + 1]))
         found: list[Contribution] = []
         for i, variable in enumerate(task.variables):

@@ -48,7 +48,7 @@ class PerExampleEngine(MicrobatchedEngine):
         weights = clip_weights(squared, l2_norm_clip, mask)
         finite = tf.math.is_finite(tf.sqrt(squared))  # a weight of 0 does not silence a NaN
         sums = tuple(weighted_sum(weights, tf.where(by_row(finite, g), g, tf.zeros_like(g))) for g in gradients)
-        sums += residual_sums(task, results.residuals, mask)
+        sums += residual_sums(task.releases, results.residuals, mask)
         not_finite = tf.logical_and(mask, tf.logical_not(finite))
         return sums, (results.loss, results.parts, results.y_pred, not_finite)
 
@@ -83,8 +83,8 @@ def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) ->
 def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf.Tensor]) -> list[tf.Tensor]:
     """K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
     gradients = list(gradients)
-    for k, terms in enumerate(task.local_terms):
-        for term in terms:
+    for k, call in enumerate(task.calls):
+        for term in call.local_terms:
             correction = term.pull_back(cotangents[2 * k], cotangents[2 * k + 1])
             gradients[term.index] += tf.cast(correction, tf.float32)
     return gradients

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
 
 from tf_dpbn.mechanisms import ClippedSum
-from tf_dpbn.normalization import LocalTerm, StatisticsRelease
+from tf_dpbn.normalization import NormalizationCall, StatisticsRelease
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +82,25 @@ class Task:
       run_example: maps (x, y, sample_weight, index, statistics) of one example, without batch axis, to its
         ExampleResult. It runs the model on a batch of one, so nothing in it can see another example.
       variables: the trainable variables.
-      statistics: (mean, variance) of each normalization call in training; public or released.
-      local_terms: for each of those calls, the local corrections to add (docs/algorithm.md, section 3a).
+      calls: the normalization calls in training; their statistics are public or released.
       loss_scale: a power of two; losses are multiplied by it while they are differentiated, and gradients divided by
         it in float32, so that small gradients survive half precision.
-      releases: what is released of the statistics' residuals.
     """
 
     run_example: Callable[..., ExampleResult]
     variables: tuple[tf.Variable, ...]
-    statistics: tuple[tuple[tf.Tensor, tf.Tensor], ...]
-    local_terms: tuple[tuple[LocalTerm, ...], ...]
+    calls: Sequence[NormalizationCall] = ()
     loss_scale: float = 1.0
-    releases: tuple[StatisticsRelease, ...] = ()
+
+    @property
+    def statistics(self) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:
+        """(mean, variance) of each call."""
+        return tuple((call.mean, call.variance) for call in self.calls)
+
+    @property
+    def releases(self) -> tuple[StatisticsRelease, ...]:
+        """What is released of the residuals of some calls' statistics, in the order of the calls."""
+        return tuple(call.release for call in self.calls if call.release is not None)
 
 
 class Engine(Protocol):

@@ -16,10 +16,12 @@ from tf_dpbn.normalization.layer import (
     StatisticsScope,
     current_scope,
 )
-from tf_dpbn.normalization.local_terms import LocalTerm, find_local_terms, input_means
+from tf_dpbn.normalization.local_terms import with_local_terms
+from tf_dpbn.normalization.moments import LocalTerm
 from tf_dpbn.normalization.public_pass import (
     CORRECTIONS,
     PublicForward,
+    ReleasedMeans,
     assign_moving_statistics,
     create_averages,
     refresh_moving_statistics,
@@ -34,12 +36,12 @@ __all__ = [
     "NormalizationCall",
     "PublicForward",
     "PublicPass",
+    "ReleasedMeans",
     "StatisticsRelease",
     "StatisticsScope",
     "assign_moving_statistics",
     "create_averages",
     "current_scope",
-    "find_local_terms",
-    "input_means",
     "refresh_moving_statistics",
+    "with_local_terms",
 ]

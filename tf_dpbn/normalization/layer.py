@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, UNFUSED, StoredBeside, is_shape_inference, keras, raw, stored_as
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 from tf_dpbn.normalization import moments
+from tf_dpbn.normalization.moments import LocalTerm
 
 STATISTICS_MODES = ("public", "noised", "anchored")
 _DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
@@ -39,17 +41,13 @@ class StatisticsRelease:
 
     def __post_init__(self) -> None:
         if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
-            raise _validate.argument_error(
-                "l2_norm_clip",
-                self.l2_norm_clip,
-                f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]",
-                "1.0 is a common choice.",
-            )
+            requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
+            raise _validate.argument_error("l2_norm_clip", self.l2_norm_clip, requirement, "1.0 is a common choice.")
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalizationCall:
-    """One call of a DPBatchNormalization in a forward pass over public data.
+    """One call of a DPBatchNormalization in training, as the public pass met it.
 
     Attributes:
       layer: the layer.
@@ -58,6 +56,9 @@ class NormalizationCall:
       public_mean, public_variance: the moments of z by channel; those of another pass where `mean` and `variance` do
         not come from them (statistics="noised").
       masked: whether some positions are left out of the moments.
+      local_terms: how its statistics depend on the kernel layer that feeds it (docs/algorithm.md, section 3a).
+      input_mean: with noised statistics, the variable of the released mean of what that layer is fed with.
+      is_nonlocal: whether section 3b restores the gradient through its statistics.
     """
 
     layer: DPBatchNormalization
@@ -67,6 +68,22 @@ class NormalizationCall:
     public_mean: tf.Tensor
     public_variance: tf.Tensor
     masked: bool
+    local_terms: tuple[LocalTerm, ...] = ()
+    input_mean: Any = None
+    is_nonlocal: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels are normalized."""
+        return self.mean.shape.num_elements() or 0
+
+    @property
+    def release(self) -> StatisticsRelease | None:
+        """What a step releases of it: residuals of its moments, and of its kernel layer's mean input."""
+        if not self.layer.releases:
+            return None
+        size = 2 * self.channels + (0 if self.input_mean is None else self.input_mean.shape[0])
+        return StatisticsRelease(size, self.layer.statistics_clip * math.sqrt(size))
 
     def public_cotangents(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Carries derivatives by `mean` and `variance`, [..., channels], to `public_mean` and `public_variance`."""
@@ -159,11 +176,7 @@ class GivenStatistics(StatisticsScope):
       inputs: (input, mask or None) of each call, once it was made.
     """
 
-    def __init__(
-        self,
-        calls: Sequence[NormalizationCall],
-        values: Sequence[tuple[tf.Tensor, tf.Tensor]],
-    ) -> None:
+    def __init__(self, calls: Sequence[NormalizationCall], values: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> None:
         self._remaining = list(zip([call.layer for call in calls], values, strict=True))
         self.inputs: list[tuple[tf.Tensor, Any]] = []
 
