@@ -26,6 +26,7 @@ from tf_dpbn import _ledger, auditing, mechanisms
 from tf_dpbn import model as model_module
 from tf_dpbn._keras import keras
 from tf_dpbn.clipping import book_keeping, contributions, microbatches, per_example
+from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
 from tf_dpbn.normalization import PublicForward
 
 layers = keras.layers
@@ -240,12 +241,12 @@ def _microbatch_clipping(self: Any, task: Any, rows: Any, l2_norm_clip: float) -
     results, gradients, cotangents = self._run(task, rows)
     gradients = per_example._add_local_terms(task, gradients, cotangents)
     mask = tf.cast(rows[-1], tf.float32)
-    finite = tf.math.is_finite(tf.sqrt(tf.add_n([per_example.sum_of_squares(g) for g in gradients])))
-    kept = [tf.where(per_example.by_row(finite, g), per_example.by_row(mask, g) * g, 0.0) for g in gradients]
+    finite = tf.math.is_finite(tf.sqrt(tf.add_n([sum_of_squares(g) for g in gradients])))
+    kept = [tf.where(by_row(finite, g), by_row(mask, g) * g, 0.0) for g in gradients]
     pairs = [tf.reduce_mean(tf.reshape(g, [-1, 2, *g.shape[1:]]), 1) for g in kept]
-    squared = tf.add_n([per_example.sum_of_squares(g) for g in pairs])
+    squared = tf.add_n([sum_of_squares(g) for g in pairs])
     weights = mechanisms.clip_weights(squared, l2_norm_clip, None)
-    sums = tuple(per_example.weighted_sum(weights, g) for g in pairs)
+    sums = tuple(weighted_sum(weights, g) for g in pairs)
     sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return sums, (results.loss, results.parts, results.y_pred, tf.logical_not(finite))
 
@@ -265,17 +266,17 @@ def _variable_by_variable(self: Any, task: Any, rows: Any, l2_norm_clip: float) 
     results, gradients, cotangents = self._run(task, rows)
     sums = []
     for g in per_example._add_local_terms(task, gradients, cotangents):
-        squared = per_example.sum_of_squares(g)
+        squared = sum_of_squares(g)
         weights = mechanisms.clip_weights(squared, l2_norm_clip, rows[-1])
-        finite = per_example.by_row(tf.math.is_finite(squared), g)
-        sums.append(per_example.weighted_sum(weights, tf.where(finite, g, 0.0)))
+        finite = by_row(tf.math.is_finite(squared), g)
+        sums.append(weighted_sum(weights, tf.where(finite, g, 0.0)))
     sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return tuple(sums), (results.loss, results.parts, results.y_pred, tf.zeros_like(rows[-1]))
 
 
 def _unclipped_residuals(releases: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
     kept = [tf.where(tf.math.is_finite(r), r, 0.0) for r in residuals]
-    return tuple(3.0 * per_example.weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
+    return tuple(3.0 * weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
 
 
 def _first_multiplier(multipliers: Any) -> float:
@@ -286,8 +287,8 @@ def _local_terms_after_clipping(self: Any, weights: tf.Tensor, finite: Any) -> t
     """Clips the direct gradient's weights and adds the local terms unclipped."""
     total = _product_sum(self, weights, finite)
     for jacobian, cotangent in self._corrections:
-        missing = contributions.weighted_sum(1.0 - weights, contributions._only(finite, cotangent))[None]
-        term = self._rule.from_matrix(tf.cast(jacobian, tf.float64) * missing)
+        missing = weighted_sum(1.0 - weights, contributions.finite_only(finite, cotangent))[None]
+        term = self._from_matrix(tf.cast(jacobian, tf.float64) * missing)
         total += tf.reshape(term, self._shape)
     return total
 
@@ -367,7 +368,7 @@ BUGS: dict[str, Bug] = {
     ),
     "mask of padding rows ignored": Bug(_everywhere(_of_all_rows(mechanisms.clip_weights)), _RELEASING, _SENSITIVITY),
     "NaN times a weight of zero kept in the sum": Bug(
-        ((contributions, "_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
+        ((contributions, "finite_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
     ),
     "ghost norm without the products of different positions": Bug(
         ((contributions.Products, "squared_norms", _first_position_only),), _GRAM, _SENSITIVITY

@@ -118,15 +118,15 @@ MUTANTS = (
         _selected(_RULES, "plain_differentiation and dense_rank_3"),
     ),
     Mutant(
-        "clipping/contributions.py",
+        "clipping/rows.py",
         "return values if finite is None",
         "return values if True",
         _selected(_RULES, "not_finite"),
     ),
     Mutant(
         "clipping/contributions.py",
-        "weighted_sum(weights, _only(finite, cotangent))",
-        "weighted_sum(tf.ones_like(weights), _only(finite, cotangent))",
+        "weighted_sum(weights, finite_only(finite, cotangent))",
+        "weighted_sum(tf.ones_like(weights), finite_only(finite, cotangent))",
         _selected(_GALLERY, "right_library and gram"),
     ),
     Mutant(
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     Mutant(
         "clipping/per_example.py",
-        "tf.where(by_row(finite, g), g, tf.zeros_like(g))",
+        "finite_only(finite, g)",
         "g",
         _selected(_GALLERY, "right_library and vectorized"),
     ),
@@ -190,7 +190,7 @@ MUTANTS = (
         _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
     ),
     Mutant(
-        "normalization/local_terms.py",
+        "normalization/moments.py",
         "+ self.spread(c_variance) * self.d_variance",
         "- self.spread(c_variance) * self.d_variance",
         _selected(_ENGINES, "microbatches_agree and twice and vectorized"),

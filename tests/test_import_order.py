@@ -26,6 +26,7 @@ LEVELS = (
     ("clipping.rows", "normalization.public_pass"),
     ("normalization",),
     ("clipping.task",),
+    ("clipping.contributions",),
     ("clipping.rules.base",),
     (
         "clipping.rules.convolution",
@@ -35,7 +36,7 @@ LEVELS = (
         "clipping.rules.matmul",
     ),
     ("clipping.rules",),
-    ("clipping.contributions", "clipping.uses", "clipping.microbatches"),
+    ("clipping.uses", "clipping.microbatches"),
     ("clipping.per_example",),
     ("clipping.book_keeping",),
     ("clipping",),

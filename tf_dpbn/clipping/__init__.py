@@ -14,8 +14,9 @@ The contract, which every engine satisfies and tests/conformance checks:
 from __future__ import annotations
 
 from tf_dpbn import _validate
-from tf_dpbn.clipping.book_keeping import NORM_METHODS, BookKeepingEngine
+from tf_dpbn.clipping.book_keeping import BookKeepingEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
+from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Batch, BatchResult, Engine, ExampleResult, MaskedPredictions, Task
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn.clipping.rows import weighted_sum
+from tf_dpbn.clipping.rows import finite_only, weighted_sum
 from tf_dpbn.clipping.task import Batch, BatchResult, Task
 from tf_dpbn.clipping.vectorization import has_accelerator
 from tf_dpbn.mechanisms import ClippedSum, clip_weights
@@ -123,8 +123,7 @@ def residual_sums(
     for release, rows in zip(releases, residuals, strict=True):
         squared = tf.reduce_sum(tf.square(rows), 1)
         weights = clip_weights(squared, release.l2_norm_clip, mask)
-        kept = tf.where(tf.math.is_finite(tf.sqrt(squared))[:, None], rows, tf.zeros_like(rows))
-        sums.append(weighted_sum(weights, kept))
+        sums.append(weighted_sum(weights, finite_only(tf.math.is_finite(tf.sqrt(squared)), rows)))
     return tuple(sums)
 
 

@@ -20,7 +20,7 @@ _LONG = 2**17
 
 
 def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
-    """Turns the sparse gradient of a table look-up into a tensor; look-ups outside the table count for nothing.
+    """Turns the sparse gradient of a table lookup into a tensor; lookups outside the table count for nothing.
 
     TensorFlow's own conversion, once vectorized, adds row * table size to the ids, so that under XLA, which does not
     check ids, an id outside the table would land in the next example's gradient.
@@ -36,6 +36,11 @@ def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
 def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
     return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))
+
+
+def finite_only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
+    """Replaces rows that are not `finite`, bool [rows], by zeros: a weight of 0 does not silence a NaN."""
+    return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros_like(values))
 
 
 def unscaled(gradient: tf.Tensor, loss_scale: float) -> tf.Tensor:

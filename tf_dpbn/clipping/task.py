@@ -56,6 +56,10 @@ class ExampleResult:
     y_pred: Any
     residuals: tuple[tf.Tensor, ...] = ()
 
+    def logged(self) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+        """(loss, parts) in the float32 of a BatchResult."""
+        return tf.cast(self.loss, tf.float32), tuple(tf.cast(part, tf.float32) for part in self.parts)
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
@@ -65,7 +69,7 @@ class BatchResult:
       loss: float32 [batch].
       parts: float32 [batch] for each output.
       y_pred: nest of [batch, ...], or MaskedPredictions of such.
-      not_finite: int64 scalar, how many real examples were dropped because their gradient was not finite.
+      not_finite: int64 scalar, how many real examples were dropped because their gradient was non-finite.
     """
 
     loss: tf.Tensor
