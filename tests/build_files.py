@@ -17,6 +17,7 @@ PACKAGES = (
     "tf_dpbn/clipping",
     "tf_dpbn/clipping/rules",
     "tf_dpbn/model",
+    "tf_dpbn/normalization",
     "tf_dpbn/sampling",
     "examples",
     "benchmarks",

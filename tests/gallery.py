@@ -24,9 +24,10 @@ import tf_dpbn
 from tests import helpers, neighbours
 from tf_dpbn import _ledger, auditing, mechanisms
 from tf_dpbn._keras import keras
-from tf_dpbn._public_pass import PublicForward
-from tf_dpbn.clipping import book_keeping, contributions, microbatches, vectorized
+from tf_dpbn.clipping import book_keeping, contributions, microbatches, per_example
+from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
 from tf_dpbn.model import step
+from tf_dpbn.normalization import PublicForward
 
 layers = keras.layers
 SHAPE, ROWS, CLIP, DELTA = (4, 3), 6, 0.5, 1e-5
@@ -177,7 +178,9 @@ def _papers_statistics(model: Any, batch: Any) -> Any:
 
 def _gradient_through_private_statistics(model: Any, batch: Any) -> PublicForward:
     right, private = _public_forward(model, batch), _stock_statistics(model, batch)
-    right.local_terms = private.local_terms  # Jacobians of the private rows' statistics
+    # Jacobians of the private rows' statistics
+    pairs = zip(right.calls, private.calls, strict=True)
+    right.calls = [dataclasses.replace(call, local_terms=other.local_terms) for call, other in pairs]
     return right
 
 
@@ -234,15 +237,15 @@ def _of_all_rows(weights: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
 def _microbatch_clipping(self: Any, task: Any, rows: Any, l2_norm_clip: float) -> Any:
     """The clipped sum is that of pairs: each pair's mean is clipped, and one example moves its pair's."""
     results, gradients, cotangents = self._run(task, rows)
-    gradients = vectorized._add_local_terms(task, gradients, cotangents)
+    gradients = per_example._add_local_terms(task, gradients, cotangents)
     mask = tf.cast(rows[-1], tf.float32)
-    finite = tf.math.is_finite(tf.sqrt(tf.add_n([vectorized.sum_of_squares(g) for g in gradients])))
-    kept = [tf.where(vectorized.by_row(finite, g), vectorized.by_row(mask, g) * g, 0.0) for g in gradients]
+    finite = tf.math.is_finite(tf.sqrt(tf.add_n([sum_of_squares(g) for g in gradients])))
+    kept = [tf.where(by_row(finite, g), by_row(mask, g) * g, 0.0) for g in gradients]
     pairs = [tf.reduce_mean(tf.reshape(g, [-1, 2, *g.shape[1:]]), 1) for g in kept]
-    squared = tf.add_n([vectorized.sum_of_squares(g) for g in pairs])
+    squared = tf.add_n([sum_of_squares(g) for g in pairs])
     weights = mechanisms.clip_weights(squared, l2_norm_clip, None)
-    sums = tuple(vectorized.weighted_sum(weights, g) for g in pairs)
-    sums += microbatches.residual_sums(task, results.residuals, rows[-1])
+    sums = tuple(weighted_sum(weights, g) for g in pairs)
+    sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return sums, (results.loss, results.parts, results.y_pred, tf.logical_not(finite))
 
 
@@ -260,18 +263,18 @@ def _first_position_only(self: Any) -> tf.Tensor:
 def _variable_by_variable(self: Any, task: Any, rows: Any, l2_norm_clip: float) -> Any:
     results, gradients, cotangents = self._run(task, rows)
     sums = []
-    for g in vectorized._add_local_terms(task, gradients, cotangents):
-        squared = vectorized.sum_of_squares(g)
+    for g in per_example._add_local_terms(task, gradients, cotangents):
+        squared = sum_of_squares(g)
         weights = mechanisms.clip_weights(squared, l2_norm_clip, rows[-1])
-        finite = vectorized.by_row(tf.math.is_finite(squared), g)
-        sums.append(vectorized.weighted_sum(weights, tf.where(finite, g, 0.0)))
-    sums += microbatches.residual_sums(task, results.residuals, rows[-1])
+        finite = by_row(tf.math.is_finite(squared), g)
+        sums.append(weighted_sum(weights, tf.where(finite, g, 0.0)))
+    sums += microbatches.residual_sums(task.releases, results.residuals, rows[-1])
     return tuple(sums), (results.loss, results.parts, results.y_pred, tf.zeros_like(rows[-1]))
 
 
-def _unclipped_residuals(task: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def _unclipped_residuals(releases: Any, residuals: Any, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
     kept = [tf.where(tf.math.is_finite(r), r, 0.0) for r in residuals]
-    return tuple(3.0 * vectorized.weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
+    return tuple(3.0 * weighted_sum(tf.cast(mask, tf.float32), r) for r in kept)
 
 
 def _first_multiplier(multipliers: Any) -> float:
@@ -282,8 +285,8 @@ def _local_terms_after_clipping(self: Any, weights: tf.Tensor, finite: Any) -> t
     """Clips the direct gradient's weights and adds the local terms unclipped."""
     total = _product_sum(self, weights, finite)
     for jacobian, cotangent in self._corrections:
-        missing = contributions.weighted_sum(1.0 - weights, contributions._only(finite, cotangent))[None]
-        term = self._rule.from_matrix(tf.cast(jacobian, tf.float64) * missing)
+        missing = weighted_sum(1.0 - weights, contributions.finite_only(finite, cotangent))[None]
+        term = self._from_matrix(tf.cast(jacobian, tf.float64) * missing)
         total += tf.reshape(term, self._shape)
     return total
 
@@ -318,8 +321,8 @@ _SENSITIVITY, _NOISE, _AUDIT = "neighbouring batches", "law of the noise", "audi
 _GRAM = functools.partial(check_sensitivity, engine="book_keeping", norm_method="gram")
 _PER_EXAMPLE = functools.partial(check_sensitivity, engine="vectorized")
 _RELEASING = functools.partial(check_sensitivity, "anchored")
-_CLIP_USERS = (vectorized, book_keeping, microbatches)
-_OPTIMIZER, _ENGINE = tf_dpbn.DPOptimizer, vectorized.PerExampleEngine
+_CLIP_USERS = (per_example, book_keeping, microbatches)
+_OPTIMIZER, _ENGINE = tf_dpbn.DPOptimizer, per_example.PerExampleEngine
 
 
 def _everywhere(value: Any) -> tuple[tuple[Any, str, Any], ...]:
@@ -363,7 +366,7 @@ BUGS: dict[str, Bug] = {
     ),
     "mask of padding rows ignored": Bug(_everywhere(_of_all_rows(mechanisms.clip_weights)), _RELEASING, _SENSITIVITY),
     "NaN times a weight of zero kept in the sum": Bug(
-        ((contributions, "_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
+        ((contributions, "finite_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
     ),
     "ghost norm without the products of different positions": Bug(
         ((contributions.Products, "squared_norms", _first_position_only),), _GRAM, _SENSITIVITY

@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import config_pb2, device_properties_pb2, rewriter
 from tensorflow.python.grappler import cluster, tf_optimizer
 
 from tests import helpers, zoo
-from tf_dpbn.clipping.vectorization import has_accelerator
+from tf_dpbn._devices import has_accelerator
 
 _PLACE = "/job:localhost/replica:0/task:0/device:"
 

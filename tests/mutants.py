@@ -83,22 +83,24 @@ MUTANTS = (
     Mutant("mechanisms.py", "self._draws.assign_add(1)", "self._draws.read_value()", (_MECHANISMS,)),
     Mutant("mechanisms.py", "[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", (_MECHANISMS,)),
     Mutant("mechanisms.py", "tf.cast(tensor / denominator, tf.float32)", "tf.cast(tensor, tf.float32)", (_MECHANISMS,)),
-    Mutant("statistics.py", "-0.5 * gamma", "0.5 * gamma", (_STATISTICS,)),
+    Mutant("normalization/moments.py", "-0.5 * gamma", "0.5 * gamma", (_STATISTICS,)),
     Mutant(
-        "statistics.py",
+        "normalization/moments.py",
         "(second - variance) * tf.square(r)",
         "(second - variance) * r",
         _selected(_RELEASED, "mean_residual or masked_positions"),
     ),
-    Mutant("statistics.py", "_LEAST_FACTOR = 0.25", "_LEAST_FACTOR = 0.0", _selected(_RELEASED, "survives_any")),
     Mutant(
-        "statistics.py",
+        "normalization/moments.py", "_LEAST_FACTOR = 0.25", "_LEAST_FACTOR = 0.0", _selected(_RELEASED, "survives_any")
+    ),
+    Mutant(
+        "normalization/moments.py",
         "tf.maximum(1.0 - momentum,",
         "tf.minimum(1.0 - momentum,",
         _selected(_RELEASED, "approach_the_moments or deep_stack"),
     ),
     Mutant(
-        "statistics.py",
+        "normalization/moments.py",
         "+ 0.5 * shift * tf.math.rsqrt",
         "+ shift * tf.math.rsqrt",
         _selected(_RELEASED, "anchored_corrections"),
@@ -116,15 +118,15 @@ MUTANTS = (
         _selected(_RULES, "plain_differentiation and dense_rank_3"),
     ),
     Mutant(
-        "clipping/contributions.py",
+        "clipping/rows.py",
         "return values if finite is None",
         "return values if True",
         _selected(_RULES, "not_finite"),
     ),
     Mutant(
         "clipping/contributions.py",
-        "weighted_sum(weights, _only(finite, cotangent))",
-        "weighted_sum(tf.ones_like(weights), _only(finite, cotangent))",
+        "weighted_sum(weights, finite_only(finite, cotangent))",
+        "weighted_sum(tf.ones_like(weights), finite_only(finite, cotangent))",
         _selected(_GALLERY, "right_library and gram"),
     ),
     Mutant(
@@ -164,20 +166,20 @@ MUTANTS = (
         _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
     ),
     Mutant(
-        "clipping/vectorized.py",
+        "clipping/per_example.py",
         "tf.add_n([sum_of_squares(g) for g in gradients])",
         "tf.add_n([sum_of_squares(g) for g in gradients[1:]])",
         _selected(_ENGINES, "loop_over_examples and vectorized and custom"),
     ),
     Mutant(
-        "clipping/vectorized.py",
+        "clipping/per_example.py",
         "gradients[term.index] += tf",
         "gradients[term.index] -= tf",
         _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
     ),
     Mutant(
-        "clipping/vectorized.py",
-        "tf.where(by_row(finite, g), g, tf.zeros_like(g))",
+        "clipping/per_example.py",
+        "finite_only(finite, g)",
         "g",
         _selected(_GALLERY, "right_library and vectorized"),
     ),
@@ -188,13 +190,13 @@ MUTANTS = (
         _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
     ),
     Mutant(
-        "clipping/local_terms.py",
+        "normalization/moments.py",
         "+ self.spread(c_variance) * self.d_variance",
         "- self.spread(c_variance) * self.d_variance",
         _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
     ),
     Mutant(
-        "clipping/local_terms.py",
+        "normalization/local_terms.py",
         "d_variances.append(2.0 *",
         "d_variances.append(1.0 *",
         _selected(_RELEASED, "length_of_the_kernel"),
@@ -355,7 +357,7 @@ MUTANTS = (
         "if True:",
         _selected("tests/test_model.py", "no_graph_behind and book_keeping"),
     ),
-    Mutant("_public_pass.py", ">= _DEEP", "> _DEEP", _selected("tests/test_conversion.py", "from_eight")),
+    Mutant("normalization/public_pass.py", ">= _DEEP", "> _DEEP", _selected("tests/test_conversion.py", "from_eight")),
     Mutant(
         "_audit_bounds.py",
         "2.0 * canaries * delta * worst",

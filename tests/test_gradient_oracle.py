@@ -9,8 +9,8 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, call_model, keras, raw
-from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.mechanisms import NoisedGradients
+from tf_dpbn.normalization import PublicForward, ReleasedMeans
 
 layers = keras.layers
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -140,11 +140,11 @@ def nonlocal_terms(stddev, steps):
     helpers.randomize(model)
     helpers.compiled(model)
     x, rng = helpers.images(16)[0], np.random.default_rng(0)
-    books, variables = model._books, [raw(v) for v in model.trainable_variables]
+    means, variables = ReleasedMeans(), [raw(v) for v in model.trainable_variables]
 
     @tf.function(autograph=False)
     def terms(*gradients):
-        found = [PublicForward(model, x, kind, books.released_mean) for kind in ("adaptive", "full")]
+        found = [PublicForward(model, x, kind, means) for kind in ("adaptive", "full")]
         noised = NoisedGradients(gradients)
         return [[t for t in public.nonlocal_correction(noised, stddev) if t is not None] for public in found]
 
@@ -249,10 +249,10 @@ def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
 
     @tf.function(autograph=False)
     def trace(x):
-        found.extend(PublicForward(model, x, "local", model._record.released_mean).local_terms)
+        found.extend(PublicForward(model, x, "local", ReleasedMeans()).calls)
 
     trace.get_concrete_function(tf.TensorSpec((4, *shape)))
-    assert sum(bool(terms) for terms in found) == number
+    assert sum(bool(call.local_terms) for call in found) == number
 
 
 @pytest.mark.parametrize("data_format, axis", [("channels_last", -1), ("channels_last", 3)])
@@ -307,7 +307,7 @@ def test_no_filter_gradient_of_one_example_strides_with_one_tap():
     x = tf.constant(helpers.images(5, (7, 8, 2))[0])
 
     def forward():
-        return [t.d_mean for terms in PublicForward(model, x, "local", None).local_terms for t in terms]
+        return [t.d_mean for call in PublicForward(model, x, "local", None).calls for t in call.local_terms]
 
     gradients = [
         operation

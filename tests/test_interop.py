@@ -169,7 +169,10 @@ def test_masked_positions_do_not_count():
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
     mean, variance = tf.zeros([2]), tf.ones([2])
     found = _stock_pass.clipped_residuals(layer, tf.constant(z), tf.constant(mask), mean, variance).tensors[0]
-    rows = [tf_dpbn.statistics.residuals(tf.constant(z[i][mask[i]]), mean, variance, layer.epsilon) for i in range(2)]
+    rows = [
+        tf_dpbn.normalization.moments.residuals(tf.constant(z[i][mask[i]]), mean, variance, layer.epsilon)
+        for i in range(2)
+    ]
     np.testing.assert_allclose(found, np.sum(rows, 0), rtol=1e-5)
 
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
-from tf_dpbn.layers import GivenStatistics, PublicPass, current_scope
+from tf_dpbn.normalization import GivenStatistics, PublicPass, current_scope
 
 Stock = keras.layers.BatchNormalization
 DPBN = tf_dpbn.DPBatchNormalization

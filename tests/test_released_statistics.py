@@ -11,9 +11,9 @@ from scipy import stats
 
 import tf_dpbn
 from tests import helpers
-from tf_dpbn import accounting, statistics
+from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
-from tf_dpbn.layers import GivenStatistics, PublicPass
+from tf_dpbn.normalization import GivenStatistics, PublicPass, moments
 
 layers = keras.layers
 MODES = ["noised", "anchored"]
@@ -61,8 +61,8 @@ def test_mean_residual_at_full_rate_lands_on_the_moments():
     rng = np.random.default_rng(0)
     z = tf.constant(rng.normal(2.0, 3.0, (50, 4, 6)), tf.float64)
     mean, variance = tf.constant(rng.normal(size=6)), tf.constant(rng.uniform(0.5, 30.0, 6))
-    each = tf.stack([statistics.residuals(row, mean, variance, 1e-3) for row in z])
-    found = statistics.updated(mean, variance, tf.reduce_mean(each, 0), tf.constant(1.0, tf.float64), 1e-3)
+    each = tf.stack([moments.residuals(row, mean, variance, 1e-3) for row in z])
+    found = moments.updated(mean, variance, tf.reduce_mean(each, 0), tf.constant(1.0, tf.float64), 1e-3)
     expected = np.mean(z, (0, 1)), np.mean((z - mean) ** 2, (0, 1))
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-9)
     np.testing.assert_allclose(found[1], np.maximum(expected[1], 0.25 * (variance + 1e-3) - 1e-3), rtol=1e-9)
@@ -73,10 +73,10 @@ def test_anchored_update_moves_the_statistics_as_the_plain_one():
     mean_p, variance_p = tf.constant(rng.normal(size=6)), tf.constant(rng.uniform(0.5, 3.0, 6))
     shift, log_scale = tf.constant(rng.normal(size=6)), tf.constant(rng.normal(size=6))
     released, rate = tf.constant(rng.normal(size=12) * 0.1), tf.constant(0.5, tf.float64)
-    before = statistics.anchored(mean_p, variance_p, shift, log_scale, 0.0)
-    after = statistics.updated_anchor(shift, log_scale, released, rate)
-    found = statistics.anchored(mean_p, variance_p, *after, 0.0)
-    for one, other in zip(found, statistics.updated(*before, released, rate, 0.0), strict=True):
+    before = moments.anchored(mean_p, variance_p, shift, log_scale, 0.0)
+    after = moments.updated_anchor(shift, log_scale, released, rate)
+    found = moments.anchored(mean_p, variance_p, *after, 0.0)
+    for one, other in zip(found, moments.updated(*before, released, rate, 0.0), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9)
 
 
@@ -84,15 +84,15 @@ def test_masked_positions_are_left_out_of_residuals():
     z = np.random.default_rng(0).normal(size=(1, 5, 3)).astype("float32")
     mask = np.array([[True, True, False, True, False]])
     given = tf.zeros([3]), tf.ones([3])
-    found = statistics.residuals(tf.constant(z), *given, 1e-3, (-1,), tf.constant(mask))
-    np.testing.assert_allclose(found, statistics.residuals(tf.constant(z[mask]), *given, 1e-3), atol=1e-6)
-    nothing = statistics.residuals(tf.constant(z), *given, 1e-3, (-1,), tf.constant(np.zeros_like(mask)))
+    found = moments.residuals(tf.constant(z), *given, 1e-3, (-1,), tf.constant(mask))
+    np.testing.assert_allclose(found, moments.residuals(tf.constant(z[mask]), *given, 1e-3), atol=1e-6)
+    nothing = moments.residuals(tf.constant(z), *given, 1e-3, (-1,), tf.constant(np.zeros_like(mask)))
     np.testing.assert_array_equal(nothing, np.zeros(6))
 
 
 def test_variance_survives_any_release():
     released = tf.constant([0.0, -1e9])
-    _, variance = statistics.updated(tf.zeros([1]), tf.ones([1]), released, tf.constant(1.0), 0.0)
+    _, variance = moments.updated(tf.zeros([1]), tf.ones([1]), released, tf.constant(1.0), 0.0)
     assert float(variance[0]) == 0.25
 
 
@@ -326,7 +326,7 @@ def test_large_inputs_do_not_crowd_out_the_moments(scale):
     (layer,), z = normalizations(model), model.layers[1](x)
     np.testing.assert_allclose(layer.moving_variance, np.var(z, 0), rtol=0.1)
     np.testing.assert_allclose(layer.moving_mean, np.mean(z, 0), atol=0.1 * np.std(z, 0).max())
-    ((_, mean),) = model._record._released_means.items()
+    ((_, mean),) = model._record.released_means._variables.items()
     np.testing.assert_allclose(mean, np.mean(x, 0), rtol=0.1)
 
 
@@ -338,10 +338,10 @@ def test_released_input_means_belong_to_their_layer():
     data = np.random.default_rng(0).normal(5.0, 1.0, (64, 3)).astype("float32"), np.zeros(64, int)
     train(model, *data, 10)
     model.get_layer("b1").trainable = False
-    before = {name: mean.numpy() for name, mean in model._record._released_means.items()}
+    before = {name: mean.numpy() for name, mean in model._record.released_means._variables.items()}
     train(model, *data, 1)
     assert {mean.shape for mean in before.values()} == {(3,), (8,)}
-    for name, mean in model._record._released_means.items():
+    for name, mean in model._record.released_means._variables.items():
         np.testing.assert_allclose(mean, before[name], atol=0.1)
 
 

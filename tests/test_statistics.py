@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tf_dpbn import statistics
+from tf_dpbn.normalization import moments
 
 SHAPES = [
     ((6, 3), (-1,)),
@@ -39,7 +39,7 @@ def broadcast(statistic, shape, axes):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_moments(shape, axes, dtype, tolerance):
     z = random(*shape).astype(dtype)
-    mean, variance = statistics.moments(tf.constant(z), axes)
+    mean, variance = moments.moments(tf.constant(z), axes)
     assert mean.dtype == variance.dtype == dtype
     reduced = other_axes(shape, axes)
     np.testing.assert_allclose(mean, z.mean(reduced), rtol=tolerance, atol=tolerance)
@@ -49,7 +49,7 @@ def test_moments(shape, axes, dtype, tolerance):
 @pytest.mark.parametrize("dtype", HALF)
 def test_moments_of_half_precision_are_computed_in_float32(dtype):
     z = tf.cast(random(4096, 3) * 30.0 + 200.0, dtype)  # sums and squares overflow float16
-    mean, variance = statistics.moments(z)
+    mean, variance = moments.moments(z)
     assert mean.dtype == variance.dtype == tf.float32
     exact = tf.cast(z, tf.float64).numpy()
     np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-5)
@@ -58,7 +58,7 @@ def test_moments_of_half_precision_are_computed_in_float32(dtype):
 
 def test_moments_are_stable_far_from_zero():
     z = random(1000, 2).astype("float32") + 1e4
-    _, variance = statistics.moments(tf.constant(z))
+    _, variance = moments.moments(tf.constant(z))
     np.testing.assert_allclose(variance, z.astype("float64").var(0), rtol=1e-3)
 
 
@@ -75,7 +75,7 @@ def test_masked_moments_leave_positions_out(shape, axes, mask_rank):
         mask[1] = True  # every channel has a position left
     weights = mask.reshape(mask.shape + (1,) * (len(shape) - mask_rank)) * np.ones(shape)
     poisoned = np.where(weights > 0, z, 1e6)
-    mean, variance = statistics.moments(tf.constant(poisoned), axes, tf.constant(mask))
+    mean, variance = moments.moments(tf.constant(poisoned), axes, tf.constant(mask))
     reduced = other_axes(shape, axes)
     expected = np.average(z, reduced, weights)
     centered = np.square(z - broadcast(expected, shape, axes))
@@ -85,13 +85,13 @@ def test_masked_moments_leave_positions_out(shape, axes, mask_rank):
 
 def test_a_mask_of_all_true_changes_nothing():
     z = tf.constant(random(4, 5, 3))
-    plain = statistics.moments(z)
-    masked = statistics.moments(z, mask=tf.ones((4, 5), tf.bool))
+    plain = moments.moments(z)
+    masked = moments.moments(z, mask=tf.ones((4, 5), tf.bool))
     np.testing.assert_allclose(masked, plain, rtol=1e-12)
 
 
 def test_moments_with_unknown_batch_size():
-    traced = tf.function(statistics.moments, input_signature=[tf.TensorSpec((None, None, 3))])
+    traced = tf.function(moments.moments, input_signature=[tf.TensorSpec((None, None, 3))])
     z = random(4, 6, 3).astype("float32")
     np.testing.assert_allclose(traced(z)[0], z.mean((0, 1)), rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_normalize(shape, axes, affine):
     channels = z.mean(other_axes(shape, axes)).shape
     mean, gamma, beta = (random(*channels, seed=k) for k in range(1, 4))
     variance = np.square(random(*channels, seed=4))
-    out = statistics.normalize(
+    out = moments.normalize(
         tf.constant(z),
         mean,
         variance,
@@ -120,14 +120,14 @@ def test_normalize(shape, axes, affine):
 def test_normalize_takes_parameters_of_another_type():
     z = tf.constant(random(4, 3))
     statistic = tf.ones((3,), tf.float32)
-    out = statistics.normalize(z, statistic, statistic, statistic, statistic, 0.0)
+    out = moments.normalize(z, statistic, statistic, statistic, statistic, 0.0)
     assert out.dtype == tf.float64
     np.testing.assert_allclose(out, z.numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_widen(dtype):
-    wide = statistics.widen(tf.constant([1.0], dtype))
+    wide = moments.widen(tf.constant([1.0], dtype))
     assert wide.dtype == (tf.float32 if dtype in HALF else dtype)
 
 
@@ -144,7 +144,7 @@ def affine_and_statistics_gradients(shape=(4, 5, CHANNELS), seed=0):
     weights = tf.constant(random(*shape, seed=seed + 5))
     with tf.GradientTape(persistent=True) as tape:
         tape.watch([gamma, beta, mean, variance])
-        y = statistics.normalize(z, mean, variance, gamma, beta, EPSILON)
+        y = moments.normalize(z, mean, variance, gamma, beta, EPSILON)
         losses = tf.reduce_sum(tf.sin(y * weights), range(1, len(shape)))
         rows = [losses[i] for i in range(shape[0])]
     gradients = [tape.gradient(row, [gamma, beta, mean, variance]) for row in rows]
@@ -155,7 +155,7 @@ def affine_and_statistics_gradients(shape=(4, 5, CHANNELS), seed=0):
 def test_statistics_cotangents_of_one_example(shape):
     gamma, variance, gradients = affine_and_statistics_gradients(shape)
     for d_gamma, d_beta, c_mu, c_v in gradients:
-        found = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
+        found = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
         np.testing.assert_allclose(found[0], c_mu, rtol=1e-9)
         np.testing.assert_allclose(found[1], c_v, rtol=1e-9)
 
@@ -165,8 +165,8 @@ def test_statistics_cotangents_of_a_clipped_and_noised_sum():
     gamma, variance, gradients = affine_and_statistics_gradients()
     weights, noise = random(len(gradients), seed=8), random(2, CHANNELS, seed=9)
     d_gamma, d_beta, c_mu, c_v = (sum(w * g[k] for w, g in zip(weights, gradients, strict=True)) for k in range(4))
-    noised = statistics.statistics_cotangents(d_gamma + noise[0], d_beta + noise[1], gamma, variance, EPSILON)
-    of_noise = statistics.statistics_cotangents(*tf.constant(noise), gamma, variance, EPSILON)
+    noised = moments.statistics_cotangents(d_gamma + noise[0], d_beta + noise[1], gamma, variance, EPSILON)
+    of_noise = moments.statistics_cotangents(*tf.constant(noise), gamma, variance, EPSILON)
     np.testing.assert_allclose(noised[0], c_mu + of_noise[0], rtol=1e-9)
     np.testing.assert_allclose(noised[1], c_v + of_noise[1], rtol=1e-9)
 
@@ -178,19 +178,19 @@ def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
     gamma, beta = tf.constant(random(CHANNELS, seed=2)), tf.constant(random(CHANNELS, seed=3))
 
     def loss(z, mean, variance):
-        y = statistics.normalize(z, mean, variance, gamma, beta, EPSILON)
+        y = moments.normalize(z, mean, variance, gamma, beta, EPSILON)
         return tf.reduce_sum(tf.sin(y * weights))
 
     with tf.GradientTape() as tape:
         tape.watch(z)
-        value = loss(z, *statistics.moments(z))
+        value = loss(z, *moments.moments(z))
     full = tape.gradient(value, z)
-    mean, variance = statistics.moments(z)
+    mean, variance = moments.moments(z)
     with tf.GradientTape() as tape:
         tape.watch([z, gamma, beta])
         value = loss(z, mean, variance)
     frozen, d_gamma, d_beta = tape.gradient(value, [z, gamma, beta])
-    c_mu, c_v = statistics.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
+    c_mu, c_v = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
     n = shape[0] * shape[1]
     np.testing.assert_allclose(full, frozen + c_mu / n + 2.0 * c_v * (z - mean) / n, rtol=1e-9, atol=1e-9)
     assert np.abs(full - frozen).max() > 0.1
@@ -200,12 +200,12 @@ def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
 def test_share_of_signal_is_that_of_a_vectors_square(signal, low, high):
     rng = np.random.default_rng(0)
     vectors = signal + 0.4 * rng.normal(size=(200, 12))
-    shares = [float(statistics.share_of_signal(tf.constant(v, tf.float32), tf.constant(0.16))) for v in vectors]
+    shares = [float(moments.share_of_signal(tf.constant(v, tf.float32), tf.constant(0.16))) for v in vectors]
     np.testing.assert_allclose(shares, np.maximum(0.0, 1.0 - 12 * 0.16 / np.sum(vectors**2, 1)), atol=1e-5)
     assert low <= np.mean(shares) <= high
 
 
 def test_share_of_signal_is_one_without_noise_and_defined_without_signal():
-    assert float(statistics.share_of_signal(tf.constant([0.1, 0.0]), tf.constant(0.0))) == 1.0
-    assert float(statistics.share_of_signal(tf.zeros([2]), tf.constant(0.0))) == 1.0
-    assert np.isfinite(float(statistics.share_of_signal(tf.zeros([2]), tf.constant(1.0))))
+    assert float(moments.share_of_signal(tf.constant([0.1, 0.0]), tf.constant(0.0))) == 1.0
+    assert float(moments.share_of_signal(tf.zeros([2]), tf.constant(0.0))) == 1.0
+    assert np.isfinite(float(moments.share_of_signal(tf.zeros([2]), tf.constant(1.0))))

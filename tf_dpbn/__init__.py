@@ -4,7 +4,7 @@ The map, in the order data flows:
 
 - `sampling`: Poisson batches of fixed shape; `PrivacyPlan` with data sets.
 - `augmentation`: augmented copies of examples, averaged before clipping.
-- `layers`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
+- `normalization`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
 - `clipping`: per-example gradients, with the gradient through the statistics, clipped and summed.
 - `mechanisms`: the privacy boundary, where noise is added.
 - `constraints`: weight standardization.
@@ -37,23 +37,22 @@ if TYPE_CHECKING:
         constraints,
         conversion,
         interop,
-        layers,
         mechanisms,
         model,
+        normalization,
         optimizers,
         public_data,
         sampling,
-        statistics,
     )
     from tf_dpbn.conversion import convert, to_stock, validate
-    from tf_dpbn.layers import DPBatchNormalization
     from tf_dpbn.model import DPModel, DPSequential
+    from tf_dpbn.normalization import DPBatchNormalization
     from tf_dpbn.optimizers import DPOptimizer
     from tf_dpbn.sampling import PrivacyPlan
 
 # The module of each name; imported, TensorFlow with it, when it is first asked for, so that accounting is quick.
 _MODULE_OF = {
-    "DPBatchNormalization": "layers",
+    "DPBatchNormalization": "normalization",
     "DPModel": "model",
     "DPOptimizer": "optimizers",
     "DPSequential": "model",
@@ -81,13 +80,12 @@ __all__ = [
     "conversion",
     "convert",
     "interop",
-    "layers",
     "mechanisms",
     "model",
+    "normalization",
     "optimizers",
     "public_data",
     "sampling",
-    "statistics",
     "to_stock",
     "validate",
 ]

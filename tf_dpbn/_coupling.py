@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn._keras import call_model, flatten_layers, isolated_call, kept_state, raw, symbolic_inputs
-from tf_dpbn.layers import GivenStatistics, NormalizationCall
+from tf_dpbn.normalization import GivenStatistics, NormalizationCall
 
 ROWS = 5
 _MOST_ROWS = 8

@@ -10,8 +10,8 @@ from typing import Any, overload
 from tf_dpbn import _coupling
 from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state, raw
 from tf_dpbn._rebuild import is_convertible
-from tf_dpbn.layers import DPBatchNormalization
 from tf_dpbn.model import DPModel, training_trace
+from tf_dpbn.normalization import DPBatchNormalization
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
 _CONVERT = "tf_dpbn.convert(model), or freeze it with trainable=False."

@@ -8,12 +8,12 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn._coupling import make_batch
-from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
+from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_of_call
 from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn.conversion import validate
-from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 from tf_dpbn.model import DPModel, checks, training_trace
+from tf_dpbn.normalization import DPBatchNormalization, NormalizationCall
 from tf_dpbn.optimizers import DPOptimizer
 
 _ATTRIBUTES = ("_l2_norm_clip", "_noise_multiplier", "_num_microbatches", "_was_dp_gradients_called")
@@ -179,7 +179,7 @@ def check_compilation(model: Any) -> None:
             )
     if getattr(model, "_jit_compile", None):
         raise _validate.argument_error("jit_compile", True, "be False", "XLA leaves out the checks of each step.")
-    stride = steps_per_execution(model)
+    stride = steps_of_call(model)
     if stride != 1:
         raise _validate.argument_error(
             "steps_per_execution", stride, "be 1", "Statistics are brought up to the weights before each step."

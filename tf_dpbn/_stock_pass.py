@@ -14,13 +14,20 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import statistics
 from tf_dpbn._keras import call_model, raw
-from tf_dpbn._public_pass import assign_moving_statistics, refresh_moving_statistics
-from tf_dpbn.clipping.local_terms import LocalTerm, find_local_terms, input_means
 from tf_dpbn.clipping.rows import weighted_sum
-from tf_dpbn.layers import DPBatchNormalization, NormalizationCall, PublicPass, StatisticsScope
 from tf_dpbn.mechanisms import ClippedSum, NoiseSource, add_gaussian_noise, clip_weights
+from tf_dpbn.normalization import (
+    DPBatchNormalization,
+    LocalTerm,
+    NormalizationCall,
+    PublicPass,
+    StatisticsScope,
+    assign_moving_statistics,
+    moments,
+    refresh_moving_statistics,
+    with_local_terms,
+)
 
 # What replaces an example may be a padding row, whose residual is not zero: a layer does not see weights.
 ROWS_CHANGED_BY_ONE_EXAMPLE = 2
@@ -137,10 +144,10 @@ class StockPass(StatisticsScope):
         clipped = clipped_residuals(layer, tf.stop_gradient(z), mask, mean, variance)
         return add_gaussian_noise(clipped, self.noise_multiplier, self.rows, self._source).tensors[0]
 
-    def hold(self, variables: Sequence[tf.Variable], calls: Sequence[NormalizationCall], terms: Any) -> None:
+    def hold(self, variables: Sequence[tf.Variable], calls: Sequence[NormalizationCall]) -> None:
         """Keeps the local terms of layers that are called once a pass for the next step."""
         layers = [call.layer for call in calls]
-        for layer, found in zip(layers, terms, strict=True):
+        for layer, found in zip(layers, [call.local_terms for call in calls], strict=True):
             if layers.count(layer) > 1:
                 continue
             if id(layer) not in self._terms:
@@ -188,7 +195,7 @@ def clipped_residuals(
 
     def of_row(each: tuple[tf.Tensor, ...]) -> tf.Tensor:
         row, *row_mask = [tensor[None] for tensor in each]
-        found = statistics.residuals(row, mean, variance, layer.epsilon, layer.channel_axes, *row_mask)
+        found = moments.residuals(row, mean, variance, layer.epsilon, layer.channel_axes, *row_mask)
         return tf.cast(found, tf.float32)
 
     vectors = tf.vectorized_map(of_row, (z,) if mask is None else (z, mask))
@@ -228,18 +235,11 @@ class StockRefresh:
         with PublicPass() as scope:
             call_model(self._model, inputs, training=True)
         self._active = frozenset(scope.active)
-        flat = tf.nest.flatten(inputs)
-        noised = [(call.inputs, call) for call in scope.calls if call.layer.releases]
-        found = iter(input_means(noised, flat, variables))
         # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
         # kernel, which the released mean of the outputs tells.
-        means = [_zeros_like(next(found)) if call.layer.releases else None for call in scope.calls]
-        self._scope.hold(variables, scope.calls, find_local_terms(scope.calls, flat, variables, means))
+        calls = with_local_terms(scope.calls, tf.nest.flatten(inputs), variables, lambda call, size: tf.zeros([size]))
+        self._scope.hold(variables, calls)
         assign_moving_statistics(scope.calls)
 
     def _for_inference(self) -> None:
         refresh_moving_statistics(self._model, self._batch, self._active)
-
-
-def _zeros_like(mean: tf.Tensor | None) -> tf.Tensor | None:
-    return None if mean is None else tf.zeros(mean.shape)

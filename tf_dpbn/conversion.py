@@ -12,8 +12,8 @@ from tf_dpbn import _validate
 from tf_dpbn._findings import Finding, Findings, inspect_model
 from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
 from tf_dpbn._rebuild import Rebuilder
-from tf_dpbn.layers import STATISTICS_MODES, DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
+from tf_dpbn.normalization import STATISTICS_MODES, DPBatchNormalization
 
 __all__ = ["Finding", "Findings", "convert", "to_stock", "validate"]
 

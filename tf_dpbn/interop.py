@@ -31,7 +31,7 @@ from tf_dpbn._keras import IS_KERAS_3, count_of, flatten_layers, keras
 from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn._stock_pass import StockPass, StockRefresh
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
-from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
+from tf_dpbn.normalization import DPBatchNormalization, NormalizationCall
 
 _Self = TypeVar("_Self", bound="StatisticsCallback")
 # The optimizer's noise multiplier may fall short of the plan's by rounding.

@@ -10,10 +10,10 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, zoo
 from tf_dpbn._keras import keras, raw
-from tf_dpbn.clipping import Batch, StatisticsRelease, Task
+from tf_dpbn.clipping import ENGINES, Batch, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
-from tf_dpbn.clipping.registry import ENGINES
 from tf_dpbn.model import step
+from tf_dpbn.normalization import StatisticsRelease
 
 NORMALIZED = [name for name in zoo.BODIES if name.startswith("batch_normalization")]
 PLAIN = [name for name in zoo.BODIES if name not in NORMALIZED]
@@ -192,8 +192,7 @@ def test_a_batch_of_no_rows_and_unknown_size_contributes_nothing(engine):
 def test_residuals_are_clipped_to_their_bound_whoever_made_them(mask):
     """The public pass hands over vectors within the bound; this is the place that does not rely on it."""
     rows = tf.constant([[0.3, 0.4], [3.0, 4.0], [0.0, -1e20], [np.nan, 0.0]])
-    task = Task(None, (), (), (), 1.0, (StatisticsRelease(2, 2.0),))
-    (total,) = residual_sums(task, (rows,), tf.constant(mask))
+    (total,) = residual_sums([StatisticsRelease(2, 2.0)], (rows,), tf.constant(mask))
     expected = np.array([0.3, 0.4]) + mask[1] * np.array([1.2, 1.6])  # the square of 1e20 is not finite: dropped
     np.testing.assert_allclose(total, expected, rtol=1e-6)
 
@@ -210,7 +209,7 @@ def test_slices_of_padding_alone_are_not_worked_on():
 
     @tf.function(autograph=False)
     def run(x, mask):
-        task = Task(None, (tf.zeros([1]),), (), ())
+        task = Task(None, (tf.zeros([1]),))
         (total,), result = Counting(microbatch_size=3)(task, Batch(x, (), None, mask), 1.0)
         return total.tensors[0], result.loss
 

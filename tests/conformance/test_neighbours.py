@@ -7,7 +7,7 @@ import pytest
 
 from tests import helpers, neighbours
 from tests.conformance import nets
-from tf_dpbn.clipping.registry import ENGINES
+from tf_dpbn.clipping import ENGINES
 
 BATCHES = 2
 # Each net with two draws of weights, clip norm and batches, and another engine in each.

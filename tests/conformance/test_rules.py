@@ -10,7 +10,7 @@ from tests import helpers, zoo
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
 from tf_dpbn.clipping import ExampleResult, Task, vectorization
 from tf_dpbn.clipping.book_keeping import NORM_METHODS, BookKeepingEngine
-from tf_dpbn.clipping.vectorized import PerExampleEngine
+from tf_dpbn.clipping.per_example import PerExampleEngine
 
 layers = keras.layers
 METHODS = [method for method in NORM_METHODS if method != "auto"]
@@ -87,7 +87,7 @@ def task_of(function, variables, dtype="float32"):
         out = function(x[None])[0]
         return ExampleResult(tf.reduce_sum(tf.cast(out, dtype) * y), (), out)
 
-    return Task(run_example, tuple(variables), (), ())
+    return Task(run_example, tuple(variables))
 
 
 def rows_of(x, y, mask=None):

@@ -13,129 +13,40 @@ The contract, which every engine satisfies and tests/conformance checks:
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
-
-import tensorflow as tf
-
 from tf_dpbn import _validate
-from tf_dpbn.clipping.local_terms import LocalTerm
-from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP, ClippedSum
+from tf_dpbn.clipping.book_keeping import BookKeepingEngine
+from tf_dpbn.clipping.per_example import PerExampleEngine
+from tf_dpbn.clipping.rules.base import NORM_METHODS
+from tf_dpbn.clipping.task import Batch, BatchResult, Engine, ExampleResult, MaskedPredictions, Task
+
+__all__ = [
+    "ENGINES",
+    "NORM_METHODS",
+    "Batch",
+    "BatchResult",
+    "Engine",
+    "ExampleResult",
+    "MaskedPredictions",
+    "Task",
+    "get_engine",
+]
+
+ENGINES = ("book_keeping", "vectorized", "loop")
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Private examples of one step.
+def get_engine(name: str, microbatch_size: int | None = None, norm_method: str = "auto") -> Engine:
+    """Returns the engine called `name`.
 
-    Attributes:
-      x, y: nests of tensors [batch, ...].
-      sample_weight: [batch, ...], a nest of them (one an output), or None; bool or int8 ones only mark padding.
-      mask: bool [batch], False for padding, or None where every row is a real example.
+    Args:
+      name: "book_keeping" (the fast one), "vectorized" (per-example gradients, vectorized over a microbatch) or "loop"
+        (one example after the other). All give the same result.
+      microbatch_size: bounds the memory that examples take at a time; None chooses.
+      norm_method: for "book_keeping", see `BookKeepingEngine`.
+
+    Raises:
+      ValueError: for an unknown name, a bad microbatch size or an unknown norm method.
     """
-
-    x: Any
-    y: Any
-    sample_weight: Any
-    mask: tf.Tensor | None
-
-
-class MaskedPredictions(NamedTuple):
-    """Predictions to some of which Keras attached a mask, which metrics read.
-
-    Attributes:
-      outputs: nest of predictions.
-      masks: for each of them its mask, or an empty tuple.
-    """
-
-    outputs: Any
-    masks: tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ExampleResult:
-    """What the forward pass of one example yields.
-
-    Attributes:
-      loss: scalar, its sample weight included.
-      parts: its unweighted losses by output, as Keras logs them; empty for a single output.
-      y_pred: the prediction, or MaskedPredictions, without a batch axis.
-      residuals: for each of the task's releases, a float32 vector.
-    """
-
-    loss: tf.Tensor
-    parts: tuple[tf.Tensor, ...]
-    y_pred: Any
-    residuals: tuple[tf.Tensor, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchResult:
-    """Private by-products of a clipped sum: for Keras' un-noised metrics, never for an update.
-
-    Attributes:
-      loss: float32 [batch].
-      parts: float32 [batch] for each output.
-      y_pred: nest of [batch, ...], or MaskedPredictions of such.
-      not_finite: int64 scalar, how many real examples were dropped because their gradient was not finite.
-    """
-
-    loss: tf.Tensor
-    parts: tuple[tf.Tensor, ...]
-    y_pred: Any
-    not_finite: tf.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class StatisticsRelease:
-    """A vector by example whose clipped sum is released with noise, beside the gradient.
-
-    Attributes:
-      size: its length.
-      l2_norm_clip: bound on its L2 norm.
-    """
-
-    size: int
-    l2_norm_clip: float
-
-    def __post_init__(self) -> None:
-        if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
-            raise _validate.argument_error(
-                "l2_norm_clip",
-                self.l2_norm_clip,
-                f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]",
-                "1.0 is a common choice.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What an engine needs to know about the model, at the current weights.
-
-    Attributes:
-      run_example: maps (x, y, sample_weight, index, statistics) of one example, without batch axis, to its
-        ExampleResult. It runs the model on a batch of one, so nothing in it can see another example.
-      variables: the trainable variables.
-      statistics: (mean, variance) of each normalization call in training; public or released.
-      local_terms: for each of those calls, the local corrections to add (docs/algorithm.md, section 3a).
-      loss_scale: a power of two; losses are multiplied by it while they are differentiated, and gradients divided by
-        it in float32, so that small gradients survive half precision.
-      releases: what is released of the statistics' residuals.
-    """
-
-    run_example: Callable[..., ExampleResult]
-    variables: tuple[tf.Variable, ...]
-    statistics: tuple[tuple[tf.Tensor, tf.Tensor], ...]
-    local_terms: tuple[tuple[LocalTerm, ...], ...]
-    loss_scale: float = 1.0
-    releases: tuple[StatisticsRelease, ...] = ()
-
-
-class Engine(Protocol):
-    """Computes the clipped sum of corrected per-example gradients."""
-
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
-        """Returns the sums and the un-noised by-products.
-
-        The first sum is the gradient's, of sensitivity `l2_norm_clip`; the others are those of the task's releases.
-        """
+    _validate.one_of("engine", name, ENGINES)
+    if name == "book_keeping":
+        return BookKeepingEngine(microbatch_size, norm_method)
+    return PerExampleEngine(microbatch_size, vectorize=name == "vectorized")

@@ -7,18 +7,17 @@ numbers. Where the norm comes from inner products instead, rounding is bounded a
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.local_terms import LocalTerm
-from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
-from tf_dpbn.clipping.rules.base import MatrixRule, Rule
-from tf_dpbn.clipping.rules.embedding import LookupRule
+from tf_dpbn.clipping.rows import by_row, finite_only, sum_of_squares, weighted_sum
+from tf_dpbn.normalization import LocalTerm
 
 # (term, cotangents by mean and variance, [rows, channels] each)
 BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]
+Pair = tuple[tf.Tensor, tf.Tensor]
 # Inner products are off by a few units in the last place of the product of the vectors' norms.
 _UNITS = 8.0
 
@@ -28,14 +27,14 @@ class Contribution(abc.ABC):
 
     @abc.abstractmethod
     def squared_norms(self) -> tf.Tensor:
-        """[rows]; not finite where a gradient is not."""
+        """[rows]; non-finite where a gradient is."""
 
     @abc.abstractmethod
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """Sum over rows of weight times gradient, float64, of the variable's shape.
 
         Args:
-          weights: [rows], zero where a gradient is not finite.
+          weights: [rows], zero where a gradient is non-finite.
           finite: bool [rows]; None where all gradients are finite.
         """
 
@@ -46,13 +45,18 @@ class Kept(Contribution):
     Args:
       shape: of the variable.
       blocks: tensors [rows, ...].
-      rule: what the blocks are; None for a single block in the variable's shape.
+      join: makes of blocks, [1, ...], one tensor with the variable's elements in their order.
     """
 
-    def __init__(self, shape: Sequence[int], blocks: Sequence[tf.Tensor], rule: Rule | None = None) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        blocks: Sequence[tf.Tensor],
+        join: Callable[[tuple[tf.Tensor, ...]], tf.Tensor] = lambda blocks: blocks[0],
+    ) -> None:
         self._shape = shape
         self._blocks = blocks
-        self._rule = rule
+        self._join = join
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`."""
@@ -60,8 +64,8 @@ class Kept(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        sums = tuple(weighted_sum(weights, _only(finite, block))[None] for block in self._blocks)
-        return tf.reshape(self._rule.join(sums) if self._rule else sums[0], self._shape)
+        sums = tuple(weighted_sum(weights, finite_only(finite, block))[None] for block in self._blocks)
+        return tf.reshape(self._join(sums), self._shape)
 
 
 class Products(Contribution):
@@ -71,33 +75,28 @@ class Products(Contribution):
 
     Args:
       shape: of the variable.
-      rule: of the operation.
       matrices: (a, g), [rows, groups, positions, inputs or outputs].
-      terms: local corrections.
+      corrections: the local correction is the sum of these Jacobians times cotangents, [rows or 1, groups, inputs or 1,
+        outputs].
+      from_matrix: makes of [1, groups, inputs, outputs] one tensor with the variable's elements in their order.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        rule: MatrixRule,
-        matrices: tuple[tf.Tensor, tf.Tensor],
-        terms: Sequence[BoundTerm] = (),
+        matrices: Pair,
+        corrections: Sequence[Pair],
+        from_matrix: Callable[[tf.Tensor], tf.Tensor],
     ) -> None:
         self._shape = shape
-        self._rule = rule
         self._a, self._g = matrices
-        # The correction is the sum of Jacobian times cotangent, both [rows or 1, groups, inputs, outputs].
-        self._corrections: list[tuple[tf.Tensor, tf.Tensor]] = []
-        for term, *cotangents in terms:
-            for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True):
-                pair = [tf.cast(each, self._a.dtype) for each in (jacobian[None], term.spread(cotangent))]
-                left, right = (rule.to_matrix(aligned(each, rule.shape)) for each in pair)
-                self._corrections.append((left, right))
+        self._corrections = corrections
+        self._from_matrix = from_matrix
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`; never below the true value by more than rounding."""
         size = sum_of_squares(self._a) * sum_of_squares(self._g)
-        single = self._rule.positions == 1 and self._rule.groups == 1
+        single = self._a.shape[1] == self._a.shape[2] == 1
         squared = size if single else tf.reduce_sum(_gram(self._a) * _gram(self._g), [1, 2, 3])
         if single and not self._corrections:
             return squared
@@ -120,25 +119,25 @@ class Products(Contribution):
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
         weights = tf.cast(weights, tf.float64)
-        a, g = (tf.cast(_only(finite, each), tf.float64) for each in (self._a, self._g))
-        left, right = (_positions_of_all_rows(t) for t in (a, _times(weights, g)))
+        a, g = (tf.cast(finite_only(finite, each), tf.float64) for each in (self._a, self._g))
+        left, right = (_positions_of_all_rows(t) for t in (a, by_row(weights, g) * g))
         total = tf.matmul(left, right, transpose_a=True)[None]
         for jacobian, cotangent in self._corrections:
-            total += tf.cast(jacobian, tf.float64) * weighted_sum(weights, _only(finite, cotangent))[None]
-        return tf.reshape(self._rule.from_matrix(total), self._shape)
+            total += tf.cast(jacobian, tf.float64) * weighted_sum(weights, finite_only(finite, cotangent))[None]
+        return tf.reshape(self._from_matrix(total), self._shape)
 
 
 class Lookups(Contribution):
     """Gradients of a table, as the few entries that each example touches.
 
     Args:
-      rule: of the look-up.
-      ids: int [rows, ids].
+      shape: of the table.
+      ids: int [rows, ids], all inside the table.
       values: [rows, ids, entry size]; for each entry all but one of an example's values are zero.
     """
 
-    def __init__(self, rule: LookupRule, ids: tf.Tensor, values: tf.Tensor) -> None:
-        self._rule = rule
+    def __init__(self, shape: Sequence[int], ids: tf.Tensor, values: tf.Tensor) -> None:
+        self._shape = shape
         self._ids = ids
         self._values = values
 
@@ -148,22 +147,47 @@ class Lookups(Contribution):
 
     def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
         """See `Contribution`."""
-        return self._rule.scatter(self._ids, tf.cast(_times(weights, _only(finite, self._values)), tf.float64))
+        values = finite_only(finite, self._values)
+        weighted = tf.cast(tf.cast(by_row(weights, values), values.dtype) * values, tf.float64)
+        entries = tf.reshape(weighted, [-1, values.shape[-1]])
+        summed = tf.math.unsorted_segment_sum(entries, tf.reshape(self._ids, [-1]), self._shape[0])
+        return tf.reshape(summed, self._shape)
 
 
-def aligned(tensor: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """Gives [rows, ...] axes of one until its rank is that of [rows, *shape]."""
-    missing = len(shape) + 1 - tensor.shape.rank
-    return tf.reshape(tensor, tf.concat([tf.shape(tensor)[:1], [1] * missing, tensor.shape[1:]], 0))
+def corrected(
+    blocks: Sequence[tf.Tensor],
+    terms: Sequence[BoundTerm],
+    shape: Sequence[int],
+    split: Callable[[tf.Tensor], tuple[tf.Tensor, ...]] = lambda operand: (operand,),
+) -> Sequence[tf.Tensor]:
+    """Adds local terms to gradients: K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a).
+
+    Args:
+      blocks: tensors [rows, ...].
+      terms: of the variable.
+      shape: of the gradients as a whole.
+      split: arranges [rows or 1, *shape] as blocks, axes of size one kept.
+    """
+    parts = [[block] for block in blocks]
+    for pair in factors(terms, shape, blocks[0].dtype):
+        for part, jacobian, cotangent in zip(parts, *map(split, pair), strict=True):
+            part.append(jacobian * cotangent)
+    return [tf.add_n(part) for part in parts]  # at once: each addition of its own reads and writes all of them
 
 
-def _only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
-    """Replaces rows that are not finite by zeros: a weight of 0 does not silence a NaN."""
-    return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros_like(values))
+def factors(terms: Sequence[BoundTerm], shape: Sequence[int], dtype: tf.DType) -> list[Pair]:
+    """Pairs whose products add up to the local correction: Jacobian and cotangent, [rows or 1, *shape or ones]."""
 
+    def aligned(tensor: tf.Tensor) -> tf.Tensor:
+        """Gives [rows, ...] axes of one until its rank is that of [rows, *shape]."""
+        missing = len(shape) + 1 - tensor.shape.rank
+        return tf.reshape(tf.cast(tensor, dtype), tf.concat([tf.shape(tensor)[:1], [1] * missing, tensor.shape[1:]], 0))
 
-def _times(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
-    return tf.cast(by_row(weights, values), values.dtype) * values
+    return [
+        (aligned(jacobian[None]), aligned(term.spread(cotangent)))
+        for term, *cotangents in terms
+        for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True)
+    ]
 
 
 def _gram(values: tf.Tensor) -> tf.Tensor:

@@ -9,9 +9,10 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn._devices import has_accelerator
-from tf_dpbn.clipping import Batch, BatchResult, Task
-from tf_dpbn.clipping.rows import weighted_sum
+from tf_dpbn.clipping.rows import finite_only, weighted_sum
+from tf_dpbn.clipping.task import Batch, BatchResult, Task
 from tf_dpbn.mechanisms import ClippedSum, clip_weights
+from tf_dpbn.normalization import StatisticsRelease
 
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
 # working set costs no time, but fewer than 64 examples at a time do.
@@ -104,12 +105,14 @@ class MicrobatchedEngine:
         return max(1, fewest, memory // bytes_per_example)
 
 
-def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def residual_sums(
+    releases: Sequence[StatisticsRelease], residuals: Sequence[tf.Tensor], mask: tf.Tensor
+) -> tuple[tf.Tensor, ...]:
     """Clips and sums what is released of the statistics.
 
     Args:
-      task: the model.
-      residuals: for each release, [rows, size].
+      releases: their bounds.
+      residuals: for each of them, [rows, size].
       mask: bool [rows], False for padding.
 
     Returns:
@@ -117,11 +120,10 @@ def residual_sums(task: Task, residuals: Sequence[tf.Tensor], mask: tf.Tensor) -
       finite nothing.
     """
     sums = []
-    for release, rows in zip(task.releases, residuals, strict=True):
+    for release, rows in zip(releases, residuals, strict=True):
         squared = tf.reduce_sum(tf.square(rows), 1)
         weights = clip_weights(squared, release.l2_norm_clip, mask)
-        kept = tf.where(tf.math.is_finite(tf.sqrt(squared))[:, None], rows, tf.zeros_like(rows))
-        sums.append(weighted_sum(weights, kept))
+        sums.append(weighted_sum(weights, finite_only(tf.math.is_finite(tf.sqrt(squared)), rows)))
     return tuple(sums)
 
 

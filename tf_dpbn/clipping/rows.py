@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn._devices import has_accelerator
+from tf_dpbn.normalization.moments import widen
 
 # Into how many groups of rows, at most, a sum is divided on CPUs.
 _GROUPS = 8
@@ -19,7 +20,7 @@ _LONG = 2**17
 
 
 def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
-    """Turns the sparse gradient of a table look-up into a tensor; look-ups outside the table count for nothing.
+    """Turns the sparse gradient of a table lookup into a tensor; lookups outside the table count for nothing.
 
     TensorFlow's own conversion, once vectorized, adds row * table size to the ids, so that under XLA, which does not
     check ids, an id outside the table would land in the next example's gradient.
@@ -35,6 +36,11 @@ def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
 def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
     return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))
+
+
+def finite_only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
+    """Replaces rows that are not `finite`, bool [rows], by zeros: a weight of 0 does not silence a NaN."""
+    return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros_like(values))
 
 
 def unscaled(gradient: tf.Tensor, loss_scale: float) -> tf.Tensor:
@@ -81,11 +87,6 @@ def sum_of_squares(values: tf.Tensor) -> tf.Tensor:
 def _in_one_pass(weights: tf.Tensor, values: tf.Tensor) -> tf.Tensor:
     """The weighted sum, compiled by XLA: without it large values would be read and written in float64 as well."""
     return tf.reduce_sum(tf.cast(by_row(weights, values), tf.float64) * tf.cast(values, tf.float64), 0)
-
-
-def widen(tensor: tf.Tensor) -> tf.Tensor:
-    """Casts to float32 what is narrower: norms and sums are accumulated in it."""
-    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def window_of(tensor: tf.Tensor, window: Sequence[slice]) -> tf.Tensor:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 import tensorflow as tf
 
 from tf_dpbn import _graph
-from tf_dpbn.clipping.rules import AnyRule, find_rule
+from tf_dpbn.clipping.rules import find_rule
+from tf_dpbn.clipping.rules.base import Rule
 
 # A variable may pass through these on its way to the operation that uses it; its elements keep their order.
 _VIEWS = frozenset(["Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"])
@@ -32,7 +33,7 @@ class Use:
     """
 
     index: int
-    rule: AnyRule
+    rule: Rule
     inputs: tuple[tf.Tensor, ...]
     output: tf.Tensor
 

@@ -22,7 +22,7 @@ from tf_dpbn._keras import (
     steps_of_epoch,
 )
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
-from tf_dpbn.layers import DPBatchNormalization
+from tf_dpbn.normalization import DPBatchNormalization
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
 

@@ -28,14 +28,13 @@ from tf_dpbn._keras import (
     steps_of_call,
     symbolic_outputs,
 )
-from tf_dpbn._public_pass import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.accounting import Ledger, PrivacyWarning, StepRecord, privacy_statement
-from tf_dpbn.clipping import Batch
-from tf_dpbn.clipping.registry import get_engine
+from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
 from tf_dpbn.model import checks, saving, step
 from tf_dpbn.model.public_statistics import PublicStatistics, trace_in_replica, trace_outputs, with_refreshes
 from tf_dpbn.model.training_record import NO_SAVED_MODEL, TrainingRecord
+from tf_dpbn.normalization import CORRECTIONS, PublicForward, create_averages
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, apply_class_weight, source_behind, source_of
 
@@ -109,7 +108,7 @@ class DPModel(keras.Model):
             3a does not apply), "adaptive" (3a, and 3b as far as it is more than noise: deep networks train better, and
             a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for studies). "auto",
             the default, is "adaptive" from eight normalizations on that train, and else "local".
-          engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.registry`. All give the same result.
+          engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.get_engine`. All give the same result.
           microbatch_size: how many examples are worked on at a time, within one step; bounds memory, also that of
             batches far larger than fit at once, and does not change the result. None chooses.
           norm_method: for "book_keeping": "auto", "instantiate" or "gram", see `clipping.book_keeping`.
@@ -397,7 +396,7 @@ class DPModel(keras.Model):
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
         if self.built:
             with self.distribute_strategy.scope():
-                create_averages(self, self._dp_options["correction"], self._record.released_mean)
+                create_averages(self, self._dp_options["correction"], self._record.released_means)
 
     def _forget_traces(self) -> None:
         """What was traced holds another public batch, or what `compile` got before."""
@@ -465,7 +464,7 @@ class DPModel(keras.Model):
         batch, found = self._public.require_batch(), []
 
         def report() -> None:
-            public = PublicForward(self, batch, self._dp_options["correction"], self._record.released_mean)
+            public = PublicForward(self, batch, self._dp_options["correction"], self._record.released_means)
             found.append(public.corrections())
 
         with as_compiled(self):

@@ -17,9 +17,8 @@ from tf_dpbn._keras import (
     keras,
     symbolic_outputs,
 )
-from tf_dpbn._public_pass import refresh_moving_statistics
-from tf_dpbn.layers import DPBatchNormalization, PublicPass
 from tf_dpbn.model.training_trace import Structure, trace_training_pass
+from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_moving_statistics
 
 
 class RefreshAtEpochEnds(keras.callbacks.Callback):

@@ -22,12 +22,11 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_masks,
 )
-from tf_dpbn._public_pass import PublicForward
 from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
-from tf_dpbn.layers import GivenStatistics
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import checks
 from tf_dpbn.model.training_trace import trace_structure
+from tf_dpbn.normalization import GivenStatistics, PublicForward
 from tf_dpbn.sampling import real_example_mask
 
 _HALF_PRECISION_LOSS_SCALE = 1024.0
@@ -56,7 +55,7 @@ def public_forward(model: Any, batch: Batch) -> PublicForward:
     structure = model._public.structure = trace_structure(model, x, batch.y)
     zeros = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
     public_batch = model._public.require_batch() if structure.needs_public_batch else zeros
-    return PublicForward(model, public_batch, model._dp_options["correction"], model._record.released_mean)
+    return PublicForward(model, public_batch, model._dp_options["correction"], model._record.released_means)
 
 
 def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple[ClippedSum, ...], BatchResult]:
@@ -93,7 +92,7 @@ def task(model: Any, public: PublicForward) -> Task:
         return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
 
     variables = tuple(raw(variable) for variable in model.trainable_variables)
-    return Task(run_example, variables, public.statistics, public.local_terms, _loss_scale(model), public.releases)
+    return Task(run_example, variables, public.calls, _loss_scale(model))
 
 
 def _loss_scale(model: Any) -> float:

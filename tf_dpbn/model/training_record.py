@@ -9,6 +9,7 @@ import uuid
 import tensorflow as tf
 
 from tf_dpbn.accounting import Ledger, StepRecord
+from tf_dpbn.normalization import ReleasedMeans
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
 
@@ -25,6 +26,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
     Attributes:
       configuration: the step that would run next, as a record of one step; None before `compile`.
       non_finite: counts examples that were dropped because their gradient was non-finite.
+      released_means: what normalizations keep of earlier releases.
       version: changes whenever the ledger changes otherwise than by steps of `configuration`.
     """
 
@@ -35,8 +37,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
         self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
         self._run = uuid.uuid4().hex
         self._closed = {self._run: Ledger()}  # by who took the steps: only this object adds to its own
-        self._released_means: dict[str, tf.Variable] = {}
-        self._saved_means: dict[str, list[float]] = {}
+        self.released_means = ReleasedMeans()
         with tf.init_scope():
             zero = tf.constant(0, tf.int64)
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
@@ -99,35 +100,14 @@ class TrainingRecord(tf.train.experimental.PythonState):
     def take_over(self, other: TrainingRecord) -> None:
         """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
         self._merge(other._ledgers()[0])
-        self._saved_means.update(other._means())
-
-    # ------------------------------------------------------------------ released means, saving
-
-    def released_mean(self, name: str, size: int) -> tf.Variable:
-        """A float32 variable, first zero, for a mean of released values (and its noise); saved with the model."""
-        variable = self._released_means.get(name)
-        if variable is None or variable.shape[0] != size:
-            value = self._saved_means.get(name, [])
-            with tf.init_scope():
-                variable = tf.Variable(
-                    value if len(value) == size else [0.0] * size,
-                    dtype=tf.float32,
-                    trainable=False,
-                    name="released_mean",
-                    aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-                )
-            self._released_means[name] = variable
-        return variable
-
-    def _means(self) -> dict[str, list[float]]:
-        return {**self._saved_means, **{k: v.numpy().tolist() for k, v in self._released_means.items()}}
+        self.released_means.load(other.released_means.values())
 
     def serialize(self) -> str:
         """The ledger by who took the steps, and released means, as text; tf.train.Checkpoint calls this too."""
         if not tf.executing_eagerly():
             raise ValueError(NO_SAVED_MODEL)
         runs = {run: ledger.to_json() for run, ledger in self._ledgers()[0].items() if ledger.steps}
-        return json.dumps({"runs": runs, "input_means": self._means()})
+        return json.dumps({"runs": runs, "released_means": self.released_means.values()})
 
     def deserialize(self, text: str | bytes) -> None:
         """Takes over a saved ledger; steps that ran here or elsewhere stay recorded.
@@ -136,8 +116,5 @@ class TrainingRecord(tf.train.experimental.PythonState):
         and this model may hold different states; the longer stays.
         """
         saved = json.loads(text)
-        self._saved_means = saved.get("input_means", {})
-        for name, variable in self._released_means.items():
-            value = self._saved_means.get(name, [])
-            variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
+        self.released_means.load(saved["released_means"])
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})

@@ -23,8 +23,8 @@ from tf_dpbn._keras import (
     seed_states,
     tracker_variables,
 )
-from tf_dpbn.layers import PublicPass
 from tf_dpbn.model.checks import refuse_call_time_loss
+from tf_dpbn.normalization import PublicPass
 
 # Of the made-up batch on which a loss is tried.
 _ROWS = 6  # of two classes, so that there are triplets among them
@@ -37,7 +37,7 @@ class Structure:
     """What a trace of the model's training pass shows.
 
     Attributes:
-      active: the normalization calls that are in training (see `layers.PublicPass`).
+      active: the normalization calls that are in training (see `normalization.PublicPass`).
       needs_public_batch: some of these take statistics from a public batch.
       has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
     """

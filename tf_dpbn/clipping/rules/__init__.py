@@ -11,36 +11,30 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from tf_dpbn.clipping.rules import convolution, einsum, elementwise, embedding, matmul
-from tf_dpbn.clipping.rules.base import Rule
-from tf_dpbn.clipping.rules.embedding import LookupRule
+from tf_dpbn.clipping.rules.base import Found
 
-__all__ = ["AnyRule", "find_rule"]
-
-AnyRule = Rule | LookupRule
+__all__ = ["find_rule"]
 
 # Operation type -> (operation, position of the variable among its inputs, shape of the variable) -> (rule, data), or
 # None for a form that is not covered.
-_Factory = Callable[[tf.Operation, int, tf.TensorShape], "tuple[AnyRule, tuple[tf.Tensor, ...]] | None"]
-_FACTORIES: dict[str, _Factory] = {
+_FACTORIES: dict[str, Callable[[tf.Operation, int, tf.TensorShape], Found]] = {
     "MatMul": matmul.from_operation,
     "BatchMatMulV2": matmul.from_operation,
     "Einsum": einsum.from_operation,
     "Conv2D": convolution.from_operation,
     "Conv3D": convolution.from_operation,
     "DepthwiseConv2dNative": convolution.from_operation,
-    "Conv2DBackpropInput": convolution.from_transposed,
-    "Conv3DBackpropInputV2": convolution.from_transposed,
+    "Conv2DBackpropInput": convolution.from_operation,
+    "Conv3DBackpropInputV2": convolution.from_operation,
     "GatherV2": embedding.from_gather,
     "ResourceGather": embedding.from_resource_gather,
     "BiasAdd": elementwise.from_bias_add,
-    "AddV2": elementwise.from_sum,
-    "Mul": elementwise.from_product,
+    "AddV2": elementwise.from_broadcast,
+    "Mul": elementwise.from_broadcast,
 }
 
 
-def find_rule(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[AnyRule, tuple[tf.Tensor, ...]] | None:
+def find_rule(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
     """Chooses the rule for one use of a variable.
 
     Args:

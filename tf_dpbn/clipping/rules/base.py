@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
 
+from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Products, corrected, factors
+
 Blocks = tuple[tf.Tensor, ...]
+NORM_METHODS = ("auto", "instantiate", "gram")
+# How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
+_OPERATIONS_PER_NUMBER = 40
 
 
 class Rule(abc.ABC):
@@ -42,6 +48,33 @@ class Rule(abc.ABC):
     def join(self, blocks: Blocks) -> tf.Tensor:
         """The inverse of `split`: [rows, *shape]."""
         return blocks[0]
+
+    def contribution(
+        self,
+        shape: Sequence[int],
+        inputs: Sequence[tf.Tensor],
+        cotangent: tf.Tensor,
+        terms: Sequence[BoundTerm],
+        norm_method: str,
+    ) -> Contribution:
+        """What a variable that the operation alone uses adds to every example's vector.
+
+        Args:
+          shape: of the variable.
+          inputs, cotangent: as for `instantiate`.
+          terms: the variable's local corrections.
+          norm_method: one of NORM_METHODS, where the rule has a choice.
+        """
+        del norm_method
+        return Kept(shape, corrected(self.instantiate(inputs, cotangent), terms, self.shape, self.split), self.join)
+
+    def numbers_kept(self, has_terms: bool, norm_method: str) -> int:
+        """How many numbers an example's contribution holds beside the operation's inputs and cotangent."""
+        del has_terms, norm_method
+        return math.prod(self.shape)
+
+
+Found = tuple[Rule, tuple[tf.Tensor, ...]] | None
 
 
 class MatrixRule(Rule):
@@ -82,3 +115,35 @@ class MatrixRule(Rule):
     @abc.abstractmethod
     def from_matrix(self, matrix: tf.Tensor) -> tf.Tensor:
         """The inverse of `to_matrix`."""
+
+    def contribution(
+        self,
+        shape: Sequence[int],
+        inputs: Sequence[tf.Tensor],
+        cotangent: tf.Tensor,
+        terms: Sequence[BoundTerm],
+        norm_method: str,
+    ) -> Contribution:
+        """See `Rule`; products are formed only where that is cheaper."""
+        if not self._prefers_products(bool(terms), norm_method):
+            return super().contribution(shape, inputs, cotangent, terms, norm_method)
+        matrices = self.matrices(inputs, cotangent)
+        pairs = factors(terms, self.shape, matrices[0].dtype)
+        corrections = [(self.to_matrix(jacobian), self.to_matrix(c)) for jacobian, c in pairs]
+        return Products(shape, matrices, corrections, self.from_matrix)
+
+    def numbers_kept(self, has_terms: bool, norm_method: str) -> int:
+        """See `Rule`."""
+        return 0 if self._prefers_products(has_terms, norm_method) else super().numbers_kept(has_terms, norm_method)
+
+    def _prefers_products(self, has_terms: bool, norm_method: str) -> bool:
+        """Whether norms are cheaper from inner products than from gradients."""
+        if has_terms and not self.outputs_are_channels:
+            return False
+        if norm_method != "auto":
+            return norm_method == "gram"
+        if self.positions == 1 and self.groups == 1:
+            return True
+        multiplications = self.positions**2 * (self.inputs + self.outputs)
+        moved = self.positions * self.inputs - self.inputs * self.outputs
+        return multiplications + _OPERATIONS_PER_NUMBER * moved < 0

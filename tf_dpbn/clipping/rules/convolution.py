@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping.rows import reshape_rows, widen, window_of
-from tf_dpbn.clipping.rules.base import Blocks, MatrixRule
-from tf_dpbn.clipping.vectorization import has_accelerator
+from tf_dpbn.clipping.rules.base import Blocks, Found, MatrixRule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,73 +337,38 @@ def _convolve(images: tf.Tensor, kernel: np.ndarray, axes: Sequence[Axis]) -> tf
     return tf.nn.conv2d(images, tf.constant(kernel, images.dtype), strides, paddings, dilations=dilations)
 
 
-def from_operation(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[ConvolutionRule, tuple[tf.Tensor, ...]] | None:
-    """The rule for Conv2D, Conv3D and DepthwiseConv2dNative."""
-    del shape
+def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
+    """The rule for convolutions, and for the gradients by their input, which transposed convolutions use."""
     if position != 1:
         return None
-    data, kernel = operation.inputs
-    rule = _rule(operation, kernel.shape, data.shape, operation.outputs[0].shape, transposed=False)
-    return None if rule is None else (rule, (data,))
-
-
-def from_transposed(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[ConvolutionRule, tuple[tf.Tensor, ...]] | None:
-    """The rule for Conv2DBackpropInput and Conv3DBackpropInputV2, which transposed convolutions use."""
-    del shape
-    if position != 1:
-        return None
-    _, kernel, data = operation.inputs
-    rule = _rule(operation, kernel.shape, operation.outputs[0].shape, data.shape, transposed=True)
-    return None if rule is None else (rule, (data,))
-
-
-def _rule(
-    operation: tf.Operation, kernel: tf.TensorShape, inputs: tf.TensorShape, outputs: tf.TensorShape, transposed: bool
-) -> ConvolutionRule | None:
-    if not (inputs.is_fully_defined() and outputs.is_fully_defined() and kernel.is_fully_defined()):
+    transposed = "Backprop" in operation.type
+    kernel, data = operation.inputs[1], operation.inputs[2 if transposed else 0]
+    inputs, outputs = data.shape, operation.outputs[0].shape
+    if transposed:
+        inputs, outputs = outputs, inputs
+    if not (inputs.is_fully_defined() and outputs.is_fully_defined() and kernel.shape.is_fully_defined()):
         return None
     channels_first = operation.get_attr("data_format").startswith(b"NC")
     spatial = range(2, inputs.rank) if channels_first else range(1, inputs.rank - 1)
-    channel_axis = 1 if channels_first else -1
     axes = [Axis(taps=1, inputs=inputs[0], outputs=outputs[0])]
-    axes += [_axis(operation, k, axis, kernel, inputs, outputs) for k, axis in enumerate(spatial)]
+    axes += [_axis(operation, kernel.shape[k], axis, inputs[axis], outputs[axis]) for k, axis in enumerate(spatial)]
     depthwise = operation.type == "DepthwiseConv2dNative"
-    *_, per_group, last = kernel.as_list()
+    *_, per_group, last = kernel.shape.as_list()
     if depthwise:
-        groups, per_group, per_output = per_group, 1, last
+        groups, per_group, last = per_group, 1, last * per_group
     else:
-        groups = inputs[channel_axis] // per_group
-        per_output = last // groups
-    return ConvolutionRule(kernel.as_list(), axes, groups, per_group, per_output, channels_first, transposed, depthwise)
+        groups = inputs[1 if channels_first else -1] // per_group
+    layout = channels_first, transposed, depthwise
+    return ConvolutionRule(kernel.shape.as_list(), axes, groups, per_group, last // groups, *layout), (data,)
 
 
-def _axis(
-    operation: tf.Operation,
-    k: int,
-    axis: int,
-    kernel: tf.TensorShape,
-    inputs: tf.TensorShape,
-    outputs: tf.TensorShape,
-) -> Axis:
+def _axis(operation: tf.Operation, taps: int, axis: int, inputs: int, outputs: int) -> Axis:
     stride, dilation = operation.get_attr("strides")[axis], operation.get_attr("dilations")[axis]
-    extent = (kernel[k] - 1) * dilation + 1
     padding = operation.get_attr("padding")
     before, after = 0, 0
     if padding == b"SAME":
-        total = max(0, (outputs[axis] - 1) * stride + extent - inputs[axis])
+        total = max(0, (outputs - 1) * stride + (taps - 1) * dilation + 1 - inputs)
         before, after = total // 2, total - total // 2
     elif padding == b"EXPLICIT":
         before, after = operation.get_attr("explicit_paddings")[2 * axis : 2 * axis + 2]
-    return Axis(
-        taps=kernel[k],
-        stride=stride,
-        dilation=dilation,
-        before=before,
-        after=after,
-        inputs=inputs[axis],
-        outputs=outputs[axis],
-    )
+    return Axis(taps=taps, stride=stride, dilation=dilation, before=before, after=after, inputs=inputs, outputs=outputs)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import widen
-from tf_dpbn.clipping.rules.base import Blocks, Rule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Rule
 
 
 class EinsumRule(Rule):
@@ -29,11 +29,8 @@ class EinsumRule(Rule):
         return (tf.einsum(self._gradient, widen(inputs[0]), widen(cotangent)),)
 
 
-def from_operation(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[EinsumRule, tuple[tf.Tensor, ...]] | None:
+def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
     """The rule for Einsum of two operands, in which no label of the variable occurs only there."""
-    del shape
     if len(operation.inputs) != 2:
         return None
     terms, output = operation.get_attr("equation").decode().split("->")

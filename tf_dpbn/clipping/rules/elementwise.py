@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, Rule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Rule
 
 
 class BroadcastRule(Rule):
@@ -31,11 +31,8 @@ class BroadcastRule(Rule):
         return (reshape_rows(tf.reduce_sum(products, axes), self.shape),)
 
 
-def from_bias_add(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+def from_bias_add(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
     """The rule for BiasAdd."""
-    del shape
     rank = operation.outputs[0].shape.rank
     if position != 1 or rank is None:
         return None
@@ -45,27 +42,13 @@ def from_bias_add(
     return BroadcastRule([size], aligned, scale=False), ()
 
 
-def from_sum(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
-    """The rule for AddV2."""
-    return _from_broadcast(operation, position, scale=False)
-
-
-def from_product(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
-    """The rule for Mul."""
-    return _from_broadcast(operation, position, scale=True)
-
-
-def _from_broadcast(
-    operation: tf.Operation, position: int, scale: bool
-) -> tuple[BroadcastRule, tuple[tf.Tensor, ...]] | None:
+def from_broadcast(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
+    """The rule for AddV2 and Mul."""
     parameter, data = operation.inputs[position], operation.inputs[1 - position]
     out = operation.outputs[0].shape
     if not out.is_fully_defined() or data.shape != out or parameter is data:
         return None
     size = parameter.shape.as_list()
     aligned = [1] * (out.rank - len(size)) + size
+    scale = operation.type == "Mul"
     return BroadcastRule(size, aligned, scale), (data,) if scale else ()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, MatrixRule
+from tf_dpbn.clipping.rules.base import Blocks, Found, MatrixRule
 
 
 class MatMulRule(MatrixRule):
@@ -57,11 +57,8 @@ class MatMulRule(MatrixRule):
         return (tf.linalg.matrix_transpose(operand) if self._transposed else operand)[:, None]
 
 
-def from_operation(
-    operation: tf.Operation, position: int, shape: tf.TensorShape
-) -> tuple[MatMulRule, tuple[tf.Tensor, ...]] | None:
+def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
     """The rule for MatMul or BatchMatMulV2 with the variable on the right."""
-    del shape
     if position != 1:
         return None
     data, kernel = operation.inputs

@@ -6,9 +6,46 @@ r = 1 / sqrt(v + epsilon).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import tensorflow as tf
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalTerm:
+    """How the statistics of one normalization call depend on one variable of the layer that feeds it.
+
+    Attributes:
+      index: position of the variable among the trainable variables.
+      channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
+      d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
+      d_variance: d variance_o / d variable[.., o], likewise.
+    """
+
+    index: int
+    channel_axes: tuple[int, ...]
+    d_mean: tf.Tensor
+    d_variance: tf.Tensor
+
+    def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
+        """pbar (x) c_mu + V * c_v for each of a batch of cotangents.
+
+        Args:
+          c_mean, c_variance: [..., channels], derivatives of the loss by mean and variance.
+
+        Returns:
+          [..., *variable.shape].
+        """
+        c_mean, c_variance = (tf.cast(c, self.d_mean.dtype) for c in (c_mean, c_variance))
+        return self.spread(c_mean) * self.d_mean + self.spread(c_variance) * self.d_variance
+
+    def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
+        """Reshapes [..., channels] so that it broadcasts against the variable."""
+        shape = [1] * self.d_mean.shape.rank
+        for axis in self.channel_axes:
+            shape[axis] = self.d_mean.shape[axis]
+        return tf.reshape(cotangent, tf.concat([tf.shape(cotangent)[:-1], shape], 0))
 
 
 def _reduction_axes(rank: int, axes: Sequence[int]) -> list[int]:
@@ -61,9 +98,9 @@ def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tenso
     return tf.squeeze(mean, reduce), tf.reduce_sum(squares, reduce) / count
 
 
-def widen(z: tf.Tensor) -> tf.Tensor:
-    """Casts half precision to float32, in which statistics are computed; leaves wider types alone."""
-    return tf.cast(z, tf.float32) if z.dtype in (tf.float16, tf.bfloat16) else z
+def widen(tensor: tf.Tensor) -> tf.Tensor:
+    """Casts what is narrower to float32, in which statistics, norms and sums are computed."""
+    return tensor if tensor.dtype == tf.float64 else tf.cast(tensor, tf.float32)
 
 
 def normalize(

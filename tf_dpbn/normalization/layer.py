@@ -10,23 +10,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from tf_dpbn import _validate, statistics
+from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, UNFUSED, StoredBeside, is_shape_inference, keras, raw, stored_as
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
+from tf_dpbn.normalization import moments
+from tf_dpbn.normalization.moments import LocalTerm
 
 STATISTICS_MODES = ("public", "noised", "anchored")
 _DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
 
 
 @dataclasses.dataclass(frozen=True)
+class StatisticsRelease:
+    """A vector by example whose clipped sum is released with noise, beside the gradient.
+
+    Attributes:
+      size: its length.
+      l2_norm_clip: bound on its L2 norm.
+    """
+
+    size: int
+    l2_norm_clip: float
+
+    def __post_init__(self) -> None:
+        if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
+            requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
+            raise _validate.argument_error("l2_norm_clip", self.l2_norm_clip, requirement, "1.0 is a common choice.")
+
+
+@dataclasses.dataclass(frozen=True)
 class NormalizationCall:
-    """One call of a DPBatchNormalization in a forward pass over public data.
+    """One call of a DPBatchNormalization in training, as the public pass met it.
 
     Attributes:
       layer: the layer.
@@ -35,6 +56,9 @@ class NormalizationCall:
       public_mean, public_variance: the moments of z by channel; those of another pass where `mean` and `variance` do
         not come from them (statistics="noised").
       masked: whether some positions are left out of the moments.
+      local_terms: how its statistics depend on the kernel layer that feeds it (docs/algorithm.md, section 3a).
+      input_mean: with noised statistics, the variable of the released mean of what that layer is fed with.
+      is_nonlocal: whether section 3b restores the gradient through its statistics.
     """
 
     layer: DPBatchNormalization
@@ -44,6 +68,22 @@ class NormalizationCall:
     public_mean: tf.Tensor
     public_variance: tf.Tensor
     masked: bool
+    local_terms: tuple[LocalTerm, ...] = ()
+    input_mean: Any = None
+    is_nonlocal: bool = False
+
+    @property
+    def channels(self) -> int:
+        """How many channels are normalized."""
+        return self.mean.shape.num_elements() or 0
+
+    @property
+    def release(self) -> StatisticsRelease | None:
+        """What a step releases of it: residuals of its moments, and of its kernel layer's mean input."""
+        if not self.layer.releases:
+            return None
+        size = 2 * self.channels + (0 if self.input_mean is None else self.input_mean.shape[0])
+        return StatisticsRelease(size, self.layer.statistics_clip * math.sqrt(size))
 
     def public_cotangents(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Carries derivatives by `mean` and `variance`, [..., channels], to `public_mean` and `public_variance`."""
@@ -52,7 +92,7 @@ class NormalizationCall:
         shift, log_scale, variance = (
             tf.reshape(each, [-1]) for each in (raw(self.layer.shift), raw(self.layer.log_scale), self.public_variance)
         )
-        return statistics.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
+        return moments.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
 
 
 class _Scopes(threading.local):
@@ -118,7 +158,7 @@ class PublicPass(StatisticsScope):
         self._seen[id(layer)] = key[1] + 1
         if not (training if self._given is None else key in self._given):
             return None
-        found = layer.released_statistics() or statistics.moments(inputs, layer.channel_axes, mask)
+        found = layer.released_statistics() or moments.moments(inputs, layer.channel_axes, mask)
         private = layer.private_statistics(*found)
         self.calls.append(NormalizationCall(layer, inputs, *private, *found, mask is not None))
         self.active.add(key)
@@ -136,11 +176,7 @@ class GivenStatistics(StatisticsScope):
       inputs: (input, mask or None) of each call, once it was made.
     """
 
-    def __init__(
-        self,
-        calls: Sequence[NormalizationCall],
-        values: Sequence[tuple[tf.Tensor, tf.Tensor]],
-    ) -> None:
+    def __init__(self, calls: Sequence[NormalizationCall], values: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> None:
         self._remaining = list(zip([call.layer for call in calls], values, strict=True))
         self.inputs: list[tuple[tf.Tensor, Any]] = []
 
@@ -188,7 +224,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     Args:
       axis: int, the channel axis; on tf_keras also a sequence of ints.
       momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public", which keeps no
-        averages). The first updates count more, see `statistics.update_rate`.
+        averages). The first updates count more, see `moments.update_rate`.
       epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
         moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in
         keras.layers.BatchNormalization.
@@ -339,11 +375,11 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if self.statistics != "anchored":
             return mean, variance
         averages = (self._by_channel(self.shift), self._by_channel(self.log_scale))
-        return statistics.anchored(mean, variance, *averages, self.epsilon)
+        return moments.anchored(mean, variance, *averages, self.epsilon)
 
     def update_rate(self, layers: int) -> tf.Tensor:
-        """The part that the next release has in the averages, see `statistics.update_rate`."""
-        return statistics.update_rate(self.momentum, raw(self.statistic_updates), layers)
+        """The part that the next release has in the averages, see `moments.update_rate`."""
+        return moments.update_rate(self.momentum, raw(self.statistic_updates), layers)
 
     def update_statistics(self, call: NormalizationCall, released: tf.Tensor, layers: int) -> None:
         """Takes over the released mean of residuals, [2 * channels], that was computed with `call`'s statistics.
@@ -357,11 +393,11 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if self.statistics == "noised":
             weights = (self.moving_mean, self.moving_variance)
             mean, variance = (tf.reshape(t, [-1]) for t in (call.mean, call.variance))
-            values = statistics.updated(mean, variance, released, rate, self.epsilon)
+            values = moments.updated(mean, variance, released, rate, self.epsilon)
         else:
             weights = (self.shift, self.log_scale)
             shift, log_scale = (tf.reshape(raw(weight), [-1]) for weight in weights)
-            values = statistics.updated_anchor(shift, log_scale, released, rate)
+            values = moments.updated_anchor(shift, log_scale, released, rate)
         for weight, value in zip(weights, values, strict=True):
             weight.assign(tf.cast(tf.reshape(value, weight.shape), weight.dtype))
         self.statistic_updates.assign_add(1.0)
@@ -389,8 +425,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         found = scope.batch_statistics(self, inputs, mask, training) if scope else None
         if found is None:
             return super().call(inputs, training=False)
-        z = statistics.widen(tf.convert_to_tensor(inputs))
-        out = statistics.normalize(z, *found, self.gamma, self.beta, self.epsilon, self.channel_axes)
+        z = moments.widen(tf.convert_to_tensor(inputs))
+        out = moments.normalize(z, *found, self.gamma, self.beta, self.epsilon, self.channel_axes)
         return tf.cast(out, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn import _graph
-from tf_dpbn._graph import captured_variables, data_tensors
-from tf_dpbn.clipping.rows import widen
-from tf_dpbn.layers import NormalizationCall
+from tf_dpbn.normalization.layer import NormalizationCall
+from tf_dpbn.normalization.moments import LocalTerm, widen
 
 # Operations that multiply data by a kernel -> axes of the kernel that enumerate the output's channels.
 _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
@@ -45,89 +45,48 @@ _CHANNELWISE_OPERATIONS = frozenset(
 _KERNEL_PASSAGES = frozenset(["Cast", "ExpandDims", "Identity", "ReadVariableOp"])
 
 
-@dataclasses.dataclass(frozen=True)
-class LocalTerm:
-    """How the statistics of one normalization call depend on one variable of the layer that feeds it.
-
-    Attributes:
-      index: position of the variable among the trainable variables.
-      channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
-      d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
-      d_variance: d variance_o / d variable[.., o], likewise.
-    """
-
-    index: int
-    channel_axes: tuple[int, ...]
-    d_mean: tf.Tensor
-    d_variance: tf.Tensor
-
-    def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
-        """pbar (x) c_mu + V * c_v for each of a batch of cotangents.
-
-        Args:
-          c_mean, c_variance: [..., channels], derivatives of the loss by mean and variance.
-
-        Returns:
-          [..., *variable.shape].
-        """
-        c_mean, c_variance = (tf.cast(c, self.d_mean.dtype) for c in (c_mean, c_variance))
-        return self.spread(c_mean) * self.d_mean + self.spread(c_variance) * self.d_variance
-
-    def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
-        """Reshapes [..., channels] so that it broadcasts against the variable."""
-        shape = [1] * self.d_mean.shape.rank
-        for axis in self.channel_axes:
-            shape[axis] = self.d_mean.shape[axis]
-        return tf.reshape(cotangent, tf.concat([tf.shape(cotangent)[:-1], shape], 0))
-
-
-def find_local_terms(
+def with_local_terms(
     calls: Sequence[NormalizationCall],
-    public_inputs: Sequence[tf.Tensor],
+    inputs: Sequence[tf.Tensor],
     variables: Sequence[tf.Variable],
-    released_means: Sequence[tf.Tensor | None],
-) -> tuple[tuple[LocalTerm, ...], ...]:
-    """Computes the local terms of each normalization call of a public pass in the current graph.
+    input_mean: Callable[[NormalizationCall, int], Any],
+) -> list[NormalizationCall]:
+    """Adds to each normalization call of a public pass, in the current graph, its local terms.
+
+    There is one for each variable of the kernel layer that feeds the call, and none where that is not one layer (after
+    an addition of branches, say).
 
     Args:
-      calls: from `layers.PublicPass`.
-      public_inputs: the tensors through which public data entered the pass.
+      calls: from `layer.PublicPass`.
+      inputs: the tensors through which public data entered the pass.
       variables: the trainable variables.
-      released_means: for each call whose statistics do not come from this pass, the released mean, by channel, of what
-        the kernel layer is fed with; None for the others.
-
-    Returns:
-      For each call its local terms, one for each variable of the layer that feeds it; empty where the call is not fed
-      by one kernel layer (after an addition of branches, say).
+      input_mean: maps a call whose statistics do not come from this pass ("noised"), and a number of channels, to the
+        released mean by channel of what the kernel layer is fed with: a tensor or variable.
     """
-    graph = _PassGraph(public_inputs, variables)
-    found: list[tuple[LocalTerm, ...]] = []
-    for call, mean in zip(calls, released_means, strict=True):
+    graph = PassGraph(inputs, variables)
+    found = []
+    for call in calls:
         producer = graph.find_producer(call.inputs, call.layer.channel_axes)
-        if producer is None:
-            found.append(())
-        elif call.layer.statistics == "noised":
-            found.append(_terms_of_released(producer, call, mean))
-        else:
-            found.append(_terms_of_public(producer, call))
-    return tuple(found)
+        if producer is not None and call.layer.statistics != "noised":
+            call = dataclasses.replace(call, local_terms=_terms_of_public(producer, call))
+        elif producer is not None and producer.is_linear and not call.masked:
+            mean = input_mean(call, math.prod(_channel_shape(producer)))
+            call = dataclasses.replace(call, local_terms=_terms_of_released(producer, call, mean), input_mean=mean)
+        found.append(call)
+    return found
 
 
-def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: tf.Tensor | None) -> tuple[LocalTerm, ...]:
+def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: Any) -> tuple[LocalTerm, ...]:
     """Without public patches: pbar from the released mean of the kernel layer's input, V along the kernel itself.
 
     V_o is 2 v_o K_o / |K_o|^2 plus something orthogonal to K_o, as v_o is a quadratic function of K_o. Keeping only the
     first part takes from an example's gradient what changes the kernel's length, which normalization undoes. Likewise
     pbar's part along K_o is set to what the released mean of the outputs says.
     """
-    if mean is None:
-        return ()
-    d_means = _mean_of_linear(producer, tf.reshape(mean, _channel_shape(producer)))
+    d_means = _mean_of_linear(producer, tf.reshape(tf.convert_to_tensor(mean), _channel_shape(producer)))
     *biases, kernel = producer.parameters
-    read, axes = (
-        kernel.read,
-        [k for k in range(kernel.read.shape.rank) if k - kernel.read.shape.rank not in kernel.channel_axes],
-    )
+    read, rank = kernel.read, kernel.read.shape.rank
+    axes = [k for k in range(rank) if k - rank not in kernel.channel_axes]
     squares = tf.reduce_sum(tf.square(read), axes, keepdims=True)
     along = tf.math.divide_no_nan(read, squares)
 
@@ -136,36 +95,9 @@ def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: tf.Te
 
     outputs = by_channel(call.mean) - sum(by_channel(bias.read) for bias in biases)
     d_means[-1] += along * (outputs - tf.reduce_sum(d_means[-1] * read, axes, keepdims=True))
-    d_variances = [*[tf.zeros_like(bias.read) for bias in biases]]
+    d_variances = [tf.zeros_like(bias.read) for bias in biases]
     d_variances.append(2.0 * by_channel(call.variance + call.layer.epsilon) * along)
     return _local_terms(producer, d_means, d_variances)
-
-
-def input_means(
-    calls: Sequence[tuple[tf.Tensor, NormalizationCall]], inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]
-) -> list[tf.Tensor | None]:
-    """Means, by channel, of what the kernel layers before some normalizations are fed with, in the current graph.
-
-    Args:
-      calls: (a normalization's input in this graph, the corresponding call of the public pass).
-      inputs: the tensors through which data entered the pass.
-      variables: the trainable variables.
-
-    Returns:
-      For each call a vector [input channels], or None where it has no local term from released means.
-    """
-    graph = _PassGraph(inputs, variables)
-    found: list[tf.Tensor | None] = []
-    for z, call in calls:
-        producer = graph.find_producer(z, call.layer.channel_axes)
-        if producer is None or not producer.is_linear or call.masked:
-            found.append(None)
-            continue
-        shape = _channel_shape(producer)
-        axes = [k for k, size in enumerate(shape) if size == 1]
-        data = tf.cast(producer.frozen_input, tf.float32)
-        found.append(tf.reshape(tf.reduce_mean(data, axes), [math.prod(shape)]))
-    return found
 
 
 def _channel_shape(producer: _Producer) -> list[int]:
@@ -267,15 +199,28 @@ class _Producer:
     is_linear: bool
 
 
-class _PassGraph:
-    """The graph of a public pass: which tensors carry data, which are reads of trainable variables."""
+class PassGraph:
+    """The graph of a pass: which tensors carry data, which are reads of trainable variables."""
 
-    def __init__(self, public_inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]) -> None:
-        graph = public_inputs[0].graph
-        self._data = data_tensors(graph, public_inputs)
+    def __init__(self, inputs: Sequence[tf.Tensor], variables: Sequence[tf.Variable]) -> None:
+        graph = inputs[0].graph
+        self._data = _graph.data_tensors(graph, inputs)
         index = {id(variable): i for i, variable in enumerate(variables)}
-        captured = captured_variables(graph, variables)
+        captured = _graph.captured_variables(graph, variables)
         self._variables = {handle: index[id(variable)] for handle, variable in captured.items()}
+
+    def mean_input(self, z: tf.Tensor, call: NormalizationCall) -> tf.Tensor | None:
+        """Mean by channel of what the kernel layer is fed with, [input channels], or None where no such layer is found.
+
+        Args:
+          z: a normalization's input in this graph.
+          call: the corresponding call of the public pass.
+        """
+        producer = self.find_producer(z, call.layer.channel_axes)
+        if producer is None or not producer.is_linear:
+            return None
+        axes = [k for k, size in enumerate(_channel_shape(producer)) if size == 1]
+        return tf.reshape(tf.reduce_mean(tf.cast(producer.frozen_input, tf.float32), axes), [-1])
 
     def find_producer(self, z: tf.Tensor, channel_axes: tuple[int, ...]) -> _Producer | None:
         """Walks back from z to the kernel operation that feeds it, or returns None."""

@@ -11,9 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn.clipping import ExampleResult, Task
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
-from tf_dpbn.clipping.rows import by_row, densify, sum_of_squares, unscaled, weighted_sum, widen
+from tf_dpbn.clipping.rows import densify, finite_only, sum_of_squares, unscaled, weighted_sum, widen
+from tf_dpbn.clipping.task import ExampleResult, Task
 from tf_dpbn.clipping.vectorization import loop, vectorize
 from tf_dpbn.mechanisms import clip_weights
 
@@ -46,9 +46,9 @@ class PerExampleEngine(MicrobatchedEngine):
         squared = tf.add_n([sum_of_squares(g) for g in gradients])
         mask = rows[-1]
         weights = clip_weights(squared, l2_norm_clip, mask)
-        finite = tf.math.is_finite(tf.sqrt(squared))  # a weight of 0 does not silence a NaN
-        sums = tuple(weighted_sum(weights, tf.where(by_row(finite, g), g, tf.zeros_like(g))) for g in gradients)
-        sums += residual_sums(task, results.residuals, mask)
+        finite = tf.math.is_finite(tf.sqrt(squared))
+        sums = tuple(weighted_sum(weights, finite_only(finite, g)) for g in gradients)
+        sums += residual_sums(task.releases, results.residuals, mask)
         not_finite = tf.logical_and(mask, tf.logical_not(finite))
         return sums, (results.loss, results.parts, results.y_pred, not_finite)
 
@@ -75,16 +75,15 @@ def _differentiate(task: Task, x: Any, y: Any, weight: Any, index: tf.Tensor) ->
     found = tape.gradient(scaled, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
     dense = [tf.cast(unscaled(densify(g, v), task.loss_scale), tf.float32) for g, v in zip(found, sources, strict=True)]
     number = len(task.variables)
-    loss = tf.cast(result.loss, tf.float32)
-    parts = tuple(tf.cast(part, tf.float32) for part in result.parts)
+    loss, parts = result.logged()
     return loss, parts, result.y_pred, dense[:number], dense[number:], result.residuals
 
 
 def _add_local_terms(task: Task, gradients: list[tf.Tensor], cotangents: list[tf.Tensor]) -> list[tf.Tensor]:
     """K_i' = K_i + pbar (x) c_mu_i + V * c_v_i (docs/algorithm.md, section 3a)."""
     gradients = list(gradients)
-    for k, terms in enumerate(task.local_terms):
-        for term in terms:
+    for k, call in enumerate(task.calls):
+        for term in call.local_terms:
             correction = term.pull_back(cotangents[2 * k], cotangents[2 * k + 1])
             gradients[term.index] += tf.cast(correction, tf.float32)
     return gradients
