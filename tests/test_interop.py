@@ -12,8 +12,9 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, neighbours
 from tests import tensorflow_privacy as tfp
-from tf_dpbn import _stock_pass, interop
+from tf_dpbn import interop
 from tf_dpbn._keras import IS_KERAS_3, keras
+from tf_dpbn.interop import statistics_scope
 
 pytestmark = [pytest.mark.tensorflow_privacy, pytest.mark.filterwarnings("ignore:A noise multiplier is 0")]
 
@@ -143,8 +144,8 @@ def test_released_sums_move_by_no_more_than_the_declared_sensitivity():
     z = (rng.normal(size=(ROWS, 3, 3, 4)) * 10.0 ** rng.uniform(-2, 2, (ROWS, 1, 1, 1))).astype("float32")
     layer.build(z.shape)
     mean, variance = tf.random.normal([4]), tf.random.uniform([4], 0.5, 2.0)
-    run = tf.function(lambda z: _stock_pass.clipped_residuals(layer, z, None, mean, variance).tensors[0])
-    declared = _stock_pass.clipped_residuals(layer, tf.constant(z), None, mean, variance).l2_sensitivity
+    run = tf.function(lambda z: statistics_scope.clipped_residuals(layer, z, None, mean, variance).tensors[0])
+    declared = statistics_scope.clipped_residuals(layer, tf.constant(z), None, mean, variance).l2_sensitivity
     bound = 0.7 * math.sqrt(8)
     assert declared == pytest.approx(2 * bound)
     worst = 0.0
@@ -168,7 +169,7 @@ def test_masked_positions_do_not_count():
     layer.build(z.shape)
     mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
     mean, variance = tf.zeros([2]), tf.ones([2])
-    found = _stock_pass.clipped_residuals(layer, tf.constant(z), tf.constant(mask), mean, variance).tensors[0]
+    found = statistics_scope.clipped_residuals(layer, tf.constant(z), tf.constant(mask), mean, variance).tensors[0]
     rows = [tf_dpbn.statistics.residuals(tf.constant(z[i][mask[i]]), mean, variance, layer.epsilon) for i in range(2)]
     np.testing.assert_allclose(found, np.sum(rows, 0), rtol=1e-5)
 
@@ -212,7 +213,7 @@ def test_the_same_check_catches_stock_batch_normalization():
 
 def test_noise_of_released_statistics_has_the_promised_scale():
     layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=0.5)
-    scope = _stock_pass.StockPass(ROWS, noise_seed=3)
+    scope = statistics_scope.StockPass(ROWS, noise_seed=3)
     scope.noise_multiplier = 1.7
     z = tf.random.normal([ROWS, 500])
     layer.build(z.shape)
@@ -232,7 +233,7 @@ def test_noise_of_statistics_does_not_obey_the_global_seed_and_that_of_the_gradi
     layer.build(z.shape)
     (x, y, _), statistics, gradients = padded(), [], []
     for _ in range(2):
-        scope = _stock_pass.StockPass(ROWS)
+        scope = statistics_scope.StockPass(ROWS)
         scope.noise_multiplier = 1.0
         statistics.append(scope.release(layer, z, None, tf.zeros([3]), tf.ones([3])).numpy())
         model = helpers.compiled(
@@ -252,13 +253,13 @@ def test_multipliers_fold_to_the_plan_and_the_ledger_counts_what_is_drawn(monkey
     sigmas = interop.noise_multipliers(the_plan, model)
     assert len(sigmas) == 3 and sigmas[0] > the_plan.noise_multiplier
     drawn = []
-    original = _stock_pass.add_gaussian_noise
+    original = statistics_scope.add_gaussian_noise
 
     def record(clipped, multiplier, denominator, source):
         drawn.append((multiplier, denominator))
         return original(clipped, multiplier, denominator, source)
 
-    monkeypatch.setattr(_stock_pass, "add_gaussian_noise", record)
+    monkeypatch.setattr(statistics_scope, "add_gaussian_noise", record)
     optimizer = tfp.optimizer(noise_multiplier=sigmas[0], learning_rate=0.1)
     helpers.compiled(model, tfp.LOSS, optimizer)
     callback = interop.StatisticsCallback.from_plan(the_plan)

@@ -1,4 +1,4 @@
-"""What `conversion.validate` finds in a model."""
+"""What in a model would void the guarantee: `validate` and its findings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
-from tf_dpbn import _coupling, _training_trace
-from tf_dpbn._bookkeeping import BookkeepingModel
+from tf_dpbn import _training_trace
 from tf_dpbn._keras import BatchNormalizationBase, call_model, flatten_layers, frozen, kept_state, raw
-from tf_dpbn._rebuild import is_convertible
+from tf_dpbn.conversion import coupling
+from tf_dpbn.conversion.rebuild import is_convertible
 from tf_dpbn.layers import DPBatchNormalization
+from tf_dpbn.model import DPModel
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
 _CONVERT = "tf_dpbn.convert(model), or freeze it with trainable=False."
@@ -90,9 +91,38 @@ def _lines(row: Sequence[str]) -> list[str]:
     ]
 
 
-def inspect_model(model: Any, x: Any) -> Findings:
-    """See `conversion.validate`."""
-    x = _coupling.make_batch(model) if x is None else _coupling.first_rows(x)
+def validate(model: Any, x: Any = None) -> Findings:
+    """Lists what in a model would void the privacy guarantee, or what DPModel refuses.
+
+    Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
+    pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
+    batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
+    both times. Stock batch normalization that the training pass only uses in inference is a warning. (In functional
+    models of Keras 3, the training=True of `fit` overrules training=False: there only trainable=False freezes a layer.)
+    The model is left as it was.
+
+    Args:
+      model: a keras.Model or DPModel, compiled or not.
+      x: nest of arrays, [examples, ...], two examples or more, at most eight are used; not needed if the model knows
+        its inputs' shapes and takes floats or integers: random floats, and zeros and ones, then take its place. Give
+        one where values matter (strings, look-ups).
+
+    Returns:
+      The findings, in the order of the layers. They are falsy, and `ok`, if none of them blocks private training.
+      A `print` shows a table.
+
+    Raises:
+      ValueError: if there is nothing to run the model on, or it does not run.
+
+    >>> import tensorflow as tf
+    >>> import tf_dpbn
+    >>> inputs = tf.keras.Input((4,))
+    >>> outputs = tf.keras.layers.BatchNormalization(name="norm")(tf.keras.layers.Dense(3)(inputs))
+    >>> findings = tf_dpbn.validate(tf.keras.Model(inputs, outputs))
+    >>> [(finding.layer, finding.severity) for finding in findings], findings.ok
+    ([('norm', 'error')], False)
+    """
+    x = coupling.make_batch(model) if x is None else coupling.first_rows(x)
     try:
         if not model.built or not model.weights:
             with kept_state(model):
@@ -117,13 +147,13 @@ def inspect_model(model: Any, x: Any) -> Findings:
         reason = "It adds a loss while it is called, which is neither clipped nor noised."
         found.setdefault(layer.name, Finding(layer.name, "error", reason, _LOSS))
     for change in trace.changes_from_data:
-        for name in change.layers or (_coupling.layer_scope(model, change.operation)[1] or model.name,):
+        for name in change.layers or (coupling.layer_scope(model, change.operation)[1] or model.name,):
             found.setdefault(name, _state_finding(name))
     with frozen(stock):  # the others are judged without them
-        coupling, unsteady = _coupling.coupling_layer(model, x, trace.scope.calls)
-    if coupling is not None:
+        coupled, unsteady = coupling.coupling_layer(model, x, trace.scope.calls)
+    if coupled is not None:
         reason = "One example's output moves when only others change; a DPModel would work on each example alone."
-        found.setdefault(coupling, Finding(coupling, "error", reason, _ALONE))
+        found.setdefault(coupled, Finding(coupled, "error", reason, _ALONE))
     if unsteady is not None:
         reason = "Its random numbers cannot be held fixed: whether examples couple here or behind was not tried."
         found.setdefault(unsteady, Finding(unsteady, "warning", reason, "Try it without this layer's randomness."))
@@ -138,7 +168,7 @@ def _would_train(layer: Any) -> bool:
 
 def _idle_finding(layer: Any, model: Any, remedy: str) -> Finding:
     reason = f"Stock {type(layer).__name__}, called with training=False only: it uses its moving statistics."
-    if isinstance(model, BookkeepingModel):
+    if isinstance(model, DPModel):
         return Finding(layer.name, "error", f"{reason} A DPModel takes it frozen only.", "Set its trainable=False.")
     return Finding(layer.name, "warning", f"{reason} That is private; a DPModel takes it frozen only.", remedy)
 

@@ -7,10 +7,10 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dpbn import _checks, _training_trace, _validate
-from tf_dpbn._coupling import make_batch
 from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_per_execution
-from tf_dpbn._stock_loss import RowLoss
 from tf_dpbn.conversion import validate
+from tf_dpbn.conversion.coupling import make_batch
+from tf_dpbn.interop.row_loss import RowLoss
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
 from tf_dpbn.model import DPModel

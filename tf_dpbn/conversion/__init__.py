@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate
-from tf_dpbn._findings import Finding, Findings, inspect_model
 from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
-from tf_dpbn._rebuild import Rebuilder
+from tf_dpbn.conversion.findings import Finding, Findings, validate
+from tf_dpbn.conversion.rebuild import Rebuilder
 from tf_dpbn.layers import STATISTICS_MODES, DPBatchNormalization
 from tf_dpbn.model import DPModel, DPSequential
 
@@ -20,40 +20,6 @@ __all__ = ["Finding", "Findings", "convert", "to_stock", "validate"]
 # Arguments of BatchNormalization that compute statistics across private examples or in ways that DP-SGD has not.
 _COUPLING_OPTIONS = ("renorm", "synchronized", "virtual_batch_size", "adjustment")
 _OPTIONS = ("momentum", "statistics_clip")
-
-
-def validate(model: Any, x: Any = None) -> Findings:
-    """Lists what in a model would void the privacy guarantee, or what DPModel refuses.
-
-    Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
-    pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
-    batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
-    both times. Stock batch normalization that the training pass only uses in inference is a warning. (In functional
-    models of Keras 3, the training=True of `fit` overrules training=False: there only trainable=False freezes a layer.)
-    The model is left as it was.
-
-    Args:
-      model: a keras.Model or DPModel, compiled or not.
-      x: nest of arrays, [examples, ...], two examples or more, at most eight are used; not needed if the model knows
-        its inputs' shapes and takes floats or integers: random floats, and zeros and ones, then take its place. Give
-        one where values matter (strings, look-ups).
-
-    Returns:
-      The findings, in the order of the layers. They are falsy, and `ok`, if none of them blocks private training.
-      A `print` shows a table.
-
-    Raises:
-      ValueError: if there is nothing to run the model on, or it does not run.
-
-    >>> import tensorflow as tf
-    >>> import tf_dpbn
-    >>> inputs = tf.keras.Input((4,))
-    >>> outputs = tf.keras.layers.BatchNormalization(name="norm")(tf.keras.layers.Dense(3)(inputs))
-    >>> findings = tf_dpbn.validate(tf.keras.Model(inputs, outputs))
-    >>> [(finding.layer, finding.severity) for finding in findings], findings.ok
-    ([('norm', 'error')], False)
-    """
-    return inspect_model(model, x)
 
 
 def convert(

@@ -1,21 +1,4 @@
-"""DPBatchNormalization in stock Keras models that optimizers of tensorflow-privacy train, on tf_keras.
-
-tensorflow-privacy's vectorized optimizers clip and noise gradients inside a stock `tf.keras.Model`, whose train step
-knows nothing of batch statistics. `StatisticsCallback` makes up for that: it brings public statistics up to the weights
-before each step, lets the layers release noised ones, and counts both together with the optimizer's noise.
-
-    plan = tf_dpbn.PrivacyPlan(...)
-    optimizer = VectorizedDPKerasSGDOptimizer(
-        l2_norm_clip=1.0, noise_multiplier=tf_dpbn.interop.noise_multipliers(plan, model)[0], learning_rate=0.25)
-    model.compile(optimizer, loss=tf.keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, reduction=tf.keras.losses.Reduction.NONE))
-    callback = tf_dpbn.interop.StatisticsCallback.from_plan(plan, public_batch=...)
-    model.fit(plan.poisson_dataset(x, y), epochs=..., callbacks=[callback])
-    print(callback.privacy_statement())
-
-tensorflow-privacy is not imported here: what is needed of its optimizers is read off them. docs/migration.md says what
-this route lacks beside DPModel.
-"""
+"""The callback that serves and counts the normalizations of a stock model in training; see `interop`."""
 
 from __future__ import annotations
 
@@ -25,12 +8,13 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from tf_dpbn import _stock_checks, _validate, accounting
+from tf_dpbn import _validate, accounting
 from tf_dpbn._keras import IS_KERAS_3, count_of, flatten_layers, keras
 from tf_dpbn._precision import check_rounding
-from tf_dpbn._stock_loss import RowLoss
-from tf_dpbn._stock_pass import StockPass, StockRefresh
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
+from tf_dpbn.interop import checks
+from tf_dpbn.interop.row_loss import RowLoss
+from tf_dpbn.interop.statistics_scope import StockPass, StockRefresh
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 
 _Self = TypeVar("_Self", bound="StatisticsCallback")
@@ -52,7 +36,7 @@ def noise_multipliers(plan: PrivacyPlan, model: Any) -> tuple[float, ...]:
     Raises:
       ValueError: if the model does not know its inputs, or has no DPBatchNormalization in training.
     """
-    calls = _stock_checks.training_calls(model, 2)
+    calls = checks.training_calls(model, 2)
     return accounting.split_noise_multiplier(plan.noise_multiplier or 0.0, plan.statistics_fraction, _releases(calls))
 
 
@@ -87,7 +71,7 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Raises:
       NotImplementedError: on Keras 3, which tensorflow-privacy does not support.
-      ValueError: for an argument out of range; and at the start of training, for what `_stock_checks` refuses.
+      ValueError: for an argument out of range; and at the start of training, for what `checks` refuses.
       RuntimeError: in training under a global seed, and if what was checked at its start changes within `fit`.
 
     Source: docs/algorithm.md, sections 3a, 5 and 6; docs/privacy.md.
@@ -208,16 +192,16 @@ class StatisticsCallback(keras.callbacks.Callback):
         """Checks all that can be checked, opens a record, and has the step traced anew, so that it is what is checked.
 
         Raises:
-          TypeError, ValueError, RuntimeError, NotImplementedError: see `_stock_checks`.
+          TypeError, ValueError, RuntimeError, NotImplementedError: see `checks`.
         """
         model = self.model
-        _stock_checks.check_optimizer(model.optimizer, self._rows)
-        _stock_checks.check_model(model)
-        _stock_checks.check_compilation(model)
-        _stock_checks.check_rows(model, self._rows)
-        _stock_checks.check_seed()
+        checks.check_optimizer(model.optimizer, self._rows)
+        checks.check_model(model)
+        checks.check_compilation(model)
+        checks.check_rows(model, self._rows)
+        checks.check_seed()
         check_rounding()
-        calls = _stock_checks.training_calls(model, self._rows)
+        calls = checks.training_calls(model, self._rows)
         self._closed, self._open, self._steps_begun = self.ledger, None, 0
         self._calls_at_opening = count_of(self._scope.calls)
         self._choose_noise(calls)
@@ -234,7 +218,7 @@ class StatisticsCallback(keras.callbacks.Callback):
           RuntimeError: if what `on_train_begin` has checked is different now.
         """
         refresh = self._current_refresh()
-        _stock_checks.check_seed()
+        checks.check_seed()
         if self._what_is_checked() != self._checked:
             raise RuntimeError(
                 "The model, its optimizer, train function, loss or layers were changed within `fit`, after they were "
