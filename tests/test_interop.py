@@ -213,7 +213,7 @@ def test_the_same_check_catches_stock_batch_normalization():
 
 def test_noise_of_released_statistics_has_the_promised_scale():
     layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=0.5)
-    scope = statistics_scope.StockPass(keras.Sequential(), ROWS, 1, 1.7, noise_seed=3)
+    scope = statistics_scope.StockPass(keras.Sequential(), (), ROWS, 1, 1.7, noise_seed=3)
     z = tf.random.normal([ROWS, 500])
     layer.build(z.shape)
     release = tf.function(lambda: scope.release(layer, z, None, tf.zeros([500]), tf.ones([500])))
@@ -232,7 +232,7 @@ def test_noise_of_statistics_does_not_obey_the_global_seed_and_that_of_the_gradi
     layer.build(z.shape)
     (x, y, _), statistics, gradients = padded(), [], []
     for _ in range(2):
-        scope = statistics_scope.StockPass(keras.Sequential(), ROWS, 1, 1.0)
+        scope = statistics_scope.StockPass(keras.Sequential(), (), ROWS, 1, 1.0)
         statistics.append(scope.release(layer, z, None, tf.zeros([3]), tf.ones([3])).numpy())
         model = helpers.compiled(
             keras.Sequential([keras.Input((6, 6, 2)), layers.Flatten(), layers.Dense(3)]),

@@ -13,7 +13,7 @@ from tf_dpbn._precision import check_rounding
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
 from tf_dpbn.interop import checks
 from tf_dpbn.interop.row_loss import RowLoss
-from tf_dpbn.interop.statistics_scope import StockPass, StockRefresh
+from tf_dpbn.interop.statistics_scope import StockPass
 from tf_dpbn.layers import DPBatchNormalization, NormalizationCall
 
 _Self = TypeVar("_Self", bound="StatisticsCallback")
@@ -80,7 +80,6 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     # Of the running `fit`.
     _scope: StockPass
-    _refresh: StockRefresh
     _noise: tuple[float, ...]
 
     def __init__(
@@ -194,11 +193,10 @@ class StatisticsCallback(keras.callbacks.Callback):
         check_rounding()
         gradient, statistics = self._choose_noise(calls)
         self._noise = (gradient, *[statistics] * _releases(calls))
-        self._scope = StockPass(model, self._rows, len(calls), statistics)
         batch = self._public_batch
         if batch is None:
             batch = tf.nest.map_structure(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), model.input)
-        self._refresh = StockRefresh(model, self._scope, batch)
+        self._scope = StockPass(model, batch, self._rows, len(calls), statistics)
         self._normalizations = [call.layer for call in calls]
         for layer in self._normalizations:
             layer.training_scope = self._scope
@@ -216,7 +214,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         if any(layer.training_scope is not self._scope for layer in self._normalizations):
             raise RuntimeError("Two callbacks serve the normalizations. Pass one StatisticsCallback to each `fit`.")
         self._ledger.record(self._one_step())
-        self._refresh.before_step()
+        self._scope.before_step()
         self._scope.allow_step()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -226,17 +224,17 @@ class StatisticsCallback(keras.callbacks.Callback):
     def on_test_begin(self, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, within `fit`."""
         if self._normalizations:
-            self._refresh.for_inference()
+            self._scope.for_inference()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, for those who save or validate now, and logs epsilon."""
-        self._refresh.for_inference()
+        self._scope.for_inference()
         if logs is not None and self._delta is not None:
             logs["epsilon"] = self.epsilon()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Takes the layers back: from here on they refuse to train."""
-        self._refresh.for_inference()
+        self._scope.for_inference()
         for layer in self._normalizations:
             layer.training_scope = None
         self._normalizations = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -55,6 +55,7 @@ class StockPass(StatisticsScope):
 
     Args:
       model: compiled, as it will be traced.
+      public_batch: nest of arrays; any one example where all statistics are noised.
       rows: of every batch, padding included: a public constant, the denominator of releases.
       normalizations: how many calls in training a pass has.
       noise_multiplier: of each release.
@@ -62,17 +63,54 @@ class StockPass(StatisticsScope):
 
     Attributes:
       credit: how many calls of a counted step may still be made; others fail before they release anything.
+      before_step: brings public statistics (of a training pass, with its dropout) and local terms up to the weights.
+      for_inference: brings public statistics up to the weights, without dropout.
     """
 
     def __init__(
-        self, model: Any, rows: int, normalizations: int, noise_multiplier: float, noise_seed: int | None = None
+        self,
+        model: Any,
+        public_batch: Any,
+        rows: int,
+        normalizations: int,
+        noise_multiplier: float,
+        noise_seed: int | None = None,
     ) -> None:
         self._model, self._optimizer = model, model.optimizer
+        self._public_batch = tf.nest.map_structure(tf.convert_to_tensor, public_batch)
         self._rows, self._normalizations, self._noise_multiplier = rows, normalizations, noise_multiplier
         self._source = NoiseSource(noise_seed)
         self._terms: dict[int, tuple[_HeldTerm, ...]] = {}
-        with tf.init_scope():
-            self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
+        self._active: frozenset[tuple[int, int]] = frozenset()
+        self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
+        self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
+        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
+
+    def _before_step(self) -> None:
+        variables = [raw(variable) for variable in self._model.trainable_variables]
+        inputs = tf.nest.map_structure(tf.identity, self._public_batch)
+        with PublicPass() as scope:
+            call_model(self._model, inputs, training=True)
+        self._active = frozenset(scope.active)
+        flat, layers = tf.nest.flatten(inputs), [call.layer for call in scope.calls]
+        noised = [(call.inputs, call) for call in scope.calls if call.layer.releases]
+        found = iter(input_means(noised, flat, variables))
+        # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
+        # kernel, which the released mean of the outputs tells.
+        means = [_zeros_like(next(found)) if layer.releases else None for layer in layers]
+        for layer, terms in zip(layers, find_local_terms(scope.calls, flat, variables, means), strict=True):
+            if layers.count(layer) > 1:
+                continue  # one set of terms cannot serve several calls
+            if id(layer) not in self._terms:
+                with tf.init_scope():
+                    self._terms[id(layer)] = tuple(_held(variables[term.index], term) for term in terms)
+            for held, term in zip(self._terms[id(layer)], terms, strict=True):
+                held.d_mean.assign(term.d_mean)
+                held.d_variance.assign(term.d_variance)
+        assign_moving_statistics(scope.calls)
+
+    def _for_inference(self) -> None:
+        refresh_moving_statistics(self._model, self._public_batch, self._active)
 
     def allow_step(self) -> None:
         """Lets the calls of one step be made, which must be counted by now."""
@@ -110,19 +148,6 @@ class StockPass(StatisticsScope):
         """The noised mean over rows of how their moments differ from the statistics in use, [2 * channels]."""
         clipped = clipped_residuals(layer, tf.stop_gradient(z), mask, mean, variance)
         return add_gaussian_noise(clipped, self._noise_multiplier, self._rows, self._source).tensors[0]
-
-    def hold(self, variables: Sequence[tf.Variable], calls: Sequence[NormalizationCall], terms: Any) -> None:
-        """Keeps the local terms of layers that are called once a pass for the next step."""
-        layers = [call.layer for call in calls]
-        for layer, found in zip(layers, terms, strict=True):
-            if layers.count(layer) > 1:
-                continue
-            if id(layer) not in self._terms:
-                with tf.init_scope():
-                    self._terms[id(layer)] = tuple(_held(variables[term.index], term) for term in found)
-            for held, term in zip(self._terms[id(layer)], found, strict=True):
-                held.d_mean.assign(term.d_mean)
-                held.d_variance.assign(term.d_variance)
 
     def _with_local_terms(
         self, layer: DPBatchNormalization, mean: tf.Tensor, variance: tf.Tensor
@@ -182,44 +207,6 @@ def clipped_residuals(
 def _held(variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
     zeros = [tf.Variable(tf.zeros(variable.shape, term.d_mean.dtype), trainable=False) for _ in range(2)]
     return _HeldTerm(variable, term, *zeros)
-
-
-class StockRefresh:
-    """Brings what a model's normalizations are given up to its weights: moving statistics and local terms.
-
-    It reads the weights, the public batch and earlier releases, and no private data.
-
-    Args:
-      model: a stock model.
-      scope: where the local terms go.
-      batch: nest of arrays: the public batch, or any one example where all statistics are noised.
-    """
-
-    def __init__(self, model: Any, scope: StockPass, batch: Any) -> None:
-        self._model, self._scope = model, scope
-        self._batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
-        self._active: frozenset[tuple[int, int]] = frozenset()
-        self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
-        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
-
-    def _before_step(self) -> None:
-        """Public statistics of the training pass, with its dropout, and the local terms of all normalizations."""
-        variables = [raw(variable) for variable in self._model.trainable_variables]
-        inputs = tf.nest.map_structure(tf.identity, self._batch)
-        with PublicPass() as scope:
-            call_model(self._model, inputs, training=True)
-        self._active = frozenset(scope.active)
-        flat = tf.nest.flatten(inputs)
-        noised = [(call.inputs, call) for call in scope.calls if call.layer.releases]
-        found = iter(input_means(noised, flat, variables))
-        # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
-        # kernel, which the released mean of the outputs tells.
-        means = [_zeros_like(next(found)) if call.layer.releases else None for call in scope.calls]
-        self._scope.hold(variables, scope.calls, find_local_terms(scope.calls, flat, variables, means))
-        assign_moving_statistics(scope.calls)
-
-    def _for_inference(self) -> None:
-        refresh_moving_statistics(self._model, self._batch, self._active)
 
 
 def _zeros_like(mean: tf.Tensor | None) -> tf.Tensor | None:
