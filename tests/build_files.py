@@ -16,6 +16,8 @@ PACKAGES = (
     "tf_dpbn",
     "tf_dpbn/clipping",
     "tf_dpbn/clipping/rules",
+    "tf_dpbn/conversion",
+    "tf_dpbn/interop",
     "tf_dpbn/model",
     "tf_dpbn/normalization",
     "tf_dpbn/sampling",

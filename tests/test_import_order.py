@@ -48,9 +48,11 @@ LEVELS = (
     ("model.training_trace",),
     ("model.step", "model.public_statistics"),
     ("model.dp_model",),
-    ("_stock_loss", "_stock_pass", "model"),
-    ("_coupling", "_findings", "_rebuild", "conversion"),
-    ("_attacks", "_stock_checks", "callbacks"),
+    ("model",),
+    ("conversion.coupling", "conversion.findings", "conversion.rebuild"),
+    ("conversion",),
+    ("_attacks", "callbacks"),
+    ("interop.callback", "interop.checks", "interop.row_loss", "interop.statistics_scope"),
     ("interop",),
     ("auditing",),
 )
@@ -133,6 +135,11 @@ def test_there_are_no_circles():
         ready = [module for module in graph if module not in done and graph[module] <= set(done)]
         assert ready, f"a circle among {sorted(set(graph) - set(done))}"
         done += ready
+
+
+def test_nothing_else_imports_interop():
+    others = [module for module in MODULES if not module.startswith("interop")]
+    assert not {module for module in others if any(m.startswith("interop") for m in imported_modules(SOURCES[module]))}
 
 
 @pytest.mark.parametrize("module", ["_validate", "_ledger", "_reports", "accounting"])

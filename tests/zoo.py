@@ -25,6 +25,38 @@ class ScaleBias(layers.Layer):
         return x * self.a + self.b
 
 
+class AddsLoss(layers.Layer):
+    """A layer that adds a loss while it is called."""
+
+    def call(self, x: Any) -> Any:
+        self.add_loss(tf.reduce_mean(x))
+        return x
+
+
+class RunningMean(layers.Layer):
+    """Centers by a moving mean of what it saw, as vector quantizers move their codebooks."""
+
+    def build(self, shape: Any) -> None:
+        self.mean = self.add_weight(shape=(shape[-1],), initializer="zeros", trainable=False, name="mean")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
+        return x - self.mean
+
+
+class Counter(layers.Layer):
+    """State that does not depend on examples."""
+
+    def build(self, shape: Any) -> None:
+        self.count = self.add_weight(shape=(), initializer="zeros", dtype="float32", trainable=False, name="count")
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            self.count.assign(self.count + 1.0)
+        return x
+
+
 def _flat(x: Any) -> Any:
     return layers.Flatten()(x)
 

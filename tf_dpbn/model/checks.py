@@ -33,20 +33,26 @@ _ONE_DNN = (
 _CONVOLUTIONS = {1: keras.layers.Conv1D, 2: keras.layers.Conv2D, 3: keras.layers.Conv3D}
 
 
+def stock_normalizations(model: Any) -> list[Any]:
+    """The layers inside a model that are stock batch normalization and would train: their statistics mix examples."""
+    trainable = [layer for layer in flatten_layers(model) if layer.trainable]
+    normalizations = [layer for layer in trainable if isinstance(layer, BatchNormalizationBase)]
+    return [layer for layer in normalizations if not isinstance(layer, DPBatchNormalization)]
+
+
 def check_layers(model: Any) -> None:
-    """Refuses stock batch normalization that would train.
+    """Refuses stock batch normalization that would train, and losses that layers add while they are called.
 
     Raises:
       ValueError: naming the layer.
     """
+    for layer in stock_normalizations(model):
+        raise ValueError(
+            f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
+            "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, or freeze it "
+            f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
+        )
     for layer in flatten_layers(model):
-        stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
-        if stock and layer.trainable:
-            raise ValueError(
-                f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
-                "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, or freeze it "
-                f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
-            )
         if getattr(layer, "activity_regularizer", None) is not None:
             refuse_call_time_loss(layer)
 

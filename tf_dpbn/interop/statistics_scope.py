@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn._keras import call_model, raw
 from tf_dpbn.clipping.rows import weighted_sum
+from tf_dpbn.interop.row_loss import check_rows
 from tf_dpbn.mechanisms import ClippedSum, NoiseSource, add_gaussian_noise, clip_weights
 from tf_dpbn.normalization import (
     DPBatchNormalization,
@@ -60,37 +61,66 @@ class StockPass(StatisticsScope):
     removed, or put in the place of another or of a padding row.
 
     Args:
+      model: compiled, as it will be traced.
+      public_batch: nest of arrays; any one example where all statistics are noised.
       rows: of every batch, padding included: a public constant, the denominator of releases.
+      normalizations: how many calls in training a pass has.
+      noise_multiplier: of each release.
       noise_seed: for tests only.
 
     Attributes:
-      noise_multiplier: of each release.
-      normalizations: how many calls in training a pass has.
-      credit: how many calls the callback has allowed and that were not made yet; others fail.
-      calls: how many calls in training there were, booked before anything is released.
+      credit: how many calls of a counted step may still be made; others fail before they release anything.
+      before_step: brings public statistics (of a training pass, with its dropout) and local terms up to the weights.
+      for_inference: brings public statistics up to the weights, without dropout.
     """
 
-    def __init__(self, rows: int, noise_seed: int | None = None) -> None:
-        self.rows = rows
-        self.noise_multiplier = 0.0
-        self.normalizations = 0
+    def __init__(
+        self,
+        model: Any,
+        public_batch: Any,
+        rows: int,
+        normalizations: int,
+        noise_multiplier: float,
+        noise_seed: int | None = None,
+    ) -> None:
+        self._model, self._optimizer = model, model.optimizer
+        self._public_batch = tf.nest.map_structure(tf.convert_to_tensor, public_batch)
+        self._rows, self._normalizations, self._noise_multiplier = rows, normalizations, noise_multiplier
         self._source = NoiseSource(noise_seed)
         self._terms: dict[int, tuple[_HeldTerm, ...]] = {}
-        self._model: Any = None
-        self._optimizer: Any = None
-        with tf.init_scope():
-            self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
-            self.calls = tf.Variable(0, dtype=tf.int64, trainable=False, name="calls")
+        self._active: frozenset[tuple[int, int]] = frozenset()
+        self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
+        self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
+        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
 
-    def begin(self, model: Any, noise_multiplier: float, normalizations: int) -> None:
-        """Sets what the traces to come are made with, and forgets the local terms of earlier ones."""
-        self._model, self._optimizer = model, model.optimizer
-        self.noise_multiplier, self.normalizations = noise_multiplier, normalizations
-        self._terms = {}
+    def _before_step(self) -> None:
+        variables = [raw(variable) for variable in self._model.trainable_variables]
+        inputs = tf.nest.map_structure(tf.identity, self._public_batch)
+        with PublicPass() as scope:
+            call_model(self._model, inputs, training=True)
+        self._active = frozenset(scope.active)
+        # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
+        # kernel, which the released mean of the outputs tells.
+        calls = with_local_terms(scope.calls, tf.nest.flatten(inputs), variables, lambda call, size: tf.zeros([size]))
+        layers = [call.layer for call in calls]
+        for call in calls:
+            if layers.count(call.layer) > 1:
+                continue  # one set of terms cannot serve several calls
+            key = id(call.layer)
+            if key not in self._terms:
+                with tf.init_scope():
+                    self._terms[key] = tuple(_held(variables[term.index], term) for term in call.local_terms)
+            for held, term in zip(self._terms[key], call.local_terms, strict=True):
+                held.d_mean.assign(term.d_mean)
+                held.d_variance.assign(term.d_variance)
+        assign_moving_statistics(scope.calls)
+
+    def _for_inference(self) -> None:
+        refresh_moving_statistics(self._model, self._public_batch, self._active)
 
     def allow_step(self) -> None:
-        """Gives credit for the calls of one step."""
-        self.credit.assign(self.normalizations)
+        """Lets the calls of one step be made, which must be counted by now."""
+        self.credit.assign(self._normalizations)
 
     def allow_nothing(self) -> None:
         """Takes back what credit is left."""
@@ -102,60 +132,28 @@ class StockPass(StatisticsScope):
         """For a call in training releases noised residuals, if the layer does; returns statistics from before that."""
         if not training:
             return None
-        if self._model is None or self._model.optimizer is not self._optimizer:
-            raise RuntimeError(self._without_callback(layer))  # compiled anew since, and traced with that optimizer
+        if self._model.optimizer is not self._optimizer:
+            raise RuntimeError(_without_callback(layer))  # compiled anew since, and traced with that optimizer
         z = tf.convert_to_tensor(inputs)
-        with tf.control_dependencies(self._checks(layer, z)):
-            booked = [self.calls.assign_add(1), self.credit.assign_sub(1)]
-        with tf.control_dependencies(booked):
+        allowed = tf.debugging.Assert(self.credit > 0, [_without_callback(layer)])
+        with tf.control_dependencies([*check_rows(z, self._rows), *([] if allowed is None else [allowed])]):
+            counted = self.credit.assign_sub(1)
+        with tf.control_dependencies([counted]):
             mean, variance = (tf.stop_gradient(tf.identity(each)) for each in layer.moving_statistics())
             if layer.releases:
                 released = self.release(layer, z, mask, mean, variance)
                 call = NormalizationCall(layer, z, mean, variance, mean, variance, mask is not None)
                 # After the reads, also where nothing orders operations on one variable.
                 with tf.control_dependencies([mean, variance]):
-                    layer.update_statistics(call, released, self.normalizations)
+                    layer.update_statistics(call, released, self._normalizations)
         return self._with_local_terms(layer, mean, variance)
-
-    def _checks(self, layer: DPBatchNormalization, z: tf.Tensor) -> list[Any]:
-        if z.shape[0] is not None and z.shape[0] != self.rows:
-            raise ValueError(self._wrong_rows(layer, z.shape[0]))
-        allowed = tf.debugging.Assert(self.credit > 0, [self._without_callback(layer)])
-        rows = tf.debugging.assert_equal(tf.shape(z)[0], self.rows, self._wrong_rows(layer, "another number"))
-        return [each for each in (allowed, rows) if each is not None]
-
-    def _without_callback(self, layer: DPBatchNormalization) -> str:
-        return (
-            f"DPBatchNormalization {layer.name!r} was trained without its callback, which counts what the model "
-            "releases. Pass tf_dpbn.interop.StatisticsCallback to every `fit`; `train_on_batch` does not run callbacks."
-        )
-
-    def _wrong_rows(self, layer: DPBatchNormalization, received: Any) -> str:
-        return (
-            f"`max_batch_size` must equal the rows of each batch, padding included, and the first axis of "
-            f"DPBatchNormalization {layer.name!r} must be the examples. Train on plan.poisson_dataset(x, y), or on "
-            f"batches of one size (drop_remainder=True). Received: max_batch_size={self.rows}, {received} of rows"
-        )
 
     def release(
         self, layer: DPBatchNormalization, z: tf.Tensor, mask: Any, mean: tf.Tensor, variance: tf.Tensor
     ) -> tf.Tensor:
         """The noised mean over rows of how their moments differ from the statistics in use, [2 * channels]."""
         clipped = clipped_residuals(layer, tf.stop_gradient(z), mask, mean, variance)
-        return add_gaussian_noise(clipped, self.noise_multiplier, self.rows, self._source).tensors[0]
-
-    def hold(self, variables: Sequence[tf.Variable], calls: Sequence[NormalizationCall]) -> None:
-        """Keeps the local terms of layers that are called once a pass for the next step."""
-        layers = [call.layer for call in calls]
-        for layer, found in zip(layers, [call.local_terms for call in calls], strict=True):
-            if layers.count(layer) > 1:
-                continue
-            if id(layer) not in self._terms:
-                with tf.init_scope():
-                    self._terms[id(layer)] = tuple(_held(variables[term.index], term) for term in found)
-            for held, term in zip(self._terms[id(layer)], found, strict=True):
-                held.d_mean.assign(term.d_mean)
-                held.d_variance.assign(term.d_variance)
+        return add_gaussian_noise(clipped, self._noise_multiplier, self._rows, self._source).tensors[0]
 
     def _with_local_terms(
         self, layer: DPBatchNormalization, mean: tf.Tensor, variance: tf.Tensor
@@ -175,6 +173,13 @@ class StockPass(StatisticsScope):
 
         with_gradient: tuple[tf.Tensor, tf.Tensor] = attach(mean, variance, *[each.variable.value() for each in held])
         return with_gradient
+
+
+def _without_callback(layer: DPBatchNormalization) -> str:
+    return (
+        f"DPBatchNormalization {layer.name!r} was trained without its callback, which counts what the model releases. "
+        "Pass tf_dpbn.interop.StatisticsCallback to every `fit`; `train_on_batch` does not run callbacks."
+    )
 
 
 def clipped_residuals(
@@ -208,38 +213,3 @@ def clipped_residuals(
 def _held(variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
     zeros = [tf.Variable(tf.zeros(variable.shape, term.d_mean.dtype), trainable=False) for _ in range(2)]
     return _HeldTerm(variable, term, *zeros)
-
-
-class StockRefresh:
-    """Brings what a model's normalizations are given up to its weights: moving statistics and local terms.
-
-    It reads the weights, the public batch and earlier releases, and no private data.
-
-    Args:
-      model: a stock model.
-      scope: where the local terms go.
-      batch: nest of arrays: the public batch, or any one example where all statistics are noised.
-    """
-
-    def __init__(self, model: Any, scope: StockPass, batch: Any) -> None:
-        self._model, self._scope = model, scope
-        self._batch = tf.nest.map_structure(tf.convert_to_tensor, batch)
-        self._active: frozenset[tuple[int, int]] = frozenset()
-        self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
-        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
-
-    def _before_step(self) -> None:
-        """Public statistics of the training pass, with its dropout, and the local terms of all normalizations."""
-        variables = [raw(variable) for variable in self._model.trainable_variables]
-        inputs = tf.nest.map_structure(tf.identity, self._batch)
-        with PublicPass() as scope:
-            call_model(self._model, inputs, training=True)
-        self._active = frozenset(scope.active)
-        # What feeds the kernel layers is not released here: their mean is taken to be zero, but for its part along the
-        # kernel, which the released mean of the outputs tells.
-        calls = with_local_terms(scope.calls, tf.nest.flatten(inputs), variables, lambda call, size: tf.zeros([size]))
-        self._scope.hold(variables, calls)
-        assign_moving_statistics(scope.calls)
-
-    def _for_inference(self) -> None:
-        refresh_moving_statistics(self._model, self._batch, self._active)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate
-from tf_dpbn._findings import Finding, Findings, inspect_model
-from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
-from tf_dpbn._rebuild import Rebuilder
+from tf_dpbn._keras import UNFUSED, flatten_layers, keras, mark_called
+from tf_dpbn.conversion.findings import Finding, Findings, validate
+from tf_dpbn.conversion.rebuild import Rebuilder
 from tf_dpbn.model import DPModel, DPSequential
 from tf_dpbn.normalization import STATISTICS_MODES, DPBatchNormalization
 
@@ -19,45 +19,15 @@ __all__ = ["Finding", "Findings", "convert", "to_stock", "validate"]
 
 # Arguments of BatchNormalization that compute statistics across private examples or in ways that DP-SGD has not.
 _COUPLING_OPTIONS = ("renorm", "synchronized", "virtual_batch_size", "adjustment")
-_OPTIONS = ("momentum", "statistics_clip")
-
-
-def validate(model: Any, x: Any = None) -> Findings:
-    """Lists what in a model would void the privacy guarantee, or what DPModel refuses.
-
-    Layers are judged by what they are (stock batch normalization, activity regularizers), by a trace of the training
-    pass (state that is written from the examples) and by what they do: the model runs in training mode on a small
-    batch, all examples but one are changed, and that one's output must not move. Random layers draw the same numbers
-    both times. Stock batch normalization that the training pass only uses in inference is a warning. (In functional
-    models of Keras 3, the training=True of `fit` overrules training=False: there only trainable=False freezes a layer.)
-    The model is left as it was.
-
-    Args:
-      model: a keras.Model or DPModel, compiled or not.
-      x: nest of arrays, [examples, ...], two examples or more, at most eight are used; not needed if the model knows
-        its inputs' shapes and takes floats or integers: random floats, and zeros and ones, then take its place. Give
-        one where values matter (strings, look-ups).
-
-    Returns:
-      The findings, in the order of the layers. They are falsy, and `ok`, if none of them blocks private training.
-      A `print` shows a table.
-
-    Raises:
-      ValueError: if there is nothing to run the model on, or it does not run.
-
-    >>> import tensorflow as tf
-    >>> import tf_dpbn
-    >>> inputs = tf.keras.Input((4,))
-    >>> outputs = tf.keras.layers.BatchNormalization(name="norm")(tf.keras.layers.Dense(3)(inputs))
-    >>> findings = tf_dpbn.validate(tf.keras.Model(inputs, outputs))
-    >>> [(finding.layer, finding.severity) for finding in findings], findings.ok
-    ([('norm', 'error')], False)
-    """
-    return inspect_model(model, x)
 
 
 def convert(
-    model: Any, *, statistics: str = "public", public_batch: Any = None, **batch_normalization_options: Any
+    model: Any,
+    *,
+    statistics: str = "public",
+    public_batch: Any = None,
+    momentum: float | None = None,
+    statistics_clip: float = 1.0,
 ) -> DPModel:
     """Makes a DPModel of a Keras model, with DPBatchNormalization for each stock BatchNormalization that would train.
 
@@ -74,38 +44,31 @@ def convert(
       model: a keras.Model or DPModel.
       statistics: of the new layers: "public", "noised" or "anchored", see DPBatchNormalization.
       public_batch: if given, nest of arrays [examples, ...] for `DPModel.set_public_batch`.
-      **batch_normalization_options: `momentum` and `statistics_clip` of the new layers. Without `momentum`, layers
-        with "public" statistics keep the stock layer's, which they do not use but hand back to `to_stock`; with the
-        others, where it weighs noised releases, it is DPBatchNormalization's default.
+      momentum, statistics_clip: of the new layers, see DPBatchNormalization. Without `momentum`, layers with "public"
+        statistics keep the stock layer's, which they do not use but hand back to `to_stock`.
 
     Returns:
       DPSequential for a Sequential, else a functional DPModel.
 
     Raises:
-      TypeError: for a subclassed model, naming its class and the remedy, or for unknown options.
+      TypeError: for a subclassed model, naming its class and the remedy.
       ValueError: for batch normalization with options that couple examples (renorm, synchronized, virtual_batch_size,
         adjustment), for a subclass of it, and for a layer that holds one and cannot be rebuilt without.
     """
     _validate.one_of("statistics", statistics, STATISTICS_MODES)
-    unknown = sorted(set(batch_normalization_options) - set(_OPTIONS))
-    if unknown:
-        raise TypeError(
-            f"`batch_normalization_options` may be {' and '.join(_OPTIONS)}; the others are those of the layers that "
-            f"are replaced. Received: {unknown[0]}={batch_normalization_options[unknown[0]]!r}"
-        )
 
     def replacement(layer: Any) -> Any:
         if isinstance(layer, DPBatchNormalization) or not layer.trainable:
             return None
-        config = _stock_config(layer)
-        if statistics != "public":
-            config.pop("momentum")
-        return DPBatchNormalization(**{**config, "statistics": statistics, **batch_normalization_options})
+        _check_stock(layer)
+        config = layer.get_config()
+        if momentum is not None or statistics != "public":
+            config["momentum"] = momentum
+        return DPBatchNormalization(**{**config, "statistics": statistics, "statistics_clip": statistics_clip})
 
     if isinstance(model, DPModel):
-        model._refresh_if_trained()
+        model._public.refresh_if_trained()
     converted = Rebuilder(replacement, "converted").rebuild(model, DPModel, DPSequential)
-    _check_nothing_is_left(converted)
     _hand_over_record(model, converted)
     if public_batch is not None:
         converted.set_public_batch(public_batch)
@@ -135,20 +98,22 @@ def to_stock(model: Any) -> Any:
     def replacement(layer: Any) -> Any:
         if not isinstance(layer, DPBatchNormalization):
             return None
-        return keras.layers.BatchNormalization(**_plain_config(layer), **UNFUSED)
+        config = layer.get_config()
+        del config["statistics"], config["statistics_clip"]
+        return keras.layers.BatchNormalization(**config, **UNFUSED)
 
     if isinstance(model, DPModel):
-        model._refresh_if_trained()
+        model._public.refresh_if_trained()
     plain = Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
     mark_called(plain)
     return plain
 
 
-def _stock_config(layer: Any) -> dict[str, Any]:
-    """The arguments for a DPBatchNormalization in place of a stock layer.
+def _check_stock(layer: Any) -> None:
+    """Refuses what no private layer does.
 
     Raises:
-      ValueError: naming the layer and what it does that no private layer can.
+      ValueError: naming the layer and what it does.
     """
     if type(layer) is not keras.layers.BatchNormalization:
         raise ValueError(
@@ -156,35 +121,11 @@ def _stock_config(layer: Any) -> dict[str, Any]:
             "keras.layers.BatchNormalization or tf_dpbn.DPBatchNormalization in its place, or freeze it with "
             f"trainable=False. Received: layer={layer!r}"
         )
-    config = layer.get_config()
     for option in _COUPLING_OPTIONS:
-        value = config.get(option) or getattr(layer, option, None)
-        if value:
+        if getattr(layer, option, None):
             raise ValueError(
-                f"Layer {layer.name!r} has {option}={value!r}, which computes statistics across private examples. "
-                f"Build it without {option}. Received: layer={layer!r}"
-            )
-    return _plain_config(layer)
-
-
-def _plain_config(layer: Any) -> dict[str, Any]:
-    """The arguments that both kinds of batch normalization know."""
-    config = layer.get_config()
-    for option in (*_COUPLING_OPTIONS, "renorm_clipping", "renorm_momentum", "fused", "statistics", "statistics_clip"):
-        config.pop(option, None)
-    if not isinstance(config["axis"], int):
-        axes = [int(axis) for axis in config["axis"]]
-        config["axis"] = axes[0] if len(axes) == 1 else axes
-    return config
-
-
-def _check_nothing_is_left(model: Any) -> None:
-    for layer in flatten_layers(model):
-        is_stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
-        if is_stock and layer.trainable:
-            raise ValueError(
-                f"Layer {layer.name!r} is still a stock {type(layer).__name__} that would train. Replace it by "
-                f"tf_dpbn.DPBatchNormalization in the model's definition. Received: layer={layer!r}"
+                f"Layer {layer.name!r} has {option}, which computes statistics across private examples. Build it "
+                f"without {option}. Received: {option}={getattr(layer, option)!r}"
             )
 
 

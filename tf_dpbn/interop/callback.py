@@ -1,42 +1,24 @@
-"""DPBatchNormalization in stock Keras models that optimizers of tensorflow-privacy train, on tf_keras.
-
-tensorflow-privacy's vectorized optimizers clip and noise gradients inside a stock `tf.keras.Model`, whose train step
-knows nothing of batch statistics. `StatisticsCallback` makes up for that: it brings public statistics up to the weights
-before each step, lets the layers release noised ones, and counts both together with the optimizer's noise.
-
-    plan = tf_dpbn.PrivacyPlan(...)
-    optimizer = VectorizedDPKerasSGDOptimizer(
-        l2_norm_clip=1.0, noise_multiplier=tf_dpbn.interop.noise_multipliers(plan, model)[0], learning_rate=0.25)
-    model.compile(optimizer, loss=tf.keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, reduction=tf.keras.losses.Reduction.NONE))
-    callback = tf_dpbn.interop.StatisticsCallback.from_plan(plan, public_batch=...)
-    model.fit(plan.poisson_dataset(x, y), epochs=..., callbacks=[callback])
-    print(callback.privacy_statement())
-
-tensorflow-privacy is not imported here: what is needed of its optimizers is read off them. docs/migration.md says what
-this route lacks beside DPModel.
-"""
+"""The callback that serves and counts the normalizations of a stock model in training; see `interop`."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from tf_dpbn import _stock_checks, _validate, accounting
+from tf_dpbn import _validate, accounting
 from tf_dpbn._devices import require_full_float32
-from tf_dpbn._keras import IS_KERAS_3, count_of, flatten_layers, keras
-from tf_dpbn._stock_loss import RowLoss
-from tf_dpbn._stock_pass import StockPass, StockRefresh
+from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
+from tf_dpbn.interop import checks
+from tf_dpbn.interop.row_loss import RowLoss
+from tf_dpbn.interop.statistics_scope import StockPass
 from tf_dpbn.normalization import DPBatchNormalization, NormalizationCall
 
 _Self = TypeVar("_Self", bound="StatisticsCallback")
 # The optimizer's noise multiplier may fall short of the plan's by rounding.
 _ROUNDING = 1e-9
-_OF_OPTIMIZER = ("l2_norm_clip", "noise_multiplier", "num_microbatches")
 
 
 def noise_multipliers(plan: PrivacyPlan, model: Any) -> tuple[float, ...]:
@@ -52,8 +34,11 @@ def noise_multipliers(plan: PrivacyPlan, model: Any) -> tuple[float, ...]:
     Raises:
       ValueError: if the model does not know its inputs, or has no DPBatchNormalization in training.
     """
-    calls = _stock_checks.training_calls(model, 2)
-    return accounting.split_noise_multiplier(plan.noise_multiplier or 0.0, plan.statistics_fraction, _releases(calls))
+    return _split(plan, _releases(checks.training_calls(model)))
+
+
+def _split(plan: PrivacyPlan, releases: int) -> tuple[float, ...]:
+    return accounting.split_noise_multiplier(plan.noise_multiplier or 0.0, plan.statistics_fraction, releases)
 
 
 def _releases(calls: list[NormalizationCall]) -> int:
@@ -83,15 +68,19 @@ class StatisticsCallback(keras.callbacks.Callback):
         have statistics="noised".
       public_batch: nest of arrays [public examples, ...], for layers with statistics="public". It must not be private.
       delta: in (0, 1): `fit` then logs "epsilon" at the end of each epoch.
-      noise_seed: for tests only. Noise from a known seed protects nothing.
 
     Raises:
       NotImplementedError: on Keras 3, which tensorflow-privacy does not support.
-      ValueError: for an argument out of range; and at the start of training, for what `_stock_checks` refuses.
-      RuntimeError: in training under a global seed, and if what was checked at its start changes within `fit`.
+      ValueError: for an argument out of range; and at the start of training, for what `interop.checks`
+        refuses.
+      RuntimeError: in training under a global seed, or beside another StatisticsCallback.
 
     Source: docs/algorithm.md, sections 3a, 5 and 6; docs/privacy.md.
     """
+
+    # Of the running `fit`.
+    _scope: StockPass
+    _noise: tuple[float, ...]
 
     def __init__(
         self,
@@ -102,7 +91,6 @@ class StatisticsCallback(keras.callbacks.Callback):
         statistics_noise_multiplier: float | None = None,
         public_batch: Any = None,
         delta: float | None = None,
-        noise_seed: int | None = None,
     ) -> None:
         super().__init__()
         if IS_KERAS_3:
@@ -123,23 +111,16 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._public_batch = public_batch
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._plan: PrivacyPlan | None = None
-        self._scope = StockPass(self._rows, noise_seed)
-        self._refresh: StockRefresh | None = None
-        self._closed, self._calls_at_opening = Ledger(), 0
-        self._open: StepRecord | None = None
-        self._noise: tuple[float, ...] = ()
-        self._steps_begun, self._calls_before_step = 0, 0
-        self._checked: tuple[Any, ...] = ()
+        self._ledger, self._noise = Ledger(), ()
+        self._normalizations: list[DPBatchNormalization] = []  # empty outside of `fit`
 
     @classmethod
-    def from_plan(
-        cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None, noise_seed: int | None = None
-    ) -> _Self:
+    def from_plan(cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None) -> _Self:
         """Builds the callback for training on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`.
 
         Args:
           plan: the plan.
-          public_batch, noise_seed: as in the constructor.
+          public_batch: as in the constructor.
         """
         callback = cls(
             max_batch_size=plan.max_batch_size,  # type: ignore[arg-type]
@@ -147,7 +128,6 @@ class StatisticsCallback(keras.callbacks.Callback):
             num_examples=plan.num_examples,
             public_batch=public_batch,
             delta=plan.delta,
-            noise_seed=noise_seed,
         )
         callback._plan = plan
         return callback
@@ -167,12 +147,7 @@ class StatisticsCallback(keras.callbacks.Callback):
     @property
     def ledger(self) -> Ledger:
         """The steps that ran under this callback. It is not saved with the model: keep `ledger.to_json()` beside it."""
-        ledger = self._closed.copy()
-        if self._open is not None:
-            calls = count_of(self._scope.calls) - self._calls_at_opening
-            steps = max(self._steps_begun, -(-calls // self._scope.normalizations))
-            ledger.record(dataclasses.replace(self._open, steps=steps))
-        return ledger
+        return self._ledger.copy()
 
     def epsilon(self, delta: float | None = None, accountant: str = "rdp") -> float:
         """Epsilon of all steps that ran; delta as in `privacy_statement`."""
@@ -205,103 +180,73 @@ class StatisticsCallback(keras.callbacks.Callback):
     # ------------------------------------------------------------------ Keras' hooks
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Checks all that can be checked, opens a record, and has the step traced anew, so that it is what is checked.
+        """Checks all that can be checked, and has the step traced anew, so that it is what is checked.
 
         Raises:
-          TypeError, ValueError, RuntimeError, NotImplementedError: see `_stock_checks`.
+          TypeError, ValueError, RuntimeError, NotImplementedError: see `interop.checks`.
         """
         model = self.model
-        _stock_checks.check_optimizer(model.optimizer, self._rows)
-        _stock_checks.check_model(model)
-        _stock_checks.check_compilation(model)
-        _stock_checks.check_rows(model, self._rows)
-        _stock_checks.check_seed()
+        checks.check_optimizer(model.optimizer, self._rows)
+        checks.check_compilation(model)
+        calls = checks.training_calls(model)
+        checks.check_model(model)
         require_full_float32()
-        calls = _stock_checks.training_calls(model, self._rows)
-        self._closed, self._open, self._steps_begun = self.ledger, None, 0
-        self._calls_at_opening = count_of(self._scope.calls)
-        self._choose_noise(calls)
-        self._open = self._record()
-        self._attach(calls)
+        gradient, statistics = self._choose_noise(calls)
+        self._noise = (gradient, *[statistics] * _releases(calls))
+        batch = self._public_batch
+        if batch is None:
+            batch = tf.nest.map_structure(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), model.input)
+        self._scope = StockPass(model, batch, self._rows, len(calls), statistics)
+        self._normalizations = [call.layer for call in calls]
+        for layer in self._normalizations:
+            layer.training_scope = self._scope
+        model.compute_loss = RowLoss(model, self._rows, padded=self._rows != self._expected)
         model.optimizer._create_all_weights(model.trainable_variables)  # in the step they would have it traced twice
         model.make_train_function(force=True)
-        self._checked = self._what_is_checked()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Books one step, brings the statistics up to the weights, and lets that step train.
+        """Counts one step, brings the statistics up to the weights, and lets that step train.
 
         Raises:
-          RuntimeError: if what `on_train_begin` has checked is different now.
+          RuntimeError: under a global seed, or if another StatisticsCallback serves the layers.
         """
-        refresh = self._current_refresh()
-        _stock_checks.check_seed()
-        if self._what_is_checked() != self._checked:
-            raise RuntimeError(
-                "The model, its optimizer, train function, loss or layers were changed within `fit`, after they were "
-                "checked. Change them between two calls of `fit`, and pass one StatisticsCallback to each. "
-                f"Received: a change before batch {batch}"
-            )
-        self._steps_begun += 1
-        self._calls_before_step = count_of(self._scope.calls)
-        refresh.before_step()
+        checks.check_seed()
+        if any(layer.training_scope is not self._scope for layer in self._normalizations):
+            raise RuntimeError("Two callbacks serve the normalizations. Pass one StatisticsCallback to each `fit`.")
+        self._ledger.record(self._one_step())
+        self._scope.before_step()
         self._scope.allow_step()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Lets nothing train until the next batch.
-
-        Raises:
-          RuntimeError: if the step did not call its normalizations as often as was booked.
-        """
+        """Lets nothing train until the next batch."""
         self._scope.allow_nothing()
-        calls = count_of(self._scope.calls) - self._calls_before_step
-        if calls != self._scope.normalizations:
-            raise RuntimeError(
-                f"A step called its normalizations {calls} times where {self._scope.normalizations} were expected. "
-                "The step is booked, but what it released may have been more. A pass of the model must not depend on "
-                "anything but its input: leave out run-time conditions and changes of `trainable`."
-            )
-
-    def _what_is_checked(self) -> tuple[Any, ...]:
-        """What must stay as it is while `fit` runs."""
-        model, optimizer = self.model, self.model.optimizer
-        privacy = [getattr(optimizer, f"_{name}", None) for name in _OF_OPTIMIZER]
-        states = [(id(layer), layer.trainable, id(layer.training_scope)) for layer in _normalizations(model)]
-        variables = [id(variable) for variable in model.trainable_variables]
-        objects = [id(each) for each in (optimizer, model.train_function, model.compute_loss)]
-        return (*objects, *privacy, *states, *variables)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, within `fit`."""
-        if self._refresh is not None:
-            self._refresh.for_inference()
+        if self._normalizations:
+            self._scope.for_inference()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, for those who save or validate now, and logs epsilon."""
-        self._current_refresh().for_inference()
+        self._scope.for_inference()
         if logs is not None and self._delta is not None:
             logs["epsilon"] = self.epsilon()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Takes the layers back: from here on they refuse to train."""
-        self._current_refresh().for_inference()
-        self._refresh = None
-        for layer in _normalizations(self.model):
+        self._scope.for_inference()
+        for layer in self._normalizations:
             layer.training_scope = None
-        if isinstance(vars(self.model).get("compute_loss"), RowLoss):
-            del self.model.compute_loss
+        self._normalizations = []
+        del self.model.compute_loss
         self.model.train_function = None  # so that a `fit` without callback meets the layers' refusal, in words
 
-    def _current_refresh(self) -> StockRefresh:
-        if self._refresh is None:
-            raise RuntimeError("StatisticsCallback works within `fit` only. Pass it as callbacks=[...].")
-        return self._refresh
-
-    def _choose_noise(self, calls: list[NormalizationCall]) -> None:
-        """Finds the noise of each release; refuses an optimizer with less noise than the plan asks for."""
+    def _choose_noise(self, calls: list[NormalizationCall]) -> tuple[float, float]:
+        """Noise multipliers of the gradient and of each release; refuses an optimizer with less than was planned."""
         gradient, releases = float(self.model.optimizer._noise_multiplier), _releases(calls)
         each = self._statistics_noise_multiplier
         if self._plan is not None:
-            planned, *others = noise_multipliers(self._plan, self.model)
+            planned, *others = _split(self._plan, releases)
             if gradient < planned * (1.0 - _ROUNDING):
                 remedy = "Build the optimizer with tf_dpbn.interop.noise_multipliers(plan, model)[0]."
                 raise _validate.argument_error("noise_multiplier", gradient, f"be at least {planned!r}", remedy)
@@ -320,13 +265,12 @@ class StatisticsCallback(keras.callbacks.Callback):
                 'be given for layers with statistics="public"',
                 "It must not be private; tf_dpbn.public_data makes synthetic ones.",
             )
-        self._scope.begin(self.model, 0.0 if each is None else float(each), len(calls))
-        self._noise = (gradient, *[self._scope.noise_multiplier] * releases)
-        if accounting.effective_noise_multiplier(self._noise) == 0.0:
+        if gradient == 0.0 or each == 0.0 and releases:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
+        return gradient, float(each or 0.0)
 
-    def _record(self) -> StepRecord:
-        """One step. Only batches full of examples are never cut; a callback cannot see where batches come from."""
+    def _one_step(self) -> StepRecord:
+        """Only batches full of examples are never cut; a callback cannot see where batches come from."""
         never_cut = self._plan is None and self._rows == self._expected
         return StepRecord(
             sampling_probability=self._expected / self._num_examples,
@@ -335,17 +279,3 @@ class StatisticsCallback(keras.callbacks.Callback):
             num_examples=self._num_examples,
             max_batch_size=None if never_cut else self._rows,
         )
-
-    def _attach(self, calls: list[NormalizationCall]) -> None:
-        batch = self._public_batch
-        if batch is None:
-            shapes = self.model.input
-            batch = tf.nest.map_structure(lambda t: tf.zeros([1, *t.shape[1:]], t.dtype), shapes)
-        self._refresh = StockRefresh(self.model, self._scope, batch)
-        self.model.compute_loss = RowLoss(self.model, self._rows, padded=self._rows != self._expected)
-        for call in calls:
-            call.layer.training_scope = self._scope
-
-
-def _normalizations(model: Any) -> list[DPBatchNormalization]:
-    return [layer for layer in flatten_layers(model) if isinstance(layer, DPBatchNormalization)]

@@ -80,7 +80,7 @@ class Rebuilder:
                 "Functional and Sequential models can. Derive the class from tf_dpbn.DPModel and use "
                 f"tf_dpbn.DPBatchNormalization in it; `export` makes a SavedModel of it. Received: model={model!r}"
             )
-        own = _own_behaviour(model)
+        own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
         if own:
             raise TypeError(
                 f"Model {model.name!r} is of class {name}, which defines {own[0]!r}, and cannot be {self._what} with "
@@ -116,11 +116,10 @@ class Rebuilder:
 
     def _from_live(self, old: Any, inside: dict[str, Any]) -> Any:
         """A layer from the configuration of a live one, which gives its functions, and layers inside, by themselves."""
-        if isinstance(
-            old, keras.layers.Lambda
-        ):  # its configuration holds its function's code, without what it refers to
+        if isinstance(old, keras.layers.Lambda):
+            # Its configuration holds its function's code, without what that refers to.
             functions = {"function": old.function, "output_shape": old._output_shape, "mask": old.mask}
-            options = {"name": old.name, "trainable": old.trainable, "dtype": _dtype(old)}
+            options = {"name": old.name, "trainable": old.trainable, "dtype": old.dtype_policy}
             return type(old)(**functions, arguments=old.arguments, **options)
         config = _config(old)
         if inside:
@@ -139,10 +138,10 @@ class Rebuilder:
             return config
         inner = config.get("config")
         if "class_name" in config and isinstance(inner, dict):
-            new = self._replaced(inside.get(inner.get("name", "")))
+            layer = inside.get(inner.get("name", ""))
+            new = self._replaced(layer)
             if new is not None:
                 return serialize(new)
-            layer = inside.get(inner.get("name", ""))
             if layer is not None and self._is_by_reference(layer):
                 self._live.append(self._make(layer))
                 return {
@@ -157,7 +156,8 @@ class Rebuilder:
         """Whether a layer within another's configuration does not come back from it: by functions, or its class."""
         if isinstance(layer, keras.Model):
             return False
-        return isinstance(layer, keras.layers.Lambda) or _is_foreign(type(layer)) or _has_functions(_config(layer))
+        has_functions = any(map(inspect.isfunction, _config(layer).values()))
+        return isinstance(layer, keras.layers.Lambda) or _is_foreign(type(layer)) or has_functions
 
     def _check_inside(self, old: Any, new: Any) -> None:
         """Refuses a layer that makes its own normalization, whatever its configuration says."""
@@ -201,37 +201,14 @@ class Rebuilder:
             target.load_own_variables({key: np.asarray(value) for key, value in store.items()})
 
 
-def is_convertible(model: Any) -> bool:
-    """Whether a model, and each one inside, is a graph of layers with Keras' behaviour, so that it can be rebuilt."""
-    models = [model, *(layer for layer in flatten_layers(model) if isinstance(layer, keras.Model))]
-    return all((isinstance(m, keras.Sequential) or is_functional(m)) and not _own_behaviour(m) for m in models)
-
-
-def _own_behaviour(model: Any) -> list[str]:
-    """The methods of a model that a rebuilt one would not have."""
-    return [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
-
-
 def _config(layer: Any) -> dict[str, Any]:
     """A layer's configuration with the user's functions (activations, say) in place of their serialized form."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*lambda.*")  # what is not written to a file need not be safe to load
         config = layer.get_config()
     live = {key: getattr(layer, key, None) for key in config}
-    return {key: live[key] if _is_own_function(live[key]) else value for key, value in config.items()}
-
-
-def _has_functions(config: dict[str, Any]) -> bool:
-    """Whether a configuration from `_config` holds the user's functions."""
-    return any(map(inspect.isfunction, config.values()))
-
-
-def _is_own_function(value: Any) -> bool:
-    return inspect.isfunction(value) and _is_foreign(value)
-
-
-def _dtype(layer: Any) -> Any:
-    return getattr(layer, "dtype_policy", None) or layer._dtype_policy
+    is_own = {key: inspect.isfunction(value) and _is_foreign(value) for key, value in live.items()}
+    return {key: live[key] if is_own[key] else value for key, value in config.items()}
 
 
 def _is_foreign(cls: Any) -> bool:

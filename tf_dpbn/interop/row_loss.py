@@ -12,6 +12,23 @@ from tf_dpbn._keras import build_compiled_loss, compiled_data_loss, loss_tracker
 from tf_dpbn.accounting import PrivacyWarning
 
 
+def check_rows(tensor: tf.Tensor, rows: int) -> list[tf.Operation]:
+    """Operations that fail where the first axis of a tensor is not the rows of a batch.
+
+    Raises:
+      ValueError: where its shape tells.
+    """
+    message = (
+        "`max_batch_size` must equal the rows of each batch, padding included, and be the first axis in every layer. "
+        "Train on plan.poisson_dataset(x, y), or on batches of one size (drop_remainder=True). "
+        f"Received: max_batch_size={rows}"
+    )
+    if tensor.shape[0] not in (None, rows):
+        raise ValueError(f"{message}, {tensor.shape[0]} rows")
+    check = tf.debugging.assert_equal(tf.shape(tensor)[0], rows, message)
+    return [] if check is None else [check]
+
+
 class RowLoss:
     """Stands in for `compute_loss` of a model: computes the compiled loss of each row as of a batch of it alone.
 
@@ -34,7 +51,7 @@ class RowLoss:
           ValueError: for weights that are not one number a row, or that are missing where padding is expected.
         """
         weight = self._weights(sample_weight)
-        with tf.control_dependencies(self._check_rows(y_pred)):
+        with tf.control_dependencies([op for each in tf.nest.flatten(y_pred) for op in check_rows(each, self._rows)]):
             y, y_pred, weight = tf.nest.map_structure(tf.identity, (y, y_pred, weight))
         build_compiled_loss(self._model, y, y_pred)
 
@@ -47,15 +64,6 @@ class RowLoss:
         losses = weight * losses
         self._track(losses, parts, weight)
         return losses
-
-    def _check_rows(self, y_pred: Any) -> list[tf.Operation]:
-        message = (
-            "`max_batch_size` must equal the rows of each batch, padding included. Train on "
-            "plan.poisson_dataset(x, y), or on batches of one size (drop_remainder=True). "
-            f"Received: max_batch_size={self._rows}, another number of rows"
-        )
-        checks = [tf.debugging.assert_equal(tf.shape(t)[0], self._rows, message) for t in tf.nest.flatten(y_pred)]
-        return [check for check in checks if check is not None]
 
     def _weights(self, sample_weight: Any) -> tf.Tensor:
         if sample_weight is None:
