@@ -210,6 +210,7 @@ def test_weights_files_go_between_stock_and_private_forms(tmp_path):
     for saved in STORED:
         model = normalized_twice(1, **STORED[saved])
         if saved != "stock":
+            model.set_public_batch(PUBLIC)
             model._record.open(helpers.dp_optimizer())
             helpers.spend(model, 3)
         model.save_weights(path)
