@@ -10,8 +10,8 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn import _precision
-from tf_dpbn._attacks import clipped_sums
 from tf_dpbn._keras import keras
+from tf_dpbn.auditing import clipped_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore::tf_dpbn.PrivacyWarning")
 
