@@ -20,8 +20,8 @@ import tensorflow as tf
 from absl import app, flags
 
 import tf_dpbn
-from tf_dpbn._attacks import clipped_sums
 from tf_dpbn._keras import keras
+from tf_dpbn.auditing import clipped_sums
 from tf_dpbn.mechanisms import ROUNDING, NoiseSource
 
 # The largest number that tf.random.stateless_normal can yield, and how often a normal number is larger.

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = (
     "tf_dpbn",
+    "tf_dpbn/accounting",
+    "tf_dpbn/auditing",
     "tf_dpbn/clipping",
     "tf_dpbn/clipping/rules",
     "tf_dpbn/conversion",

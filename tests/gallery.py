@@ -22,8 +22,9 @@ from scipy import stats
 
 import tf_dpbn
 from tests import helpers, neighbours
-from tf_dpbn import _ledger, auditing, mechanisms
+from tf_dpbn import auditing, mechanisms
 from tf_dpbn._keras import keras
+from tf_dpbn.accounting import ledger
 from tf_dpbn.clipping import book_keeping, contributions, microbatches, per_example
 from tf_dpbn.clipping.rows import by_row, sum_of_squares, weighted_sum
 from tf_dpbn.model import step
@@ -356,7 +357,7 @@ BUGS: dict[str, Bug] = {
         "neighbouring updates",
     ),
     "accounting drops all multipliers but the first": Bug(
-        ((_ledger, "effective_noise_multiplier", _first_multiplier),), check_ledger, "ledger against draws"
+        ((ledger, "effective_noise_multiplier", _first_multiplier),), check_ledger, "ledger against draws"
     ),
     "means of two examples clipped, accounted as one example": Bug(
         ((_ENGINE, "sum_slice", _microbatch_clipping),), _PER_EXAMPLE, _SENSITIVITY

@@ -70,11 +70,11 @@ def test_the_ledger_is_a_copy(trained):
 
 @pytest.mark.parametrize("accountant", ["rdp", "pld"])
 def test_epsilon_is_that_of_accounting_by_hand(trained, accountant):
-    overflow = 8 * accounting.overflow_probability(
+    truncation = 8 * accounting.truncation_probability(
         num_examples=16, sampling_probability=0.25, max_batch_size=make_plan().max_batch_size
     )
     record = accounting.StepRecord(sampling_probability=0.25, noise_multipliers=(2.0,), steps=12)
-    by_hand = accounting.Ledger([record]).epsilon(DELTA - overflow, accountant)
+    by_hand = accounting.Ledger([record]).epsilon(DELTA - truncation, accountant)
     assert trained.epsilon(DELTA, accountant) == pytest.approx(by_hand, rel=1e-6)
     assert 0.1 < by_hand < 10.0
 

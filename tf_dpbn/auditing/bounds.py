@@ -1,6 +1,6 @@
 """Lower bounds on epsilon from how well an attacker guesses. Needs no TensorFlow.
 
-Users reach these names through `tf_dpbn.auditing`. All bounds hold with the stated confidence over the randomness of
+All bounds hold with the stated confidence over the randomness of
 what is audited; none of them proves privacy: a mechanism may leak more than an attacker finds.
 """
 

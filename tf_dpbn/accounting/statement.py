@@ -1,7 +1,4 @@
-"""Accounting in words: the privacy statement, and the numbers tensorflow-privacy would print.
-
-Users reach these names through `tf_dpbn.accounting`. Needs no TensorFlow.
-"""
+"""Accounting in words: the privacy statement, and the numbers tensorflow-privacy would print."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from tf_dpbn import _validate
-from tf_dpbn._ledger import Ledger, StepRecord, epsilon_of_events, gaussian_event
+from tf_dpbn.accounting.events import epsilon_of_events, gaussian_event
+from tf_dpbn.accounting.ledger import Ledger, StepRecord
 
 
 class TensorFlowPrivacyEpsilons(NamedTuple):
@@ -32,11 +30,10 @@ def tensorflow_privacy_epsilons(
 ) -> TensorFlowPrivacyEpsilons:
     """Returns the two numbers that tensorflow-privacy's statement prints, for comparison only.
 
-    It is compute_dp_sgd_privacy_statement of tensorflow-privacy 0.9.0. Both use RDP. With
-    microbatching of more than one example it halves the noise multiplier, since one example more or
-    less can move a microbatch's clipped mean by twice the clip norm (Ponomareva et al., "How to
-    DP-fy ML", arXiv 2303.00654, section 5.6). "Each example once per epoch" composes
-    ceil(num_epochs) Gaussians without subsampling.
+    It is compute_dp_sgd_privacy_statement of tensorflow-privacy 0.9.0. Both use RDP. With microbatching of more than
+    one example it halves the noise multiplier, since one example more or less can move a microbatch's clipped mean by
+    twice the clip norm (Ponomareva et al., "How to DP-fy ML", arXiv 2303.00654, section 5.6). "Each example once per
+    epoch" composes ceil(num_epochs) Gaussians without subsampling.
 
     Raises:
       ValueError: an argument is out of range.
@@ -67,9 +64,8 @@ _NOT_COVERED = (
 _SAMPLING_SENTENCES = {
     "poisson": "Poisson sampling by this library: each example in each batch independently.",
     "assumed": (
-        "Poisson sampling is ASSUMED: these batches are not known to come from this library's sampler. "
-        "Shuffled or fixed-order batches do not satisfy the assumption, and this epsilon is then "
-        "no guarantee."
+        "Poisson sampling is ASSUMED: these batches are not known to come from this library's sampler. Shuffled or "
+        "fixed-order batches do not satisfy the assumption, and this epsilon is then no guarantee."
     ),
 }
 
@@ -99,8 +95,8 @@ def privacy_statement(
     paragraphs += [_entry_text(entry) for entry in ledger.entries]
     if ledger.entries:
         paragraphs.append(
-            f"Of delta, {ledger.overflow_delta():.3g} pays for batches that overflow their padded size and are cut, "
-            f"and {ledger.tail_delta():.3g} for what the noise's tail leaves out."
+            f"Of delta, {ledger.truncation_delta():.3g} pays for batches truncated to their padded size, and "
+            f"{ledger.tail_delta():.3g} for what the noise's tail leaves out."
         )
     paragraphs.append(
         "Neighbouring data sets differ by adding or removing one example: one row of the data given to poisson_dataset "
@@ -121,9 +117,9 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
     if math.isinf(epsilon):
         if any(entry.effective_noise_multiplier == 0.0 for entry in ledger.entries):
             reason = "a release carried no noise"
-        elif ledger.overflow_delta() >= delta:
-            reason = "cut batches alone cost all of delta"
-        elif ledger.overflow_delta() + ledger.tail_delta() >= delta:
+        elif ledger.truncation_delta() >= delta:
+            reason = "truncated batches alone cost all of delta"
+        elif ledger.truncation_delta() + ledger.tail_delta() >= delta:
             reason = "the noise is so small that the end of its tail costs all of delta"
         else:
             reason = "the accountant finds no bound"
@@ -133,8 +129,8 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
     # Rounded up, never down: the printed number must be a guarantee too.
     shown = math.ceil(epsilon * 1e4) / 1e4
     return (
-        f"Training was (epsilon, delta)-differentially private with epsilon = {shown:.4f} at delta "
-        f"= {delta:g}, after {ledger.steps} steps, by {accountant.upper()} accounting{condition}."
+        f"Training was (epsilon, delta)-differentially private with epsilon = {shown:.4f} at delta = {delta:g}, after "
+        f"{ledger.steps} steps, by {accountant.upper()} accounting{condition}."
     )
 
 
@@ -142,8 +138,8 @@ def _entry_text(entry: StepRecord) -> str:
     multipliers = ", ".join(f"{sigma:.6g}" for sigma in entry.noise_multipliers)
     probability = entry.sampling_probability or 0.0
     text = (
-        f"{entry.steps} steps: sampling probability {probability:.6g}, noise multipliers "
-        f"({multipliers}), together {entry.effective_noise_multiplier:.6g}"
+        f"{entry.steps} steps: sampling probability {probability:.6g}, noise multipliers ({multipliers}), together "
+        f"{entry.effective_noise_multiplier:.6g}"
     )
     if entry.num_examples is not None:
         expected = probability * entry.num_examples

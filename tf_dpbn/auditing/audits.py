@@ -1,14 +1,4 @@
-"""Audits: how much an attacker really learns, as a lower bound on epsilon to hold against the claimed one.
-
-- `audit_step`: one release of a model, with and without one example, noised many times. White box, two worlds.
-- `audit_training`: canaries that coins put into one training run; attacks on its updates (white box) and on the final
-  model's losses (black box).
-- `membership_inference`: losses of a finished model on members and non-members, as a user would look at them.
-- `epsilon_lower_bound`, `two_world_epsilon`, `one_run_audit` and what they rest on: from guesses and scores to bounds.
-
-A lower bound above the claim means a bug. One below it proves nothing by itself: see docs/privacy.md, "How to read an
-audit".
-"""
+"""The audits: of one step, of a training run, of a finished model."""
 
 from __future__ import annotations
 
@@ -22,42 +12,13 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn._attacks import UpdateAttack, clipped_sums
-from tf_dpbn._audit_bounds import (
-    AuditResult,
-    area_under_curve,
-    epsilon_lower_bound,
-    gaussian_epsilon,
-    one_run_audit,
-    one_run_epsilon_lower_bound,
-    one_run_p_value,
-    true_positive_rate,
-    two_world_epsilon,
-)
 from tf_dpbn._keras import keras
 from tf_dpbn.accounting import Ledger, StepRecord
+from tf_dpbn.auditing.attacks import UpdateAttack, clipped_sums
+from tf_dpbn.auditing.bounds import AuditResult, area_under_curve, one_run_audit, true_positive_rate, two_world_epsilon
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 from tf_dpbn.sampling import PrivacyPlan
-
-__all__ = [
-    "AuditResult",
-    "MembershipResult",
-    "TrainingAudit",
-    "area_under_curve",
-    "audit_step",
-    "audit_training",
-    "clipped_sums",
-    "epsilon_lower_bound",
-    "gaussian_epsilon",
-    "membership_inference",
-    "one_run_audit",
-    "one_run_epsilon_lower_bound",
-    "one_run_p_value",
-    "per_example_losses",
-    "true_positive_rate",
-    "two_world_epsilon",
-]
 
 _Sums = list[list[tf.Tensor]]
 

@@ -1,11 +1,4 @@
-"""Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out.
-
-Needs no TensorFlow.
-Looking back: `StepRecord`, `Ledger`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
-`calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard
-deviation / L2 sensitivity. Adjacency is add-or-remove one example; the number of examples and the
-expected batch size are public.
-"""
+"""Looking ahead: which noise a privacy budget asks for, and how many steps it lasts."""
 
 from __future__ import annotations
 
@@ -13,70 +6,17 @@ import dataclasses
 import math
 import warnings
 
-import dp_accounting
+from scipy import optimize
 
 from tf_dpbn import _validate
-from tf_dpbn._ledger import (
-    ACCOUNTANTS,
-    Ledger,
-    StepRecord,
-    default_max_batch_size,
-    dp_sgd_event,
-    effective_noise_multiplier,
-    epsilon_of_events,
-    gaussian_event,
-    overflow_probability,
-    split_noise_multiplier,
-    tail_delta,
-)
-from tf_dpbn._reports import (
-    TensorFlowPrivacyEpsilons,
-    privacy_statement,
-    tensorflow_privacy_epsilons,
-)
-
-__all__ = [
-    "Ledger",
-    "PrivacyPlan",
-    "PrivacyWarning",
-    "StepRecord",
-    "TensorFlowPrivacyEpsilons",
-    "calibrate_noise_multiplier",
-    "default_max_batch_size",
-    "dp_sgd_event",
-    "effective_noise_multiplier",
-    "max_steps",
-    "overflow_probability",
-    "privacy_statement",
-    "split_noise_multiplier",
-    "tail_delta",
-    "tensorflow_privacy_epsilons",
-]
+from tf_dpbn.accounting.events import ACCOUNTANTS, default_max_batch_size, epsilon_of_events, gaussian_event
+from tf_dpbn.accounting.ledger import Ledger, StepRecord
 
 _LARGEST_NOISE_MULTIPLIER = 2.0**30
 
 
 class PrivacyWarning(UserWarning):
     """Training goes on, but its guarantee is weaker than it may look."""
-
-
-class _FoldedAccountant:
-    """`epsilon_of_events` behind what calibrate_dp_mechanism uses of an accountant."""
-
-    def __init__(self, accountant: str) -> None:
-        self._accountant = accountant
-        self._events: tuple[dp_accounting.DpEvent, ...] = ()
-
-    @property
-    def ledger(self) -> dp_accounting.DpEvent:
-        return dp_accounting.ComposedDpEvent(list(self._events)) if self._events else dp_accounting.NoOpDpEvent()
-
-    def compose(self, event: dp_accounting.DpEvent) -> _FoldedAccountant:
-        self._events += (event,)
-        return self
-
-    def get_epsilon(self, target_delta: float) -> float:
-        return epsilon_of_events(self._events, target_delta, self._accountant)
 
 
 def calibrate_noise_multiplier(
@@ -91,7 +31,7 @@ def calibrate_noise_multiplier(
 
     Args:
       target_epsilon: > 0.
-      delta: in (0, 1); subtract `overflow_delta` first where batches are cut (PrivacyPlan does).
+      delta: in (0, 1); subtract `truncation_delta` first where batches are truncated (PrivacyPlan does).
       sampling_probability: in (0, 1].
       steps: >= 1.
       accountant: "rdp" or "pld".
@@ -103,26 +43,21 @@ def calibrate_noise_multiplier(
     delta = _validate.open_probability("delta", delta)
     q = _validate.probability("sampling_probability", sampling_probability)
     steps = _validate.positive_int("steps", steps)
-    _validate.one_of("accountant", accountant, ACCOUNTANTS)
-
-    def event(noise_multiplier: float) -> dp_accounting.DpEvent:
-        return gaussian_event(q, noise_multiplier, steps)
 
     def epsilon(noise_multiplier: float) -> float:
-        return epsilon_of_events((event(noise_multiplier),), delta, accountant)
+        return epsilon_of_events((gaussian_event(q, noise_multiplier, steps),), delta, accountant)
 
     upper, factor = 1.0, 2.0
     if accountant == "pld":
-        # PLD takes seconds where RDP takes milliseconds: start just above the answer. RDP cannot
-        # show the smallest epsilons at all.
+        # PLD takes seconds where RDP takes milliseconds: start just above the answer. RDP cannot show the smallest
+        # epsilons at all.
         factor = 1.1
         upper = calibrate_noise_multiplier(
             target_epsilon=max(target, 0.05), delta=delta, sampling_probability=q, steps=steps
         )
-    while epsilon(upper) > target:
+    while (least := epsilon(upper)) > target:
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
-            least = epsilon(upper)
             remedy = f"{accountant.upper()} accounting shows no epsilon below {least:.3g} here, whatever the noise. "
             remedy += (
                 "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or take fewer steps."
@@ -131,9 +66,9 @@ def calibrate_noise_multiplier(
     lower = upper / factor
     while epsilon(lower) <= target:
         upper, lower = lower, lower / factor
-    bracket = dp_accounting.ExplicitBracketInterval(lower, upper)
-    found = dp_accounting.calibrate_dp_mechanism(
-        lambda: _FoldedAccountant(accountant), event, target, delta, bracket, tol=1e-5 * lower
+    # An infinite epsilon would lead the search astray.
+    found = optimize.brentq(
+        lambda sigma: min(epsilon(sigma), 2.0 * target) - target, lower, upper, xtol=1e-5 * lower, disp=False
     )
     # The search stops within its tolerance on either side; `upper` is known to meet the target.
     noise_multiplier, nudge = float(found), 1e-6
@@ -162,8 +97,8 @@ def max_steps(
       limit: the largest answer.
 
     Returns:
-      The largest n <= limit with ledger.epsilon <= target_epsilon after n more steps, overflow of
-      cut batches included; 0 if there is none.
+      The largest n <= limit with ledger.epsilon <= target_epsilon after n more steps, truncated batches included; 0 if
+      there is none.
 
     Raises:
       ValueError: an argument is out of range, or a sampling probability is unknown.
@@ -192,10 +127,9 @@ def max_steps(
 class PrivacyPlan:
     """A training run planned for a privacy budget: which noise for which epsilon.
 
-    Give target_epsilon or noise_multiplier, and epochs or steps; the other one of each pair, and
-    max_batch_size if it is not given, are filled in. `dataclasses.replace` works on the given
-    fields: what was filled in is found anew. Noise multiplier 0 is legal, for debugging; epsilon is
-    then math.inf.
+    Give target_epsilon or noise_multiplier, and epochs or steps; the other one of each pair, and max_batch_size if it
+    is not given, are filled in. `dataclasses.replace` works on the given fields: what was filled in is found anew.
+    Noise multiplier 0 is legal, for debugging; epsilon is then math.inf.
 
     Attributes:
       target_epsilon: the epsilon that the whole plan may cost, > 0, or None.
@@ -206,14 +140,13 @@ class PrivacyPlan:
       epochs: passes over the data, each of ceil(N / B) steps, or None.
       steps: number of training steps.
       accountant: "rdp" or "pld".
-      max_batch_size: rows of the padded batch; larger draws are cut to it, which the plan's epsilon
-        includes.
-      statistics_fraction: part of a step's privacy, in (0, 1), that goes to noised statistics, if the
-        model has any (see `split_noise_multiplier`); it does not change epsilon.
+      max_batch_size: rows of the padded batch; larger draws are truncated to it, which the plan's epsilon includes.
+      statistics_fraction: part of a step's privacy, in (0, 1), that goes to noised statistics, if the model has any
+        (see `split_noise_multiplier`); it does not change epsilon.
 
     Raises:
-      ValueError: a field is out of range, both or neither of a pair are given, or max_batch_size is
-        so small that its overflow alone costs delta.
+      ValueError: a field is out of range, both or neither of a pair are given, or max_batch_size is so small that its
+        truncation alone costs delta.
     """
 
     target_epsilon: float | None = None
@@ -226,13 +159,16 @@ class PrivacyPlan:
     accountant: str = "rdp"
     max_batch_size: int | None = None
     statistics_fraction: float = 0.1
-    # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart
-    # from what was given.
+    # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart from what was given.
     _filled: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._drop_filled()
-        given = {name for name in ("noise_multiplier", "steps", "max_batch_size") if getattr(self, name) is not None}
+        partner = {"noise_multiplier": "target_epsilon", "steps": "epochs"}
+        for name, value in self._filled:
+            # Without its partner a filled-in value is what the user now wants to keep.
+            if getattr(self, name) == value and getattr(self, partner.get(name, "delta")) is not None:
+                self._put(name, None)
+        missing = [name for name in ("noise_multiplier", "steps", "max_batch_size") if getattr(self, name) is None]
         self._check()
         if self.delta >= 1.0 / self.num_examples:
             message = (
@@ -241,18 +177,10 @@ class PrivacyPlan:
             )
             warnings.warn(message, PrivacyWarning, stacklevel=3)
         self._fill()
-        filled = [n for n in ("noise_multiplier", "steps", "max_batch_size") if n not in given]
-        self._put("_filled", tuple((name, getattr(self, name)) for name in filled))
+        self._put("_filled", tuple((name, getattr(self, name)) for name in missing))
 
     def _put(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-    def _drop_filled(self) -> None:
-        partner = {"noise_multiplier": "target_epsilon", "steps": "epochs"}
-        for name, value in self._filled:
-            # Without its partner a filled-in value is what the user now wants to keep.
-            if getattr(self, name) == value and getattr(self, partner.get(name, "delta")) is not None:
-                self._put(name, None)
 
     def _check(self) -> None:
         for one, other in (("target_epsilon", "noise_multiplier"), ("epochs", "steps")):
@@ -270,12 +198,9 @@ class PrivacyPlan:
             "max_batch_size": _validate.positive_int,
             "statistics_fraction": _validate.open_probability,
         }
+        optional = {"target_epsilon", "noise_multiplier", "epochs", "steps", "max_batch_size"}
         for name, check in checks.items():
-            if getattr(self, name) is not None or name in (
-                "delta",
-                "num_examples",
-                "expected_batch_size",
-            ):
+            if name not in optional or getattr(self, name) is not None:
                 self._put(name, check(name, getattr(self, name)))
         _validate.one_of("accountant", self.accountant, ACCOUNTANTS)
         if self.expected_batch_size > self.num_examples:
@@ -283,48 +208,37 @@ class PrivacyPlan:
             raise _validate.argument_error("expected_batch_size", self.expected_batch_size, requirement)
         if self.max_batch_size is not None and self.max_batch_size < self.expected_batch_size:
             requirement = f"be at least expected_batch_size={self.expected_batch_size}"
-            remedy = "Leave it out to have it chosen."
-            raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
+            raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement)
 
     def _fill(self) -> None:
         q = self.sampling_probability
         if self.epochs is not None:
             # Rounded first: 1.1 epochs of 10 steps are 11 steps, not ceil(11.000000000000002).
             self._put("steps", max(1, math.ceil(round(self.epochs * self.steps_per_epoch, 6))))
-        steps = _validate.positive_int("steps", self.steps)
+        assert self.steps is not None  # given, or filled in above
         if self.max_batch_size is None:
             rows = default_max_batch_size(
                 num_examples=self.num_examples,
                 sampling_probability=q,
-                steps=steps,
+                steps=self.steps,
                 delta=self.delta,
             )
             self._put("max_batch_size", max(rows, self.expected_batch_size))
         # Computed as Ledger does, so that calibration and ledger agree to the last bit.
-        overflow = Ledger([dataclasses.replace(self._step(), steps=steps)]).overflow_delta()
-        if overflow >= self.delta:
-            requirement = f"be larger: batches cut to it cost {overflow:.3g}, all of delta={self.delta}"
+        truncation = self.record().truncation_delta
+        if truncation >= self.delta:
+            requirement = f"be larger: batches truncated to it cost {truncation:.3g}, all of delta={self.delta}"
             remedy = "Leave it out to have it chosen."
             raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
         if self.target_epsilon is not None:
             noise_multiplier = calibrate_noise_multiplier(
                 target_epsilon=self.target_epsilon,
-                delta=self.delta - overflow,
+                delta=self.delta - truncation,
                 sampling_probability=q,
-                steps=steps,
+                steps=self.steps,
                 accountant=self.accountant,
             )
             self._put("noise_multiplier", noise_multiplier)
-
-    def _step(self) -> StepRecord:
-        return StepRecord(
-            sampling_probability=self.sampling_probability,
-            noise_multipliers=(self.noise_multiplier or 0.0,),
-            steps=1,
-            num_examples=self.num_examples,
-            max_batch_size=self.max_batch_size,
-            sampling="poisson",
-        )
 
     @property
     def sampling_probability(self) -> float:
@@ -338,10 +252,17 @@ class PrivacyPlan:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of the whole plan at delta, the overflow of cut batches included."""
+        """Epsilon of the whole plan at delta, truncated batches included."""
         return Ledger([self.record()]).epsilon(self.delta, self.accountant)
 
     def record(self, steps: int | None = None) -> StepRecord:
         """Returns the record of `steps` steps of this plan, of all of them by default."""
-        count = self.steps if steps is None else steps
-        return dataclasses.replace(self._step(), steps=_validate.non_negative_int("steps", count))
+        assert self.steps is not None  # filled in when the plan was made
+        return StepRecord(
+            sampling_probability=self.sampling_probability,
+            noise_multipliers=(self.noise_multiplier or 0.0,),
+            steps=self.steps if steps is None else steps,
+            num_examples=self.num_examples,
+            max_batch_size=self.max_batch_size,
+            sampling="poisson",
+        )

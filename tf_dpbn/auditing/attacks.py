@@ -87,9 +87,11 @@ class UpdateAttack(keras.callbacks.Callback):
         self._functions: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
+        """Traces the model's own engine."""
         self._functions = clipped_sums(self.model), clipped_gradients(self.model)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Computes what is expected of the step, at the weights before it."""
         sums, vectors = self._functions
         self._vectors = vectors(*self._canaries).numpy().astype(np.float64)
         known = sums(*self._known, np.ones(self._examples, "float32"))[0].tensors
@@ -98,6 +100,7 @@ class UpdateAttack(keras.callbacks.Callback):
         self._learning_rate = float(np.asarray(self.model.optimizer.learning_rate))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Compares the update with what was expected."""
         update = (self._before - _flat(self.model.trainable_variables)) / self._learning_rate
         released = self.model.optimizer.expected_batch_size * update
         self._products += self._vectors @ self._vectors.T

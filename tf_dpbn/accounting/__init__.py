@@ -1,0 +1,35 @@
+"""Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out. Needs no TensorFlow.
+
+Looking back: `StepRecord`, `Ledger`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
+`calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation / L2
+sensitivity. Adjacency is add-or-remove one example; the number of examples and the expected batch size are public.
+"""
+
+from tf_dpbn.accounting.events import (
+    default_max_batch_size,
+    effective_noise_multiplier,
+    split_noise_multiplier,
+    tail_delta,
+    truncation_probability,
+)
+from tf_dpbn.accounting.ledger import Ledger, StepRecord, dp_sgd_event
+from tf_dpbn.accounting.planning import PrivacyPlan, PrivacyWarning, calibrate_noise_multiplier, max_steps
+from tf_dpbn.accounting.statement import TensorFlowPrivacyEpsilons, privacy_statement, tensorflow_privacy_epsilons
+
+__all__ = [
+    "Ledger",
+    "PrivacyPlan",
+    "PrivacyWarning",
+    "StepRecord",
+    "TensorFlowPrivacyEpsilons",
+    "calibrate_noise_multiplier",
+    "default_max_batch_size",
+    "dp_sgd_event",
+    "effective_noise_multiplier",
+    "max_steps",
+    "privacy_statement",
+    "split_noise_multiplier",
+    "tail_delta",
+    "tensorflow_privacy_epsilons",
+    "truncation_probability",
+]
