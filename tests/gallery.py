@@ -101,7 +101,7 @@ def drawn_noise(model: Any, draws: int = 400) -> list[np.ndarray]:
     ]
 
     def one(_: tf.Tensor) -> tf.Tensor:
-        flat = [tf.concat([tf.reshape(t, [-1]) for t in each.tensors], 0) for each in optimizer.release(sums)]
+        flat = [tf.concat([tf.reshape(t, [-1]) for t in each.tensors], 0) for each in optimizer._noised(sums)]
         return tf.concat([optimizer.expected_batch_size * f / s for f, s in zip(flat, stddevs, strict=True)], 0)
 
     run = tf.function(
@@ -153,7 +153,7 @@ def check_audit(mode: str = "anchored") -> Finding:
 # ---------------------------------------------------------------------- the bugs
 
 _public_forward = step.public_forward
-_release = tf_dpbn.DPOptimizer.release
+_release = tf_dpbn.DPOptimizer._noised
 
 
 def _masked(batch: Any) -> tf.Tensor:
@@ -341,18 +341,18 @@ BUGS: dict[str, Bug] = {
         ((step, "public_forward", _gradient_through_private_statistics),), _GRAM, _SENSITIVITY
     ),
     "moving averages of statistics without noise": Bug(
-        ((_OPTIMIZER, "release", _privatize_statistics_without_noise),), check_audit, _AUDIT
+        ((_OPTIMIZER, "_noised", _privatize_statistics_without_noise),), check_audit, _AUDIT
     ),
-    "noise added before clipping": Bug(((_OPTIMIZER, "release", _clip_after_noise),), check_noise, _NOISE),
-    "noise of only one of four replicas": Bug(((_OPTIMIZER, "release", _replica_noise),), check_noise, _NOISE),
+    "noise added before clipping": Bug(((_OPTIMIZER, "_noised", _clip_after_noise),), check_noise, _NOISE),
+    "noise of only one of four replicas": Bug(((_OPTIMIZER, "_noised", _replica_noise),), check_noise, _NOISE),
     "noise of the multiplier, not times the sensitivity": Bug(
-        ((_OPTIMIZER, "release", _noise_without_sensitivity),), check_noise, _NOISE
+        ((_OPTIMIZER, "_noised", _noise_without_sensitivity),), check_noise, _NOISE
     ),
     "the same seed for every draw of noise": Bug(
         ((mechanisms.NoiseSource, "standard_normal", _reused_noise),), check_audit, _AUDIT
     ),
     "sum divided by the actual batch size": Bug(
-        ((_OPTIMIZER, "release", _by_actual_batch_size), (step, "read_batch", _remembering_mask)),
+        ((_OPTIMIZER, "_noised", _by_actual_batch_size), (step, "read_batch", _remembering_mask)),
         check_updates,
         "neighbouring updates",
     ),

@@ -297,7 +297,7 @@ MUTANTS = (
     ),
     Mutant(
         "optimizers.py",
-        "self._steps.count(statistic_releases)",
+        "self._steps.count(len(clipped) - 1)",
         "tf.constant(0)",
         _selected(_LEDGER, "recorded_by"),
     ),

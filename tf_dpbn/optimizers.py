@@ -230,15 +230,18 @@ class DPOptimizer(keras.optimizers.Optimizer):
           TypeError: for anything but ClippedSums.
           ValueError: for more than 1,023 releases of statistics.
         """
-        statistic_releases = len(clipped) - 1
         sums = [tensor for each in clipped for tensor in getattr(each, "tensors", ())]
         with tf.control_dependencies(sums):  # a batch that cannot be read, beyond the end of the data, is no step
-            counted = self._steps.count(statistic_releases)
+            counted = self._steps.count(len(clipped) - 1)
         with tf.control_dependencies([counted]):
-            return tuple(
-                add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
-                for each, multiplier in zip(clipped, self.noise_multipliers(statistic_releases), strict=True)
-            )
+            return self._noised(clipped)
+
+    def _noised(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
+        """What `release` returns; by itself it counts nothing, for audits."""
+        return tuple(
+            add_gaussian_noise(each, multiplier, self.expected_batch_size, self._noise_source)
+            for each, multiplier in zip(clipped, self.noise_multipliers(len(clipped) - 1), strict=True)
+        )
 
     def counted_steps(self) -> dict[tuple[float, ...], int]:
         """How many steps `release` has taken in this process, by the noise multipliers that it drew with."""
