@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -17,11 +16,7 @@ pytestmark = pytest.mark.keras_free
 GENERATORS = [uniform_noise, random_fields, dead_leaves]
 
 
-# All generators.
-
-
 @pytest.mark.parametrize("generator", GENERATORS)
-@pytest.mark.parametrize("shape", [(8, 8, 1), (9, 5, 3), (1, 1, 1), (1, 6, 2)])
 @pytest.mark.parametrize(
     "value_range,dtype",
     [
@@ -35,11 +30,12 @@ GENERATORS = [uniform_noise, random_fields, dead_leaves]
         ((0, 255), "float32"),
     ],
 )
-def test_values_have_shape_and_type_and_stay_inside_the_range(generator, shape, value_range, dtype):
-    batch = generator(shape, 6, value_range=value_range, dtype=dtype, seed=0)
-    assert batch.shape == (6, *shape) and batch.dtype == np.dtype(dtype)
-    # As Python numbers: numpy would round the range to the type of the batch.
-    assert value_range[0] <= batch.min().item() < batch.max().item() <= value_range[1]
+def test_values_have_shape_and_type_and_stay_inside_the_range(generator, value_range, dtype):
+    for shape in ((8, 8, 1), (9, 5, 3), (1, 1, 1), (1, 6, 2)):
+        batch = generator(shape, 6, value_range=value_range, dtype=dtype, seed=0)
+        assert batch.shape == (6, *shape) and batch.dtype == np.dtype(dtype)
+        # As Python numbers: numpy would round the range to the type of the batch.
+        assert value_range[0] <= batch.min().item() < batch.max().item() <= value_range[1]
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -58,86 +54,75 @@ def test_every_whole_number_of_an_integer_range_occurs(generator):
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_default_batch_is_128_unit_range_float32(generator):
+def test_default_batch_is_128_differing_rows_of_float32_in_the_unit_range(generator):
     batch = generator((4, 4, 1))
     assert batch.shape == (128, 4, 4, 1) and batch.dtype == np.float32
     assert 0.0 <= batch.min() < 0.1 and 0.9 < batch.max() <= 1.0
+    assert len({row.tobytes() for row in generator((8, 8, 3), 20)}) == 20
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_rows_differ(generator):
-    batch = generator((8, 8, 3), 20, seed=3)
-    assert len({row.tobytes() for row in batch}) == 20
-
-
-@pytest.mark.parametrize("generator", GENERATORS)
-def test_seed_repeats_the_batch(generator):
-    draw = functools.partial(generator, (6, 6, 2), 3)
-    np.testing.assert_array_equal(draw(seed=4), draw(seed=4))
-    assert not np.array_equal(draw(seed=4), draw(seed=5))
-    assert not np.array_equal(draw(), draw())
-
-
-@pytest.mark.parametrize("generator", GENERATORS)
-def test_global_random_state_is_neither_read_nor_moved(generator):
+def test_a_seed_repeats_the_batch_and_the_global_generator_is_left_alone(generator):
     np.random.seed(6)
     expected = np.random.random()
     np.random.seed(6)
-    first = generator((6, 6, 2), 3)
+    batches = [generator((6, 6, 2), 3, seed=seed) for seed in (4, 4, 5, None)]
     assert np.random.random() == expected
+    np.testing.assert_array_equal(batches[0], batches[1])
+    assert not np.array_equal(batches[0], batches[2])
     np.random.seed(6)
-    assert not np.array_equal(generator((6, 6, 2), 3), first)
+    assert not np.array_equal(batches[3], generator((6, 6, 2), 3))
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize(
     "change,error,message",
     [
         ({"shape": (4, 0, 1)}, ValueError, r"shape=\(4, 0, 1\)"),
         ({"shape": (None, 4, 4, 1)}, ValueError, "Leave out the batch dimension"),
-        ({"shape": (4, 4.0, 1)}, ValueError, r"shape=\(4, 4.0, 1\)"),
-        ({"shape": (4, True, 1)}, ValueError, r"shape=\(4, True, 1\)"),
-        ({"shape": "441"}, ValueError, "shape='441'"),
         ({"shape": 4}, ValueError, "shape=4"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
-        ({"batch_size": 2.5}, ValueError, "batch_size=2.5"),
         ({"value_range": (1.0, 1.0)}, ValueError, r"below its high end.*\(1.0, 1.0\)"),
-        ({"value_range": (1.0, 0.0)}, ValueError, r"below its high end.*\(1.0, 0.0\)"),
         ({"value_range": (0.0, math.inf)}, ValueError, "finite.*inf"),
-        ({"value_range": (math.nan, 1.0)}, ValueError, "finite.*nan"),
         ({"value_range": (0.0, 0.5, 1.0)}, ValueError, "pair of finite numbers"),
-        ({"value_range": ("0", "1")}, ValueError, "pair of finite numbers"),
         ({"value_range": 1.0}, ValueError, "value_range=1.0"),
         ({"value_range": (0, 256), "dtype": "uint8"}, ValueError, r"uint8: \[0, 255\].*256"),
-        ({"value_range": (-1, 255), "dtype": "uint8"}, ValueError, r"uint8: \[0, 255\].*-1"),
         ({"value_range": (0, 1e5), "dtype": "float16"}, ValueError, r"inside float16.*100000"),
-        ({"value_range": (0, 2**60), "dtype": "int64"}, ValueError, "inside int64"),
-        ({"value_range": (0.2, 0.8), "dtype": "int8"}, ValueError, "at least two numbers of int8"),
         ({"value_range": (0.2, 1.8), "dtype": "int8"}, ValueError, "at least two numbers of int8"),
         ({"value_range": (1, 1 + 1e-9)}, ValueError, "at least two numbers of float32"),
         ({"dtype": "complex64"}, TypeError, "dtype='complex64'"),
-        ({"dtype": bool}, TypeError, "dtype=<class 'bool'>"),
-        ({"dtype": "str"}, TypeError, "dtype='str'"),
-        ({"dtype": "no such type"}, TypeError, "dtype='no such type'"),
-        ({"dtype": None}, TypeError, "dtype=None"),
-        ({"seed": -1}, ValueError, "seed=-1"),
-        ({"seed": 1.5}, ValueError, "seed=1.5"),
+        ({"seed": -1}, ValueError, "non-negative"),
     ],
 )
-def test_generators_refuse_bad_arguments(generator, change, error, message):
-    with pytest.raises(error, match=message):
-        generator(**{"shape": (4, 4, 1), "batch_size": 4, **change})
+def test_generators_refuse_bad_arguments(change, error, message):
+    for generator in GENERATORS:
+        with pytest.raises(error, match=message):
+            generator(**{"shape": (4, 4, 1), "batch_size": 4, **change})
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        *((lambda shape=shape: random_fields(shape, 4), "1 to 3 spatial dimensions") for shape in ((5,), (2,) * 5)),
+        (lambda: random_fields((4, 4, 1), 4, exponent=-1.0), "Received: exponent=-1.0"),
+        *(
+            (lambda shape=shape: dead_leaves(shape, 4), "be height, width, channels")
+            for shape in ((8, 8), (4, 8, 8, 3))
+        ),
+        (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.5, 0.1)), "below its high end.*radius_range="),
+        (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.001, 0.5)), r"lie in \[0.01, 2\].*radius_range="),
+        (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.1, 3.0)), r"lie in \[0.01, 2\].*radius_range="),
+    ],
+)
+def test_single_generators_refuse_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Uniform noise.
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (3, 3), (2, 3, 4, 5, 2)])
-def test_uniform_noise_has_any_shape(shape):
-    assert uniform_noise(shape, 4, seed=0).shape == (4, *shape)
-
-
 def test_uniform_noise_is_uniform_and_independent():
+    assert [uniform_noise(shape, 4).ndim for shape in ((), (7,), (2, 3, 4, 5, 2))] == [1, 2, 6]
     batch = uniform_noise((100,), 200, value_range=(-2.0, 6.0), dtype="float64", seed=7)
     unit = (batch + 2.0) / 8.0
     assert stats.kstest(unit.ravel(), "uniform").pvalue > 1e-3
@@ -157,8 +142,6 @@ def test_uniform_noise_covers_the_widest_ranges():
     widest = np.finfo("float64").max
     batch = uniform_noise((50,), 50, value_range=(-widest, widest), dtype="float64", seed=9)
     assert np.all(np.isfinite(batch)) and batch.min() < -0.9 * widest and batch.max() > 0.9 * widest
-    whole = uniform_noise((50,), 50, value_range=(-(2**53), 2**53), dtype="int64", seed=9)
-    assert whole.min() < -0.9 * 2**53 and whole.max() > 0.9 * 2**53
 
 
 # Random fields.
@@ -175,26 +158,18 @@ def spectral_slope(batch: np.ndarray) -> float:
     return float(np.polyfit(np.log(frequency[kept]), np.log(power[kept]), 1)[0])
 
 
-@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0, 3.0])
-@pytest.mark.parametrize("shape", [(64, 2), (32, 32, 2), (31, 16, 1), (12, 12, 12, 1)])
+@pytest.mark.parametrize(
+    "shape, exponent", [((64, 2), 2.0), ((32, 32, 2), 0.0), ((31, 16, 1), 1.0), ((12, 12, 12, 1), 3.0)]
+)
 def test_random_fields_have_the_spectrum(shape, exponent):
     batch = random_fields(shape, 300, exponent=exponent, dtype="float64", seed=10)
     # Stretching to the range weighs examples differently and so cannot change the slope.
     assert spectral_slope(batch) == pytest.approx(-exponent, abs=0.06)
 
 
-def test_random_fields_default_is_smooth():
-    batch = random_fields((32, 32, 1), 50, seed=11)
-    neighbours = np.abs(np.diff(batch, axis=1)).mean()
-    noise = np.abs(np.diff(uniform_noise((32, 32, 1), 50, seed=11), axis=1)).mean()
-    assert neighbours < 0.25 * noise
-
-
-@pytest.mark.parametrize("dtype,value_range", [("float32", (-1.0, 1.0)), ("uint8", (0, 255))])
-def test_random_fields_fill_the_range_in_every_example(dtype, value_range):
-    batch = random_fields((8, 8, 3), 20, dtype=dtype, value_range=value_range, seed=12)
-    assert np.all(batch.min(axis=(1, 2, 3)) == value_range[0])
-    assert np.all(batch.max(axis=(1, 2, 3)) == value_range[1])
+def test_random_fields_fill_the_range_in_every_example():
+    batch = random_fields((8, 8, 3), 20, dtype="uint8", value_range=(0, 255), seed=12)
+    assert np.all(batch.min(axis=(1, 2, 3)) == 0) and np.all(batch.max(axis=(1, 2, 3)) == 255)
 
 
 def test_random_fields_have_independent_channels():
@@ -212,18 +187,6 @@ def test_random_fields_of_one_position_are_uniform_values():
 def test_random_fields_stand_a_huge_exponent():
     batch = random_fields((16, 16, 1), 4, exponent=1e4, seed=15)
     assert np.all(np.isfinite(batch)) and batch.max() == 1.0 and batch.min() == 0.0
-
-
-@pytest.mark.parametrize("shape", [(5,), (), (2, 2, 2, 2, 1)])
-def test_random_fields_refuse_other_ranks(shape):
-    with pytest.raises(ValueError, match="1 to 3 spatial dimensions, then channels"):
-        random_fields(shape, 4)
-
-
-@pytest.mark.parametrize("exponent", [-1.0, math.inf, math.nan, "2"])
-def test_random_fields_refuse_a_bad_exponent(exponent):
-    with pytest.raises(ValueError, match=f"Received: exponent={exponent!r}"):
-        random_fields((4, 4, 1), 4, exponent=exponent)
 
 
 # Dead leaves.
@@ -267,32 +230,17 @@ def test_dead_leaves_have_uniform_colours():
     assert abs(np.corrcoef(corners.T)[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize("shape", [(5,), (8, 8), (4, 8, 8, 3)])
-def test_dead_leaves_refuse_other_ranks(shape):
-    with pytest.raises(ValueError, match="`shape` must be height, width, channels"):
-        dead_leaves(shape, 4)
-
-
-@pytest.mark.parametrize("radii", [(0.0, 0.5), (0.001, 0.5), (0.5, 0.1), (0.1, 3.0), (0.1, 0.1)])
-def test_dead_leaves_refuse_bad_radii(radii):
-    with pytest.raises(ValueError, match="Received: radius_range="):
-        dead_leaves((8, 8, 1), 4, radius_range=radii)
-
-
 # The check of public batches.
 
 
 @pytest.mark.parametrize(
     "batch,arguments,expected_type",
     [
-        (np.zeros((2, 3), "float32"), {}, "float32"),
         ([[1, 2], [3, 4]], {}, np.array([1]).dtype),
         (np.zeros((2, 3), "float64"), {"dtype": "float32"}, "float32"),
-        (np.zeros((2, 3), "uint8"), {"dtype": "float32"}, "float32"),
         (np.full((2, 3), 255, "int64"), {"dtype": "uint8"}, "uint8"),
         (np.zeros((9, 28, 28, 1)), {"expected_shape": (None, 28, 28, 1)}, "float64"),
         (np.zeros((9, 5, 7, 1)), {"expected_shape": (None, None, None, 1)}, "float64"),
-        (np.zeros((9, 4)), {"expected_shape": [9, 4]}, "float64"),
         (np.array([[0.0], [1.0]]), {"value_range": (0.0, 1.0)}, "float64"),
         (np.array([[0.1], [0.3]], "float32"), {"value_range": (0.1, 0.3)}, "float32"),
         (np.array([[0.1], [0.3]]), {"value_range": (0.1, 0.3), "dtype": "float16"}, "float16"),
@@ -307,14 +255,6 @@ def test_validate_batch_returns_the_values(batch, arguments, expected_type):
     np.testing.assert_array_equal(checked, np.asarray(batch).astype(expected_type))
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
-@pytest.mark.parametrize("value_range,dtype", [((0.1, 0.3), "float32"), ((0, 255), "uint8")])
-def test_validate_batch_takes_every_generated_batch(generator, value_range, dtype):
-    batch = generator((6, 6, 1), 4, value_range=value_range, dtype=dtype, seed=0)
-    checked = validate_batch(batch, expected_shape=(None, 6, 6, 1), dtype=dtype, value_range=value_range)
-    np.testing.assert_array_equal(checked, batch)
-
-
 ZEROS = np.zeros((4, 3))
 
 
@@ -322,40 +262,25 @@ ZEROS = np.zeros((4, 3))
     "batch,arguments,error,message",
     [
         (ZEROS, {"expected_shape": (None, 4)}, ValueError, r"\(None, 4\).*shape=\(4, 3\)"),
-        (ZEROS, {"expected_shape": (None,)}, ValueError, r"shape=\(4, 3\)"),
         (ZEROS, {"expected_shape": (None, 3, 1)}, ValueError, r"shape=\(4, 3\)"),
-        (ZEROS, {"expected_shape": (5, 3)}, ValueError, r"shape=\(4, 3\)"),
-        (ZEROS[:1], {}, ValueError, r"at least 2 rows.*shape=\(1, 3\)"),
-        (ZEROS[:0], {}, ValueError, r"at least 2 rows.*shape=\(0, 3\)"),
+        (ZEROS[:1], {"name": "other"}, ValueError, r"`other.shape` must have at least 2 rows.*shape=\(1, 3\)"),
         (1.0, {}, ValueError, r"at least 2 rows.*shape=\(\)"),
         (ZEROS[:, :0], {}, ValueError, r"at least one value.*shape=\(4, 0\)"),
         (np.where(np.eye(4, 3) > 0, np.nan, 0.0), {}, ValueError, "3 values NaN or infinite"),
-        (np.array([[-np.inf], [1.0]]), {}, ValueError, "1 values NaN or infinite"),
         (ZEROS > 0, {}, TypeError, "real float or integer.*bool"),
-        (ZEROS.astype(complex), {}, TypeError, "real float or integer.*complex128"),
         (ZEROS.astype(str), {}, TypeError, "real float or integer.*<U"),
-        (ZEROS.astype(object), {}, TypeError, "real float or integer.*dtype\\('O'\\)"),
         (None, {}, TypeError, "real float or integer.*dtype\\('O'\\)"),
         (ZEROS, {"dtype": "int32"}, TypeError, "be an integer type.*int32.*float64"),
         (ZEROS, {"dtype": "bool"}, TypeError, "dtype='bool'"),
         (ZEROS.astype(int) + 256, {"dtype": "uint8"}, ValueError, r"uint8.*\[256, 256\]"),
-        (ZEROS.astype(int) - 1, {"dtype": "uint8"}, ValueError, r"uint8.*\[-1, -1\]"),
         (ZEROS + 1e5, {"dtype": "float16"}, ValueError, r"float16.*\[100000.0, 100000.0\]"),
         (ZEROS + 1.01, {"value_range": (0, 1)}, ValueError, r"lie in \[0, 1\].*\[1.01, 1.01\]"),
-        (ZEROS - 0.01, {"value_range": (0, 1)}, ValueError, r"lie in \[0, 1\].*-0.01"),
         (ZEROS.astype("uint8") + 255, {"value_range": (0, 1)}, ValueError, r"\[255, 255\]"),
-        (ZEROS.astype("uint8"), {"value_range": (0.5, 1)}, ValueError, r"\[0, 0\]"),
-        (ZEROS, {"value_range": (1, 0)}, ValueError, "below its high end"),
     ],
 )
 def test_validate_batch_refuses(batch, arguments, error, message):
     with pytest.raises(error, match=message):
         validate_batch(batch, **arguments)
-
-
-def test_validate_batch_uses_the_name_in_errors():
-    with pytest.raises(ValueError, match="`calibration.shape` must"):
-        validate_batch(ZEROS[:1], name="calibration")
 
 
 # Rows of the training data in a public batch.

@@ -1,7 +1,7 @@
-"""Synthetic public batches, and the check that every public batch has to pass.
+"""Synthetic public batches, and the check that every public batch has to pass. Needs no TensorFlow.
 
-A public batch feeds the normalization statistics, so it must not hold private examples. The three
-generators look at no data at all, so nobody needs public data to train:
+A public batch feeds the normalization statistics, so it must not hold private examples. The three generators look at no
+data at all, so nobody needs public data to train:
 
 | generator       | what it draws                           | shape of an example                 |
 | --------------- | --------------------------------------- | ----------------------------------- |
@@ -9,7 +9,7 @@ generators look at no data at all, so nobody needs public data to train:
 | `random_fields` | smooth fields with a power-law spectrum | 1 to 3 spatial dimensions, channels |
 | `dead_leaves`   | discs and rectangles hiding one another | height, width, channels             |
 
-All return one array of shape [batch_size, *shape]. Numpy only.
+All return one array of shape [batch_size, *shape].
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dpbn import _dead_leaves, _validate
+from tf_dpbn import _validate
 
 _ROWS_READ = 10_000  # of a memory-mapped array, each of which costs a page or more
-_LARGEST_WHOLE = 2**53  # float64, in which values are scaled, counts every whole number up to here
+_LAYERS_OF_LEAVES = 5.0  # mean number of leaves over a pixel; exp(-5) = 0.7% stays background
+# Mean of area / radius^2: pi for a disc; 2 sin(2 t), t uniform in [pi/8, 3 pi/8], for a rectangle.
+_LEAF_AREA = (math.pi + 4 * math.sqrt(2) / math.pi) / 2
 
 
 def uniform_noise(
@@ -40,23 +42,23 @@ def uniform_noise(
     Args:
       shape: shape of one example, without the batch dimension; `()` for scalars.
       batch_size: number of examples.
-      value_range: lowest and highest value. Give the range of the model's inputs: (0, 255) for
-        unscaled images. Integer dtypes take each whole number of the range equally often.
+      value_range: lowest and highest value. Give the range of the model's inputs: (0, 255) for unscaled images. Integer
+        dtypes take each whole number of the range equally often.
       dtype: a real float or integer numpy dtype.
-      seed: makes the draw repeatable; None draws from the operating system's entropy.
+      seed: makes the draw repeatable; None draws from the operating system's entropy. Numpy's global generator is
+        neither read nor moved.
 
     Returns:
       An array of `dtype` and shape [batch_size, *shape] with values inside `value_range`.
 
     Raises:
-      ValueError: bad `shape`, `batch_size` or `seed`; `value_range` empty, not finite or outside
-        the range of `dtype`.
-      TypeError: `dtype` is not a real float or integer type.
+      ValueError: bad `shape`, `batch_size` or `seed`; `value_range` empty, non-finite or outside the range of `dtype`.
+      TypeError: `dtype` is not a real float or integer type, or `seed` is no integer.
     """
     lengths = _checked_shape(shape)
     count = _validate.positive_int("batch_size", batch_size)
     scale = _checked_scale(value_range, dtype)
-    return scale.apply(_generator(seed).random((count, *lengths)))
+    return scale.apply(np.random.default_rng(seed).random((count, *lengths)))
 
 
 def random_fields(
@@ -70,17 +72,17 @@ def random_fields(
 ) -> np.ndarray:
     """Draws smooth Gaussian random fields, each example stretched to fill the range.
 
-    White noise is filtered in the Fourier domain so that its power falls as frequency^-exponent,
-    frequency in cycles per position, the same in all directions. The fields wrap around at the
-    borders; channels are independent. Photographs have an exponent near 2 (Field, "Relations
-    between the statistics of natural images and the response properties of cortical cells", 1987).
+    White noise is filtered in the Fourier domain so that its power falls as frequency^-exponent, frequency in cycles
+    per position, the same in all directions. The fields wrap around at the borders; channels are independent.
+    Photographs have an exponent near 2 (Field, "Relations between the statistics of natural images and the response
+    properties of cortical cells", 1987).
 
     Args:
       shape: shape of one example: 1 to 3 spatial dimensions, then channels.
       batch_size: number of examples.
       exponent: decay of the power spectrum, at least 0; 0 is white noise, larger is smoother.
-      value_range: lowest and highest value of every example. An example with a single position
-        cannot be stretched; it gets one uniform value.
+      value_range: lowest and highest value of every example. An example with a single position cannot be stretched; it
+        gets one uniform value.
       dtype: as for `uniform_noise`.
       seed: as for `uniform_noise`.
 
@@ -94,7 +96,7 @@ def random_fields(
     count = _validate.positive_int("batch_size", batch_size)
     decay = _validate.non_negative("exponent", exponent)
     scale = _checked_scale(value_range, dtype)
-    rng = _generator(seed)
+    rng = np.random.default_rng(seed)
 
     spatial = lengths[:-1]
     axes = tuple(range(1, 1 + len(spatial)))
@@ -115,16 +117,16 @@ def dead_leaves(
 ) -> np.ndarray:
     """Draws images of discs and rectangles of random colours that lie on top of one another.
 
-    The dead leaves model (Lee, Mumford, Huang, "Occlusion models for natural images", 2001): the
-    density of the radii is proportional to radius^-3, which gives edges at all scales, as in
-    photographs. Half of the leaves are discs, half randomly turned rectangles with their corners
-    at the radius. Colours are uniform in the range, channels independent.
+    The dead leaves model (Lee, Mumford, Huang, "Occlusion models for natural images: a statistical study of a
+    scale-invariant dead leaves model", International Journal of Computer Vision 41, 2001): the density of the radii is
+    proportional to radius^-3, which gives edges at all scales, as in photographs. Half of the leaves are discs, half
+    randomly turned rectangles with their corners at the radius. Colours are uniform in the range, channels independent.
 
     Args:
       shape: height, width, channels of one image.
       batch_size: number of images.
-      radius_range: smallest and largest radius in units of the image's shorter side, within
-        [0.01, 2]. The number of leaves, and with it the time, grows as the smallest radius^-2.
+      radius_range: smallest and largest radius in units of the image's shorter side, within [0.01, 2]. The number of
+        leaves, and with it the time, grows as the smallest radius^-2.
       value_range: as for `uniform_noise`.
       dtype: as for `uniform_noise`.
       seed: as for `uniform_noise`.
@@ -137,11 +139,16 @@ def dead_leaves(
     """
     height, width, channels = _checked_shape(shape, ranks=(3,), layout="height, width, channels")
     count = _validate.positive_int("batch_size", batch_size)
-    smallest, largest = (min(height, width) * radius for radius in _checked_radii(radius_range))
+    radii = _checked_range(radius_range, "radius_range")
+    if radii[0] < 0.01 or radii[1] > 2:
+        raise _validate.argument_error("radius_range", radius_range, "lie in [0.01, 2]")
     scale = _checked_scale(value_range, dtype)
-    rng = _generator(seed)
+    rng = np.random.default_rng(seed)
 
-    images = _dead_leaves.draw_images(rng, count, (height, width), channels, (smallest, largest))
+    backgrounds = rng.random((count, 1, 1, channels))
+    images = np.tile(backgrounds, (1, height, width, 1))
+    for image in images:
+        _paint_leaves(image, rng, *(min(height, width) * float(radius) for radius in radii))
     return scale.apply(images)
 
 
@@ -158,8 +165,8 @@ def validate_batch(
     Args:
       batch: an array of shape [batch, ...].
       expected_shape: the shape with None where any length will do: (None, 28, 28, 1).
-      dtype: dtype of the model's input, to which the batch is cast. Whole numbers may feed a float
-        input; floats may not feed an integer input. `object` is that of strings.
+      dtype: dtype of the model's input, to which the batch is cast. Whole numbers may feed a float input; floats may
+        not feed an integer input. `object` is that of strings.
       value_range: lowest and highest value allowed, in the precision of the returned array.
       name: what the batch is called in errors.
 
@@ -167,18 +174,27 @@ def validate_batch(
       The batch as a numpy array, of `dtype` if that was given; strings as an array of bytes.
 
     Raises:
-      ValueError: wrong shape, fewer than 2 rows, no values, or values that are not finite or lie
-        outside `value_range` or `dtype`.
-      TypeError: `batch` or `dtype` is not of a real float or integer type, or `batch` is float
-        where `dtype` is integer.
+      ValueError: wrong shape, fewer than 2 rows, no values, or values that are non-finite or lie outside `value_range`
+        or `dtype`.
+      TypeError: `batch` or `dtype` is not of a real float or integer type, or `batch` is float where `dtype` is
+        integer.
     """
     array = np.asarray(batch)
     is_text = dtype is not None and np.dtype(dtype) == object
-    array = _checked_strings(array, name) if is_text else array
-    if not is_text:
-        _check_batch_type(array, name)
+    if is_text:
+        array = _bytes_of(array, name)
+    elif array.dtype.kind not in "fiu":
+        remedy = "Convert it to one numeric array with rows of equal shape."
+        if array.dtype.kind in "SU":
+            remedy = "Strings feed a model whose input is keras.Input(..., dtype='string')."
+        requirement = "be a real float or integer type"
+        raise _validate.argument_error(f"{name}.dtype", array.dtype, requirement, remedy, TypeError)
     if expected_shape is not None:
-        _check_batch_shape(array, tuple(expected_shape), name)
+        expected = tuple(expected_shape)
+        same_rank = len(expected) == array.ndim
+        if not same_rank or any(w not in (None, n) for w, n in zip(expected, array.shape, strict=True)):
+            remedy = "Give examples of the shape that the model takes, with a batch dimension in front."
+            raise _validate.argument_error(f"{name}.shape", array.shape, f"be {expected}", remedy)
     if array.ndim == 0 or array.shape[0] < 2:
         remedy = "Statistics of a single example have no variance; 30 to 256 examples work well."
         raise _validate.argument_error(f"{name}.shape", array.shape, "have at least 2 rows", remedy)
@@ -190,9 +206,14 @@ def validate_batch(
     if bad:
         raise ValueError(f"`{name}` must be finite. Received: {bad} values NaN or infinite")
     if dtype is not None:
-        array = _cast_batch(array, _checked_dtype(dtype), name)
+        array = _cast(array, _checked_dtype(dtype), name)
     if value_range is not None:
-        _check_batch_range(array, _checked_range(value_range), name)
+        low, high = _checked_range(value_range)
+        requirement = f"lie in [{low}, {high}]. Scale it as the private inputs are scaled."
+        if array.dtype.kind == "f":
+            with np.errstate(over="ignore"):  # a bound beyond a narrow type becomes infinite: no bound
+                low, high = array.dtype.type(low), array.dtype.type(high)
+        _check_values(array, low, high, name, requirement)
     return array
 
 
@@ -280,53 +301,66 @@ def _stretched(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.where(constant, rng.random(span.shape), unit)
 
 
-def _generator(seed: int | None) -> np.random.Generator:
-    """Returns a generator apart from numpy's global one, which is neither read nor moved."""
-    if seed is None:
-        return np.random.default_rng()
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise _validate.argument_error("seed", seed, "be None or a whole number of at least 0")
-    return np.random.default_rng(int(seed))
+def _paint_leaves(image: np.ndarray, rng: np.random.Generator, smallest: float, largest: float) -> None:
+    """Paints leaves of all radii, pixels, over `image` [height, width, channels] in place, the lowest leaf first."""
+    size = np.asarray(image.shape[:2])
+    # Centres also lie outside, up to the largest radius, so that borders look like the middle.
+    area = float(np.prod(size + 2 * largest))
+    mean_square = 2 * math.log(largest / smallest) / (smallest**-2 - largest**-2)
+    count = math.ceil(_LAYERS_OF_LEAVES * area / (mean_square * _LEAF_AREA))
+
+    # Inverse of the distribution function of the density radius^-3 on [smallest, largest].
+    radii = (smallest**-2 - rng.random(count) * (smallest**-2 - largest**-2)) ** -0.5
+    centers = rng.uniform(-largest, size + largest, size=(count, 2))
+    is_disc = rng.random(count) < 0.5
+    corner = rng.uniform(math.pi / 8, 3 * math.pi / 8, size=count)
+    half_sides = radii[:, None] * np.stack([np.cos(corner), np.sin(corner)], axis=1)
+    angles = rng.uniform(0.0, math.pi, size=count)
+    colors = rng.random((count, image.shape[-1]))
+
+    outside = np.maximum(-centers, centers - size).max(axis=1)
+    for i in np.flatnonzero(outside < radii):
+        radius, angle = float(radii[i]), float(angles[i])
+        rows, row_slice = _window(float(centers[i, 0]), radius, image.shape[0])
+        columns, column_slice = _window(float(centers[i, 1]), radius, image.shape[1])
+        rows, columns = rows[:, None], columns[None, :]
+        if is_disc[i]:
+            covered = rows**2 + columns**2 <= radius**2
+        else:
+            along = rows * math.cos(angle) + columns * math.sin(angle)
+            across = columns * math.cos(angle) - rows * math.sin(angle)
+            covered = (np.abs(along) <= half_sides[i, 0]) & (np.abs(across) <= half_sides[i, 1])
+        image[row_slice, column_slice][covered] = colors[i]
+
+
+def _window(center: float, radius: float, length: int) -> tuple[np.ndarray, slice]:
+    """Returns the pixels of an axis, centres at halves, within `radius` of `center`: offsets from it, and a slice."""
+    first = max(0, math.floor(center - radius))
+    last = min(length, math.ceil(center + radius))
+    return np.arange(first, last) + 0.5 - center, slice(first, last)
 
 
 def _checked_shape(shape: Any, ranks: tuple[int, ...] | None = None, layout: str = "") -> tuple[int, ...]:
-    """Returns `shape` as a tuple of positive ints of an allowed rank."""
     remedy = "Leave out the batch dimension: (28, 28, 1), not (None, 28, 28, 1)."
-    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence | np.ndarray):
-        raise _validate.argument_error("shape", shape, "be a sequence of whole numbers", remedy)
-    if any(isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1 for n in shape):
+    integers = isinstance(shape, Sequence | np.ndarray) and all(isinstance(n, (int, np.integer)) for n in shape)
+    if not integers or any(n < 1 for n in shape):
         raise _validate.argument_error("shape", shape, "hold whole numbers of at least 1", remedy)
     if ranks is not None and len(shape) not in ranks:
         raise _validate.argument_error("shape", shape, f"be {layout}", remedy)
     return tuple(int(length) for length in shape)
 
 
-def _checked_radii(radius_range: Any) -> tuple[float, float]:
-    """Returns the smallest and largest radius, fractions of the shorter side."""
-    smallest, largest = _checked_range(radius_range, "radius_range")
-    if smallest < 0.01 or largest > 2:
-        raise _validate.argument_error("radius_range", radius_range, "lie in [0.01, 2]")
-    return float(smallest), float(largest)
-
-
 def _checked_dtype(dtype: Any) -> np.dtype:
-    """Returns the numpy dtype, or raises TypeError unless it is a real float or integer type."""
-    remedy = 'Use "float32", or the integer type of the model\'s input.'
-    try:
-        checked = np.dtype(dtype) if dtype is not None else None
-    except TypeError:
-        checked = None
-    if checked is None or checked.kind not in "fiu":
-        requirement = "be a real float or integer type"
-        raise _validate.argument_error("dtype", dtype, requirement, remedy, TypeError)
+    checked = np.dtype(dtype)
+    if checked.kind not in "fiu":
+        remedy = 'Use "float32", or the integer type of the model\'s input.'
+        raise _validate.argument_error("dtype", dtype, "be a real float or integer type", remedy, TypeError)
     return checked
 
 
 def _checked_range(value_range: Any, name: str = "value_range") -> tuple[float, float]:
-    """Returns (low, high) as given, finite and in order."""
     bounds = tuple(value_range) if isinstance(value_range, (tuple, list, np.ndarray)) else ()
-    finite = all(isinstance(b, numbers.Real) and math.isfinite(b) for b in bounds)
-    if len(bounds) != 2 or not finite:
+    if len(bounds) != 2 or not all(isinstance(b, numbers.Real) and math.isfinite(b) for b in bounds):
         raise _validate.argument_error(name, value_range, "be a pair of finite numbers (low, high)")
     if not bounds[0] < bounds[1]:
         raise _validate.argument_error(name, value_range, "have its low end below its high end")
@@ -338,16 +372,18 @@ def _checked_scale(value_range: Any, dtype: Any) -> _Scale:
     checked = _checked_dtype(dtype)
     low, high = _checked_range(value_range)
     least, most = _limits(checked)
-    if checked.kind in "iu":
-        least, most = max(least, -_LARGEST_WHOLE), min(most, _LARGEST_WHOLE)
     if low < least or high > most:
         raise _validate.argument_error("value_range", value_range, f"lie inside {checked}: [{least}, {most}]")
-    bounds = (math.ceil(low), math.floor(high))
     if checked.kind == "f":
-        bounds = _rounded_inward(low, high, checked)
-    if not bounds[0] < bounds[1]:
+        # float32(0.1) lies above 0.1: rounding to nearest could leave the range. Float64 is exact.
+        first, last = checked.type(low), checked.type(high)
+        first = np.nextafter(first, checked.type(np.inf)) if float(first) < low else first
+        last = np.nextafter(last, checked.type(-np.inf)) if float(last) > high else last
+    else:
+        first, last = math.ceil(low), math.floor(high)
+    if not first < last:
         raise _validate.argument_error("value_range", value_range, f"hold at least two numbers of {checked}")
-    return _Scale(float(bounds[0]), float(bounds[1]), checked)
+    return _Scale(float(first), float(last), checked)
 
 
 def _limits(dtype: np.dtype) -> tuple[Any, Any]:
@@ -357,28 +393,7 @@ def _limits(dtype: np.dtype) -> tuple[Any, Any]:
     return float(np.finfo(dtype).min), float(np.finfo(dtype).max)
 
 
-def _rounded_inward(low: float, high: float, dtype: np.dtype) -> tuple[Any, Any]:
-    """Returns the least and the greatest number of the float `dtype` inside [low, high]."""
-    # float32(0.1) lies above 0.1: rounding to nearest could leave the range. Float64 is exact.
-    cast_low, cast_high = dtype.type(low), dtype.type(high)
-    if float(cast_low) < low:
-        cast_low = np.nextafter(cast_low, dtype.type(np.inf))
-    if float(cast_high) > high:
-        cast_high = np.nextafter(cast_high, dtype.type(-np.inf))
-    return cast_low, cast_high
-
-
-def _check_batch_type(array: np.ndarray, name: str) -> None:
-    """Raises TypeError unless `array` holds real floats or whole numbers."""
-    if array.dtype.kind not in "fiu":
-        requirement = "be a real float or integer type"
-        remedy = "Convert it to one numeric array with rows of equal shape."
-        if array.dtype.kind in "SU":
-            remedy = "Strings feed a model whose input is keras.Input(..., dtype='string')."
-        raise _validate.argument_error(f"{name}.dtype", array.dtype, requirement, remedy, TypeError)
-
-
-def _checked_strings(array: np.ndarray, name: str) -> np.ndarray:
+def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
     """Returns an array of strings as an array of bytes, as TensorFlow holds them."""
     values = array.reshape(-1).tolist()
     if not all(isinstance(value, (str, bytes)) for value in values):
@@ -389,39 +404,16 @@ def _checked_strings(array: np.ndarray, name: str) -> np.ndarray:
     return encoded.reshape(array.shape)
 
 
-def _check_batch_shape(array: np.ndarray, expected: tuple[int | None, ...], name: str) -> None:
-    """Raises ValueError unless the shape matches `expected`, where None matches any length."""
-    fits = len(expected) == array.ndim and all(
-        want is None or want == have for want, have in zip(expected, array.shape, strict=False)
-    )
-    if not fits:
-        remedy = "Give examples of the shape that the model takes, with a batch dimension in front."
-        raise _validate.argument_error(f"{name}.shape", array.shape, f"be {expected}", remedy)
-
-
-def _cast_batch(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts to `dtype`, or raises where values would be cut or leave its range."""
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Casts to `dtype`, or raises where fractions would be lost or values leave its range."""
     if dtype.kind in "iu" and array.dtype.kind == "f":
         remedy = f"The model's input is {dtype}; give whole numbers, unscaled."
-        requirement = "be an integer type"
-        raise _validate.argument_error(f"{name}.dtype", array.dtype, requirement, remedy, TypeError)
-    least, most = _limits(dtype)
-    lowest, highest = array.min().item(), array.max().item()
-    if lowest < least or highest > most:
-        received = f"values in [{lowest}, {highest}]"
-        raise ValueError(f"`{name}` must lie inside the range of {dtype}. Received: {received}")
+        raise _validate.argument_error(f"{name}.dtype", array.dtype, "be an integer type", remedy, TypeError)
+    _check_values(array, *_limits(dtype), name, f"lie inside the range of {dtype}.")
     return array.astype(dtype)
 
 
-def _check_batch_range(array: np.ndarray, bounds: tuple[float, float], name: str) -> None:
-    """Raises ValueError if values lie outside `bounds`, both taken in the precision of `array`."""
-    low, high = bounds
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # a bound beyond a narrow type becomes infinite: no bound
-            low, high = array.dtype.type(low), array.dtype.type(high)
+def _check_values(array: np.ndarray, low: Any, high: Any, name: str, requirement: str) -> None:
     lowest, highest = array.min().item(), array.max().item()
     if lowest < low or highest > high:
-        remedy = "Scale it as the private inputs are scaled."
-        received = f"values in [{lowest}, {highest}]"
-        limits = f"[{bounds[0]}, {bounds[1]}]"
-        raise ValueError(f"`{name}` must lie in {limits}. {remedy} Received: {received}")
+        raise ValueError(f"`{name}` must {requirement} Received: values in [{lowest}, {highest}]")
