@@ -326,7 +326,7 @@ def test_large_inputs_do_not_crowd_out_the_moments(scale):
     (layer,), z = normalizations(model), model.layers[1](x)
     np.testing.assert_allclose(layer.moving_variance, np.var(z, 0), rtol=0.1)
     np.testing.assert_allclose(layer.moving_mean, np.mean(z, 0), atol=0.1 * np.std(z, 0).max())
-    ((_, mean),) = model._books.released_means._variables.items()
+    ((_, mean),) = model._books.released_means.variables.items()
     np.testing.assert_allclose(mean, np.mean(x, 0), rtol=0.1)
 
 
@@ -338,10 +338,10 @@ def test_released_input_means_belong_to_their_layer():
     data = np.random.default_rng(0).normal(5.0, 1.0, (64, 3)).astype("float32"), np.zeros(64, int)
     train(model, *data, 10)
     model.get_layer("b1").trainable = False
-    before = {name: mean.numpy() for name, mean in model._books.released_means._variables.items()}
+    before = {name: mean.numpy() for name, mean in model._books.released_means.variables.items()}
     train(model, *data, 1)
     assert {mean.shape for mean in before.values()} == {(3,), (8,)}
-    for name, mean in model._books.released_means._variables.items():
+    for name, mean in model._books.released_means.variables.items():
         np.testing.assert_allclose(mean, before[name], atol=0.1)
 
 

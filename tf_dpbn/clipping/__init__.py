@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping.book_keeping import BookKeepingEngine
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rules.base import NORM_METHODS
-from tf_dpbn.clipping.task import Batch, BatchResult, Engine, ExampleResult, MaskedPredictions, Task
+from tf_dpbn.clipping.task import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
 
 __all__ = [
     "ENGINES",
     "NORM_METHODS",
     "Batch",
     "BatchResult",
-    "Engine",
     "ExampleResult",
     "MaskedPredictions",
     "Task",
@@ -34,7 +34,7 @@ __all__ = [
 ENGINES = ("book_keeping", "vectorized", "loop")
 
 
-def get_engine(name: str, microbatch_size: int | None = None, norm_method: str = "auto") -> Engine:
+def get_engine(name: str, microbatch_size: int | None = None, norm_method: str = "auto") -> MicrobatchedEngine:
     """Returns the engine called `name`.
 
     Args:
