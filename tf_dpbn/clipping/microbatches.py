@@ -183,7 +183,7 @@ def _accumulate(clipped_slice: Any, slices: Any, needed: Any, zero: tuple[tf.Ten
     like = traced.structured_outputs[1]
     specs = tf.nest.flatten(like)
     if not all(spec.shape.is_fully_defined() for spec in specs):
-        needed = slices  # nobody knows the shape of the zeros
+        needed = slices  # the shape of the zeros is unknown
     arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in specs]
 
     def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:

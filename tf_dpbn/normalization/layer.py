@@ -47,7 +47,7 @@ class StatisticsRelease:
 
 @dataclasses.dataclass(frozen=True)
 class NormalizationCall:
-    """One call of a DPBatchNormalization in training, as the public pass met it.
+    """One call of a DPBatchNormalization in training, in the public pass.
 
     Attributes:
       layer: the layer.

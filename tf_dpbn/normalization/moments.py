@@ -151,7 +151,7 @@ def statistics_cotangents(
 
 
 def share_of_signal(average: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
-    """By how much to scale a noised vector so that what follows from it linearly is wrong by as little as possible.
+    """By how much to scale a noised vector so that what follows from it linearly has the least squared error.
 
         share = max(0, 1 - size * variance / |average|^2)        (positive-part shrinkage)
 

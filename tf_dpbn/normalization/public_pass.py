@@ -276,7 +276,7 @@ def _clipped(vector: tf.Tensor, root_mean_square: float) -> tf.Tensor:
     """Scales a vector so that its root mean square is at most the given one."""
     bound = root_mean_square * math.sqrt(vector.shape[0])
     weight = clip_weights(tf.reduce_sum(tf.square(vector)), bound, None)
-    return tf.where(weight > 0, weight, 1.0) * vector  # what is not finite stays so, and is dropped as a whole
+    return tf.where(weight > 0, weight, 1.0) * vector  # non-finite vectors stay so, and are dropped as a whole
 
 
 def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tuple[int, int]]) -> None:

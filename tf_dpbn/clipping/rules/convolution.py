@@ -35,7 +35,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """Taps of one axis with equal remainder: input x * stride + first meets output x - shift, for each shift.
+    """Taps of one axis with equal remainder: input x * stride + first goes into output x - shift, for each shift.
 
     Attributes:
       taps: in order of falling shift.
