@@ -223,7 +223,7 @@ MUTANTS = (
         "clipping/rules/embedding.py",
         "first = tf.logical_and(inside, tf.logical_not(earlier))",
         "first = inside",
-        _selected(_RULES, "look_ups_count"),
+        _selected(_RULES, "lookups_count"),
     ),
     Mutant(
         "accounting/events.py",

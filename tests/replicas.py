@@ -84,7 +84,7 @@ def one_number(y: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
 
 
 def values(model: Any) -> np.ndarray:
-    return helpers.flat([*model.get_weights(), *model._record.released_means._variables.values()])
+    return helpers.flat([*model.get_weights(), *model._record.released_means.variables.values()])
 
 
 def spread_over_replicas(model: Any, strategy: tf.distribute.Strategy) -> float:

@@ -8,35 +8,18 @@ import pytest
 import tensorflow as tf
 
 import tf_dpbn
-from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
 from tf_dpbn.normalization import GivenStatistics, PublicPass, current_scope
 
 Stock = keras.layers.BatchNormalization
 DPBN = tf_dpbn.DPBatchNormalization
 
-SHAPES = [
-    # input, axis
-    ((8, 5), -1),
-    ((8, 5), 1),
-    ((6, 7, 5), -1),
-    ((6, 7, 5), 1),
-    ((4, 3, 6, 5), -1),
-    ((4, 3, 6, 5), 1),
-    ((4, 3, 6, 5), -2),
-    ((4, 2, 3, 2, 5), 4),
-    ((4, 2, 3, 2, 5), 1),
-]
+# (input, axis)
+SHAPES = [((8, 5), -1), ((6, 7, 5), 1), ((4, 3, 6, 5), -1), ((4, 3, 6, 5), -2), ((4, 2, 3, 2, 5), 4)]
 if not IS_KERAS_3:
-    SHAPES += [((4, 3, 6, 5), [1, 3]), ((4, 3, 6, 5), [-1, 1]), ((6, 7, 5), [1, 2])]
+    SHAPES += [((4, 3, 6, 5), [1, 3]), ((4, 3, 6, 5), [-1, 1])]
 DTYPES = {"float32": 2e-5, "mixed_float16": 4e-3, "mixed_bfloat16": 4e-2, "float64": 1e-11}
-OPTIONS = [
-    {},
-    dict(center=False),
-    dict(scale=False),
-    dict(center=False, scale=False),
-    dict(epsilon=0.3, momentum=0.5),
-]
+OPTIONS = [{}, dict(center=False), dict(scale=False), dict(center=False, scale=False), dict(epsilon=0.3, momentum=0.5)]
 
 
 def random(shape, dtype="float32", seed=0):
@@ -79,25 +62,20 @@ def test_inference_is_that_of_the_stock_layer(shape, axis, dtype):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options_have_their_meaning(options):
+def test_options_have_their_meaning_and_weights_the_order_of_the_stock_layer(options):
     shape = (8, 3, 5)
     stock, ours = pair(shape, **options)
     x = random(shape)
     assert_same(ours(x), stock(x))
-    with PublicPass():
-        assert_same(ours(x, training=True), stock(x, training=True), 2e-5)
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_weights_have_the_order_of_the_stock_layer(options):
-    stock, ours = pair((8, 5), **options)
     for group in ("weights", "trainable_weights", "non_trainable_weights"):
         names = [[v.name.split("/")[-1] for v in getattr(layer, group)] for layer in (stock, ours)]
         assert names[0] == names[1]
     back = Stock.from_config(stock.get_config())
-    back.build((8, 5))
+    back.build(shape)
     back.set_weights(ours.get_weights())
-    assert_same(back(random((8, 5))), stock(random((8, 5))))
+    assert_same(back(x), stock(x))
+    with PublicPass():
+        assert_same(ours(x, training=True), stock(x, training=True), 2e-5)
 
 
 def test_masks_pass_through_and_do_not_change_inference():
@@ -110,15 +88,6 @@ def test_masks_pass_through_and_do_not_change_inference():
     model = keras.Model(inputs, keras.layers.LSTM(2)(ours(embedded)))
     padded = model(np.array([[1, 2, 3, 0, 0, 0]]))
     np.testing.assert_allclose(padded, model(np.array([[1, 2, 3]])), rtol=1e-5)
-
-
-def test_models_exchange_weights():
-    stock = helpers.bn_stack(2, Stock)
-    ours = helpers.bn_stack(2, DPBN, model=tf_dpbn.DPModel)
-    helpers.randomize(stock)
-    ours.set_weights(stock.get_weights())
-    x, _ = helpers.images(5)
-    np.testing.assert_allclose(ours(x), stock(x), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------- training needs a scope
@@ -134,25 +103,16 @@ def test_training_outside_a_dp_model_is_an_error():
     np.testing.assert_array_equal(layer.moving_mean, np.zeros(5))
 
 
-@pytest.mark.parametrize("run_eagerly", [False, True])
-def test_training_in_a_stock_model_is_an_error(run_eagerly):
-    layers = [keras.Input((5,)), DPBN(name="norm_2"), keras.layers.Dense(1)]
-    model = keras.Sequential(layers)
-    model.compile("sgd", "mse", run_eagerly=run_eagerly)
-    before = model.get_weights()
-    with pytest.raises(RuntimeError, match=OUTSIDE.format("norm_2")):
-        model.fit(np.ones((4, 5), "float32"), np.ones((4, 1), "float32"), verbose=0)
-    for found, expected in zip(model.get_weights(), before, strict=True):
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_a_stock_model_may_predict_and_evaluate():
-    layers = [keras.Input((5,)), DPBN(), keras.layers.Dense(1)]
-    model = keras.Sequential(layers)
+def test_a_stock_model_may_predict_and_evaluate_but_not_train():
+    model = keras.Sequential([keras.Input((5,)), DPBN(name="norm_2"), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    x = np.ones((4, 5), "float32")
+    x, before = np.ones((4, 5), "float32"), model.get_weights()
     assert model.predict(x, verbose=0).shape == (4, 1)
     model.evaluate(x, x[:, :1], verbose=0)
+    with pytest.raises(RuntimeError, match=OUTSIDE.format("norm_2")):
+        model.fit(x, x[:, :1], verbose=0)
+    for found, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_frozen_layer_uses_its_moving_statistics():
@@ -216,11 +176,9 @@ ARGUMENTS = dict(
 )
 
 
-@pytest.mark.parametrize("build", [False, True])
-def test_configuration_round_trip(build):
+def test_configuration_round_trip():
     layer = DPBN(statistics="public", **ARGUMENTS)
-    if build:
-        layer.build((4, 3, 5))
+    layer.build((4, 3, 5))
     clone = deserialize(serialize(layer))
     assert type(clone) is DPBN
     assert serialize(clone)["config"] == serialize(layer)["config"]
@@ -347,20 +305,12 @@ def test_another_order_of_calls_is_an_error():
     x, values = random((4, 3)), [(tf.zeros([3]), tf.ones([3]))] * 2
     calls = public_calls(a, b)
     message = "DPBatchNormalization '{}' is not called in the same order"
-    with (
-        pytest.raises(RuntimeError, match=message.format("second")),
-        GivenStatistics(calls, values),
-    ):
+    with pytest.raises(RuntimeError, match=message.format("second")), GivenStatistics(calls, values):
         b(x, training=True)
     with pytest.raises(RuntimeError, match=message.format("first")), GivenStatistics(calls, values):
         a(x, training=True)
         b(x, training=True)
         a(x, training=True)
-
-
-def test_values_and_calls_must_match_in_number():
-    with pytest.raises(ValueError, match="zip"):
-        GivenStatistics(public_calls(DPBN()), [])
 
 
 # ---------------------------------------------------------------- scopes

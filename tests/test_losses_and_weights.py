@@ -168,19 +168,15 @@ def fit_weighted(poisson, weight, **options):
         return update_of_one_step(model, x, y, EXAMPLES, sample_weight=weight, **options)[0]
 
 
-@pytest.mark.parametrize("poisson", [True, False], ids=["poisson", "arrays"])
-def test_class_weight_is_the_sample_weight_of_the_examples_class(poisson):
+@pytest.mark.parametrize(
+    "poisson, weight", [(True, 1.0), (False, 1.0), (True, WEIGHTS)], ids=["poisson", "arrays", "both"]
+)
+def test_class_weight_multiplies_the_sample_weight(poisson, weight):
     by_class = np.array([CLASS_WEIGHT[int(label)] for label in data(False)[1]], "float32")
-    expected = fit_weighted(poisson, by_class)
-    np.testing.assert_allclose(fit_weighted(poisson, None, class_weight=CLASS_WEIGHT), expected, atol=1e-5)
-    assert np.abs(fit_weighted(poisson, None) - expected).max() > 1e-2
-
-
-def test_class_weight_and_sample_weight_multiply_on_poisson_data():
-    by_class = np.array([CLASS_WEIGHT[int(label)] for label in data(False)[1]], "float32")
-    expected = fit_weighted(True, WEIGHTS * by_class)
-    np.testing.assert_allclose(fit_weighted(True, WEIGHTS, class_weight=CLASS_WEIGHT), expected, atol=1e-5)
-    assert np.abs(fit_weighted(True, WEIGHTS) - expected).max() > 1e-2
+    given = None if np.isscalar(weight) else weight
+    expected = fit_weighted(poisson, weight * by_class)
+    np.testing.assert_allclose(fit_weighted(poisson, given, class_weight=CLASS_WEIGHT), expected, atol=1e-5)
+    assert np.abs(fit_weighted(poisson, given) - expected).max() > 1e-2
 
 
 # ---------------------------------------------------------------- several inputs and outputs
@@ -240,43 +236,42 @@ def compiled_two_by_two(kind, clip):
     return model
 
 
+def logs_of_stock(kind, x, y, weights):
+    stock = two_by_two(kind, keras.Model)
+    stock.compile(optimizer=keras.optimizers.SGD(0.0), **compile_options(kind))
+    return stock.fit(x, y, sample_weight=weights, verbose=0).history
+
+
+def assert_logs(logs, expected):
+    assert set(logs) == set(expected)
+    for name in logs:
+        np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", ["dict", "list"])
 def test_several_inputs_and_outputs_train_and_log_like_keras(kind):
     """The update is the clipped sum of the weighted losses; the logs are Keras' own, without the padding."""
     x, y = two_by_two_data(kind)
-    stock = two_by_two(kind, keras.Model)
-    stock.compile(optimizer=keras.optimizers.SGD(0.0), **compile_options(kind))
-    expected_logs = stock.fit(x, y, sample_weight=None if IS_KERAS_3 else WEIGHTS, verbose=0).history
-    gradients = example_gradients(stock, x, both_losses(kind, y, WEIGHTS))
+    gradients = example_gradients(two_by_two(kind, keras.Model), x, both_losses(kind, y, WEIGHTS))
     clip = clip_that_binds_for_half(gradients)
     update, logs = update_of_one_step(compiled_two_by_two(kind, clip), every_example(x, y, WEIGHTS))
     assert helpers.relative_error(update, clipped_sum(gradients, clip)) < 1e-4
-    if IS_KERAS_3:  # it takes weights only by output
-        expected_logs = stock.fit(x, y, sample_weight=nest(kind, c=WEIGHTS, v=WEIGHTS), verbose=0).history
-    assert set(logs) == set(expected_logs)
+    # Keras 3 takes weights only by output.
+    assert_logs(logs, logs_of_stock(kind, x, y, nest(kind, c=WEIGHTS, v=WEIGHTS) if IS_KERAS_3 else WEIGHTS))
     assert {"loss", "c_loss", "v_loss", "c_accuracy", "v_mae", "v_weighted"} <= set(logs)
-    for name in logs:
-        np.testing.assert_allclose(logs[name], expected_logs[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["dict", "list"])
 def test_weights_by_output(kind):
     x, y = two_by_two_data(kind)
     by_output = (WEIGHTS, WEIGHTS[::-1].copy())
+    weights = nest(kind, c=by_output[0], v=by_output[1])
     gradients = example_gradients(two_by_two(kind), x, both_losses(kind, y, by_output=by_output))
     clip = clip_that_binds_for_half(gradients)
-    model = compiled_two_by_two(kind, clip)
     with pytest.warns(tf_dpbn.PrivacyWarning, match=NOT_POISSON):
-        update, logs = update_of_one_step(
-            model, x, y, EXAMPLES, sample_weight=nest(kind, c=by_output[0], v=by_output[1])
-        )
+        update, logs = update_of_one_step(compiled_two_by_two(kind, clip), x, y, EXAMPLES, sample_weight=weights)
     assert helpers.relative_error(update, clipped_sum(gradients, clip)) < 1e-4
-    stock = two_by_two(kind, keras.Model)
-    stock.compile(optimizer=keras.optimizers.SGD(0.0), **compile_options(kind))
-    expected = stock.fit(x, y, sample_weight=nest(kind, c=by_output[0], v=by_output[1]), verbose=0).history
-    assert set(logs) == set(expected)
-    for name in logs:
-        np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
+    assert_logs(logs, logs_of_stock(kind, x, y, weights))
 
 
 def test_one_output_logs_like_keras_and_metrics_ignore_padding():

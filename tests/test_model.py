@@ -550,7 +550,7 @@ def test_layers_of_one_name_keep_averages_of_their_own():
     model = tf_dpbn.DPModel(inputs, layers.Dense(CLASSES)(block(6)(block(4)(inputs))))
     compiled(model, {"correction": "adaptive"}).set_public_batch(PUBLIC)
     model.fit(draws(), verbose=0)
-    assert sorted(mean.shape[0] for mean in model._record.released_means._variables.values()) == [2 * 4 + 1, 2 * 6 + 1]
+    assert sorted(mean.shape[0] for mean in model._record.released_means.variables.values()) == [2 * 4 + 1, 2 * 6 + 1]
 
 
 def draws_for(targets):

@@ -86,7 +86,7 @@ def as_compiled(model: Any) -> Any:
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    with _without_cudnn(model), _leaving_out_positions_first(model):
+    with _without_cudnn(model), _overridden(_convolutions_of_what_is_left(model)):
         return model(x, training=training) if takes_training else model(x)
 
 
@@ -107,21 +107,26 @@ def _without_cudnn(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _leaving_out_positions_first(model: Any) -> Iterator[None]:
-    """Convolutions of one tap a side that stride leave out positions of their inputs, and then do not stride.
+def _overridden(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Gives objects attributes, (object, name, value), in place of their classes' for a while."""
+    try:
+        for owner, name, value in attributes:
+            vars(owner)[name] = value
+        yield
+    finally:
+        for owner, name, _ in attributes:
+            vars(owner).pop(name, None)
+
+
+def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:
+    """Methods by which convolutions of one tap a side that stride leave out positions first, and then do not stride.
 
     Where there are fewer examples than threads, the filter gradient of oneDNN's kernel for them writes beyond its
     memory, with some numbers of channels (TensorFlow 2.21, CPUs; 8 to 16 among them): that of an example alone, and
     of a public batch on a machine of many cores.
     """
     striding = [(layer, _convolving_method(layer)) for layer in flatten_layers(model) if _strides_with_one_tap(layer)]
-    try:
-        for layer, method in striding:
-            vars(layer)[method] = functools.partial(_convolve_what_is_left, layer, method)
-        yield
-    finally:
-        for layer, method in striding:
-            vars(layer).pop(method, None)
+    return [(layer, method, functools.partial(_convolve_what_is_left, layer, method)) for layer, method in striding]
 
 
 def _strides_with_one_tap(layer: Any) -> bool:
@@ -249,7 +254,10 @@ def isolated_call(
       The Keras 3 stateless scope, or None on tf_keras.
     """
     if not IS_KERAS_3:
-        with _without_assignments(constants):
+        # tf_keras has no stateless scope.
+        names = ("assign", "assign_add", "assign_sub")
+        unchanged = [(each, name, lambda *_, each=each, **__: each) for each in constants for name in names]
+        with _overridden(unchanged):
             yield None
         return
     mapping = []
@@ -261,20 +269,6 @@ def isolated_call(
         ignored, add_update = {id(variable) for variable in constants}, scope.add_update
         scope.add_update = lambda update: None if id(update[0]) in ignored else add_update(update)
         yield scope
-
-
-@contextlib.contextmanager
-def _without_assignments(variables: Sequence[tf.Variable]) -> Iterator[None]:
-    """tf_keras has no stateless scope: methods of each variable take the place of its class's for a while."""
-    names = ("assign", "assign_add", "assign_sub")
-    try:
-        for variable in variables:
-            vars(variable).update(dict.fromkeys(names, lambda *args, variable=variable, **kwargs: variable))
-        yield
-    finally:
-        for variable in variables:
-            for name in names:
-                vars(variable).pop(name, None)
 
 
 @contextlib.contextmanager

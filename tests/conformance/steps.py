@@ -79,7 +79,7 @@ class SameWeights(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Puts them back."""
         self.model.set_weights(self._weights)
-        for mean in self.model._record.released_means._variables.values():
+        for mean in self.model._record.released_means.variables.values():
             mean.assign(tf.zeros_like(mean))
 
 

@@ -290,13 +290,12 @@ def test_batches_of_no_and_of_one_example(engine, size):
     assert int(result.not_finite) == 0
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_example_with_a_gradient_that_is_not_finite_contributes_nothing_and_is_counted(bad):
+def test_an_example_with_a_non_finite_gradient_contributes_nothing_and_is_counted():
     model = helpers.compiled(zoo.build("conv2d"))
     x, y = zoo.data("conv2d", 4)
     weights = np.array([1.0, 1.0, 0.0, 1.0], "float32")
     expected, _ = helpers.clipped_sum_function(model)(x, y, np.array([1.0, 0.0, 0.0, 1.0], "float32"))
-    x[1:3] = bad  # one example, and one row of padding, which is not counted
+    x[1], x[2] = np.nan, np.inf  # an example, and a row of padding, which is not counted
     found, result = helpers.clipped_sum_function(model)(x, y, weights)
     np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
     assert int(result.not_finite) == 1

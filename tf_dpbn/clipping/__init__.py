@@ -5,7 +5,7 @@ The contract, which every engine satisfies and tests/conformance checks:
 - It computes, for each example i, the vector of corrected gradients L_i' = dL_i/dtheta + local terms, a function of
   example i, the weights, and the released or public statistics alone.
 - It scales the whole vector (all variables together) to an L2 norm of at most `l2_norm_clip`; examples that are
-  padding or whose vector is not finite contribute exactly zero.
+  padding or whose vector is non-finite contribute exactly zero.
 - It returns the sum as a `ClippedSum` whose sensitivity under adding or removing one example is `l2_norm_clip`.
 - It does the same with each residual of statistics that an example yields (docs/algorithm.md, section 5), each with a
   bound of its own.
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping.book_keeping import BookKeepingEngine
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rules.base import NORM_METHODS
-from tf_dpbn.clipping.task import Batch, BatchResult, Engine, ExampleResult, MaskedPredictions, Task
+from tf_dpbn.clipping.task import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
 
 __all__ = [
     "ENGINES",
     "NORM_METHODS",
     "Batch",
     "BatchResult",
-    "Engine",
     "ExampleResult",
     "MaskedPredictions",
     "Task",
@@ -34,7 +34,7 @@ __all__ = [
 ENGINES = ("book_keeping", "vectorized", "loop")
 
 
-def get_engine(name: str, microbatch_size: int | None = None, norm_method: str = "auto") -> Engine:
+def get_engine(name: str, microbatch_size: int | None = None, norm_method: str = "auto") -> MicrobatchedEngine:
     """Returns the engine called `name`.
 
     Args:

@@ -1,7 +1,7 @@
 """The book-keeping engine: clipped sums from each operation's input and output gradient.
 
-One forward pass and one backward pass give, for every example, the data that each kernel met and the gradient of its
-result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and
+One forward pass and one backward pass give, for every example, the data that enters each kernel and the gradient of
+its result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and
 into the clipped sum. As in the generic engine an example runs as a batch of one and the runs are vectorized, so that no
 operation can see another example. Variables without a rule are differentiated directly, example by example.
 

@@ -55,7 +55,12 @@ class MicrobatchedEngine:
         raise NotImplementedError
 
     def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
-        """See `clipping.Engine`."""
+        """Clips and sums the examples of a batch.
+
+        Returns:
+          The sums, the gradient's with the sensitivity `l2_norm_clip` and then those of the task's releases; and the
+          un-noised by-products.
+        """
         rows, count = to_rows(batch), _batch_size(batch)
         if not isinstance(count, int):  # may be 0, and a slice needs a row to read
             rows = tf.nest.map_structure(_with_spare_row, rows)
@@ -76,10 +81,10 @@ class MicrobatchedEngine:
             sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
             by_products = tf.nest.map_structure(lambda t: tf.gather(t, positions), by_products)
 
-        def of_batch(values: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(values, [_static(count), *values.shape[1:]])
-
-        loss, parts, y_pred = tf.nest.map_structure(of_batch, by_products[:3])
+        rows_of_batch = count if isinstance(count, int) else None
+        loss, parts, y_pred = tf.nest.map_structure(
+            lambda values: tf.ensure_shape(values, [rows_of_batch, *values.shape[1:]]), by_products[:3]
+        )
         not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
         clipped = [ClippedSum(tuple(sums[: len(task.variables)]), float(l2_norm_clip))]
         for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
@@ -89,7 +94,9 @@ class MicrobatchedEngine:
     def _slice_size(self, task: Task, rows: Any, count: Any, padded: bool) -> Any:
         limit = self._microbatch_size
         if limit is None:
-            limit = self._choose_size(max(1, self.bytes_per_example(task, rows)))
+            bytes_per_example = max(1, self.bytes_per_example(task, rows))
+            memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
+            limit = max(1, min(_FEWEST, _MEMORY_OF_FEWEST // bytes_per_example), memory // bytes_per_example)
             if padded and not has_accelerator():
                 limit = min(limit, _MOST_IF_PADDED)
         if not isinstance(count, int):
@@ -97,12 +104,6 @@ class MicrobatchedEngine:
         count = max(1, count)
         # Slices of equal size, so that little filler is computed.
         return _ceil_divide(count, _ceil_divide(count, limit))
-
-    @staticmethod
-    def _choose_size(bytes_per_example: int) -> int:
-        memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
-        fewest = min(_FEWEST, _MEMORY_OF_FEWEST // bytes_per_example)
-        return max(1, fewest, memory // bytes_per_example)
 
 
 def residual_sums(
@@ -144,10 +145,6 @@ def _batch_size(batch: Batch) -> Any:
     return first.shape[0] if first.shape[0] is not None else tf.shape(first)[0]
 
 
-def _static(count: Any) -> int | None:
-    return count if isinstance(count, int) else None
-
-
 def _ceil_divide(count: Any, size: Any) -> Any:
     return -(-count // size)
 
@@ -186,7 +183,7 @@ def _accumulate(clipped_slice: Any, slices: Any, needed: Any, zero: tuple[tf.Ten
     like = traced.structured_outputs[1]
     specs = tf.nest.flatten(like)
     if not all(spec.shape.is_fully_defined() for spec in specs):
-        needed = slices  # nobody knows the shape of the zeros
+        needed = slices  # the shape of the zeros is unknown
     arrays = [tf.TensorArray(t.dtype, size=slices, element_shape=t.shape) for t in specs]
 
     def body(i: tf.Tensor, sums: Any, arrays: Any) -> Any:

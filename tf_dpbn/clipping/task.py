@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.normalization import NormalizationCall, StatisticsRelease
 
 
@@ -105,13 +104,3 @@ class Task:
     def releases(self) -> tuple[StatisticsRelease, ...]:
         """What is released of the residuals of some calls' statistics, in the order of the calls."""
         return tuple(call.release for call in self.calls if call.release is not None)
-
-
-class Engine(Protocol):
-    """Computes the clipped sum of corrected per-example gradients."""
-
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
-        """Returns the sums and the un-noised by-products.
-
-        The first sum is the gradient's, of sensitivity `l2_norm_clip`; the others are those of the task's releases.
-        """

@@ -47,7 +47,7 @@ class StatisticsRelease:
 
 @dataclasses.dataclass(frozen=True)
 class NormalizationCall:
-    """One call of a DPBatchNormalization in training, as the public pass met it.
+    """One call of a DPBatchNormalization in training, in the public pass.
 
     Attributes:
       layer: the layer.
@@ -225,13 +225,11 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
       axis: int, the channel axis; on tf_keras also a sequence of ints.
       momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public", which keeps no
         averages). The first updates count more, see `moments.update_rate`.
-      epsilon, center, scale, beta_initializer, gamma_initializer, moving_mean_initializer,
-        moving_variance_initializer, beta_regularizer, gamma_regularizer, beta_constraint, gamma_constraint: as in
-        keras.layers.BatchNormalization.
+      *args, **kwargs: epsilon, center, scale, initializers, regularizers, constraints, name, dtype and trainable, as in
+        keras.layers.BatchNormalization. With trainable=False the layer uses its moving statistics.
       statistics: where training statistics come from: "public", "noised" or "anchored".
       statistics_clip: bound on the root mean square of an example's released residuals, > 0; the statistics' noise
         grows in proportion to it.
-      **kwargs: `name`, `dtype`, `trainable`. With trainable=False the layer uses its moving statistics, as in Keras.
 
     Raises:
       ValueError: if `statistics` is unknown, or for Keras options that would couple examples (renorm, synchronized,
@@ -244,17 +242,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         self,
         axis: int | Sequence[int] = -1,
         momentum: float | None = None,
-        epsilon: float = 1e-3,
-        center: bool = True,
-        scale: bool = True,
-        beta_initializer: Any = "zeros",
-        gamma_initializer: Any = "ones",
-        moving_mean_initializer: Any = "zeros",
-        moving_variance_initializer: Any = "ones",
-        beta_regularizer: Any = None,
-        gamma_regularizer: Any = None,
-        beta_constraint: Any = None,
-        gamma_constraint: Any = None,
+        *args: Any,
         statistics: str = "public",
         statistics_clip: float = 1.0,
         **kwargs: Any,
@@ -269,22 +257,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             kwargs.pop(option, None)
         kwargs.update(UNFUSED)
         _validate.one_of("statistics", statistics, STATISTICS_MODES)
-        super().__init__(
-            axis=axis,
-            momentum=_DEFAULT_MOMENTUM[statistics] if momentum is None else momentum,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            moving_mean_initializer=moving_mean_initializer,
-            moving_variance_initializer=moving_variance_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            **kwargs,
-        )
+        super().__init__(axis, _DEFAULT_MOMENTUM[statistics] if momentum is None else momentum, *args, **kwargs)
         self.statistics = statistics
         self.statistics_clip = _validate.positive("statistics_clip", statistics_clip)
         if not SMALLEST_CLIP <= self.statistics_clip <= LARGEST_CLIP:

@@ -79,10 +79,13 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
     reduce = _reduction_axes(z.shape.rank, axes)
     if mask is None:
         return _plain_moments(z, reduce)
-    weights = tf.cast(mask, z.dtype)
-    while weights.shape.rank < z.shape.rank:
-        weights = weights[..., None]
-    return tf.nn.weighted_moments(z, reduce, tf.broadcast_to(weights, tf.shape(z)))
+    return tf.nn.weighted_moments(z, reduce, _weights(mask, z))
+
+
+def _weights(mask: tf.Tensor, z: tf.Tensor) -> tf.Tensor:
+    """1 for each element of z at a position that counts, 0 at the others."""
+    shape = tf.concat([tf.shape(mask), [1] * (z.shape.rank - mask.shape.rank)], 0)
+    return tf.broadcast_to(tf.reshape(tf.cast(mask, z.dtype), shape), tf.shape(z))
 
 
 def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tensor]:
@@ -148,7 +151,7 @@ def statistics_cotangents(
 
 
 def share_of_signal(average: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
-    """By how much to scale a noised vector so that what follows from it linearly is wrong by as little as possible.
+    """By how much to scale a noised vector so that what follows from it linearly has the least squared error.
 
         share = max(0, 1 - size * variance / |average|^2)        (positive-part shrinkage)
 
@@ -208,10 +211,7 @@ def residuals(
     if mask is None:
         first, second = tf.reduce_mean(centered, reduce), tf.reduce_mean(tf.square(centered), reduce)
     else:
-        weights = tf.cast(mask, z.dtype)
-        while weights.shape.rank < z.shape.rank:
-            weights = weights[..., None]
-        weights = tf.broadcast_to(weights, tf.shape(z))
+        weights = _weights(mask, z)
         total = tf.reduce_sum(weights, reduce)
         first = tf.math.divide_no_nan(tf.reduce_sum(weights * centered, reduce), total)
         second = tf.math.divide_no_nan(tf.reduce_sum(weights * tf.square(centered), reduce), total)

@@ -25,10 +25,14 @@ _DECAY = 0.9
 
 
 class ReleasedMeans:
-    """Means of released values that a model keeps from step to step: post-processing, and saved with the model."""
+    """Means of released values that a model keeps from step to step: post-processing, and saved with the model.
+
+    Attributes:
+      variables: by a name that the layer's makes unique, which is also that in files.
+    """
 
     def __init__(self) -> None:
-        self._variables: dict[str, tf.Variable] = {}
+        self.variables: dict[str, tf.Variable] = {}
         self._saved: dict[str, list[float]] = {}
 
     def of_input(self, layer_name: str, earlier: int, size: int) -> tf.Variable:
@@ -46,7 +50,7 @@ class ReleasedMeans:
         return self._mean(f"{layer_name}:gradient", 2 * math.prod(layer.gamma.shape) + 1)
 
     def _mean(self, name: str, size: int) -> tf.Variable:
-        variable = self._variables.get(name)
+        variable = self.variables.get(name)
         if variable is None or variable.shape[0] != size:
             value = self._saved.get(name, [])
             with tf.init_scope():
@@ -57,17 +61,17 @@ class ReleasedMeans:
                     name="released_mean",
                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
                 )
-            self._variables[name] = variable
+            self.variables[name] = variable
         return variable
 
     def values(self) -> dict[str, list[float]]:
         """All means, to be saved."""
-        return {**self._saved, **{name: variable.numpy().tolist() for name, variable in self._variables.items()}}
+        return {**self._saved, **{name: variable.numpy().tolist() for name, variable in self.variables.items()}}
 
     def load(self, values: dict[str, list[float]]) -> None:
         """Takes over saved `values`; means that are not among them begin anew."""
         self._saved = dict(values)
-        for name, variable in self._variables.items():
+        for name, variable in self.variables.items():
             value = values.get(name, [])
             variable.assign(value if len(value) == variable.shape[0] else tf.zeros_like(variable))
 
@@ -272,7 +276,7 @@ def _clipped(vector: tf.Tensor, root_mean_square: float) -> tf.Tensor:
     """Scales a vector so that its root mean square is at most the given one."""
     bound = root_mean_square * math.sqrt(vector.shape[0])
     weight = clip_weights(tf.reduce_sum(tf.square(vector)), bound, None)
-    return tf.where(weight > 0, weight, 1.0) * vector  # what is not finite stays so, and is dropped as a whole
+    return tf.where(weight > 0, weight, 1.0) * vector  # non-finite vectors stay so, and are dropped as a whole
 
 
 def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tuple[int, int]]) -> None:

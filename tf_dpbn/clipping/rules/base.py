@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Products, corrected, factors
 
+Shape = Sequence[int]
+Inputs = Sequence[tf.Tensor]
 Blocks = tuple[tf.Tensor, ...]
 NORM_METHODS = ("auto", "instantiate", "gram")
 # How many multiplications take as long as moving one number to memory and back, about (measured on CPUs).
@@ -26,11 +28,11 @@ class Rule(abc.ABC):
       shape: of the operand.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape = tuple(shape)
 
     @abc.abstractmethod
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """Every example's gradient.
 
         Args:
@@ -50,12 +52,7 @@ class Rule(abc.ABC):
         return blocks[0]
 
     def contribution(
-        self,
-        shape: Sequence[int],
-        inputs: Sequence[tf.Tensor],
-        cotangent: tf.Tensor,
-        terms: Sequence[BoundTerm],
-        norm_method: str,
+        self, shape: Shape, inputs: Inputs, cotangent: tf.Tensor, terms: Sequence[BoundTerm], norm_method: str
     ) -> Contribution:
         """What a variable that the operation alone uses adds to every example's vector.
 
@@ -88,24 +85,14 @@ class MatrixRule(Rule):
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        groups: int,
-        positions: int,
-        inputs: int,
-        outputs: int,
-        outputs_are_channels: bool,
+        self, shape: Shape, groups: int, positions: int, inputs: int, outputs: int, outputs_are_channels: bool
     ) -> None:
         super().__init__(shape)
-        self.groups = groups
-        self.positions = positions
-        self.inputs = inputs
-        self.outputs = outputs
+        self.groups, self.positions, self.inputs, self.outputs = groups, positions, inputs, outputs
         self.outputs_are_channels = outputs_are_channels
 
     @abc.abstractmethod
-    def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def matrices(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(a, g) as [rows, groups, positions, inputs] and [rows, groups, positions, outputs]."""
 
     @abc.abstractmethod
@@ -117,12 +104,7 @@ class MatrixRule(Rule):
         """The inverse of `to_matrix`."""
 
     def contribution(
-        self,
-        shape: Sequence[int],
-        inputs: Sequence[tf.Tensor],
-        cotangent: tf.Tensor,
-        terms: Sequence[BoundTerm],
-        norm_method: str,
+        self, shape: Shape, inputs: Inputs, cotangent: tf.Tensor, terms: Sequence[BoundTerm], norm_method: str
     ) -> Contribution:
         """See `Rule`; products are formed only where that is cheaper."""
         if not self._prefers_products(bool(terms), norm_method):

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping.rows import reshape_rows, widen, window_of
-from tf_dpbn.clipping.rules.base import Blocks, Found, MatrixRule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class Axis:
     dilation: int = 1
     before: int = 0
     after: int = 0
-    inputs: int
-    outputs: int
+    inputs: int = 0
+    outputs: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Phase:
-    """Taps of one axis with equal remainder: input x * stride + first meets output x - shift, for each shift.
+    """Taps of one axis with equal remainder: input x * stride + first goes into output x - shift, for each shift.
 
     Attributes:
       taps: in order of falling shift.
@@ -97,7 +97,7 @@ class ConvolutionRule(MatrixRule):
 
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: Shape,
         axes: Sequence[Axis],
         groups: int,
         inputs: int,
@@ -107,14 +107,8 @@ class ConvolutionRule(MatrixRule):
         depthwise: bool,
     ) -> None:
         self._taps = math.prod(axis.taps for axis in axes[:-1]), axes[-1].taps
-        super().__init__(
-            shape,
-            groups=groups,
-            positions=math.prod(axis.outputs for axis in axes),
-            inputs=math.prod(self._taps) * inputs,
-            outputs=outputs,
-            outputs_are_channels=not transposed,
-        )
+        positions = math.prod(axis.outputs for axis in axes)
+        super().__init__(shape, groups, positions, math.prod(self._taps) * inputs, outputs, not transposed)
         self._axes = tuple(axes)
         self._channels = inputs
         self._channels_first = channels_first
@@ -124,7 +118,7 @@ class ConvolutionRule(MatrixRule):
         self._by_patches = self.inputs <= _SHORT_PATCH
         self._phases = list(itertools.product(*[_phases(axis) for axis in axes[:-1]]))
 
-    def _operands(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _operands(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(a, g), float, [rows, *axes, channels]."""
         with tf.control_dependencies([cotangent]):  # unfolded before it is needed, the input would lie in memory
             data = tf.identity(inputs[0])
@@ -133,7 +127,7 @@ class ConvolutionRule(MatrixRule):
             data, cotangent = (tf.transpose(t, [0, 1, *range(3, t.shape.rank), 2]) for t in (data, cotangent))
         return (cotangent, data) if self._transposed else (data, cotangent)
 
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """See `base.Rule`.
 
         Either one block [rows, groups, other taps, last taps, inputs, outputs], or for each phase of the taps of all
@@ -149,9 +143,9 @@ class ConvolutionRule(MatrixRule):
         # From the last axis to the first, so that the taps of the first vary slowest.
         for position in reversed(range(len(phases))):
             axis, phase = self._axes[position], phases[position]
-            before = phase.high - phase.start
             after = phase.stop - phase.high + (len(phase.taps) - 1) * phase.step - axis.outputs
-            cotangent = unfold(cotangent, position + 1, len(phase.taps), 1, phase.step, before, after)
+            window = Axis(taps=len(phase.taps), dilation=phase.step, before=phase.high - phase.start, after=after)
+            cotangent = unfold(cotangent, position + 1, window)
         shifts = math.prod(len(phase.taps) for phase in phases)
         columns = self._taps[1]
         left = self._grouped(self._columns(data, phases), columns, self._channels)
@@ -168,8 +162,7 @@ class ConvolutionRule(MatrixRule):
             window.append(slice(phase.first, max(phase.first, end), 1 if merged else axis.stride))
         whole = all(w == slice(0, n, 1) for w, n in zip(window[1:], data.shape[1:], strict=False))
         data = data if whole else window_of(data, window)
-        rank, step = len(self._axes), others[-1].stride
-        return unfold(data, rank, last.taps, last.stride, last.dilation, last.before, last.after, step)
+        return unfold(data, len(self._axes), last, others[-1].stride)
 
     def _grouped(self, data: tf.Tensor, copies: int, channels: int) -> tf.Tensor:
         """Arranges [rows, *positions, copies * groups * channels] as [rows, groups, positions, copies * channels]."""
@@ -211,7 +204,7 @@ class ConvolutionRule(MatrixRule):
             channels = [inputs, 1, 1] if outputs == 1 else [inputs, self.groups, outputs // self.groups]
         return reshape_rows(operand, [math.prod(taps[:-1]), taps[-1], *channels])
 
-    def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def matrices(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `base.MatrixRule`."""
         data, cotangent = self._operands(inputs, cotangent)
         left = self._grouped(self._patches(data), math.prod(self._taps), self._channels)
@@ -225,8 +218,7 @@ class ConvolutionRule(MatrixRule):
             if _convolves_well(data.shape[-1], height.stride, width.stride):
                 return _patches_by_convolution(data, self._axes)
         for position in reversed(range(len(self._axes))):
-            axis = self._axes[position]
-            data = unfold(data, position + 1, axis.taps, axis.stride, axis.dilation, axis.before, axis.after)
+            data = unfold(data, position + 1, self._axes[position])
         return data
 
     def from_matrix(self, matrix: tf.Tensor) -> tf.Tensor:
@@ -248,32 +240,30 @@ def _product(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
     return tf.matmul(left, right, transpose_a=True)
 
 
-def unfold(
-    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int, step: int = 1
-) -> tf.Tensor:
+def unfold(data: tf.Tensor, axis: int, window: Axis, step: int = 1) -> tf.Tensor:
     """Windows along one axis, their taps merged into the channels.
 
     Args:
       data: [..., channels], static but for the first axis.
       axis: which axis to slide along.
-      taps, stride, dilation: of the window.
-      before, after: how many zeros to add at the ends of the axis; negative numbers take away.
+      window: its taps, stride and dilation, and how many zeros to add at the ends; negative numbers take away.
       step: for the last axis before the channels: take every step-th entry of the axis before it.
 
     Returns:
       [..., taps * channels], the taps varying slower than the channels.
     """
-    if min(before, after) < 0:
-        window = [slice(None)] * axis + [slice(max(0, -before), data.shape[axis] - max(0, -after))]
-        data, before, after = window_of(data, window), max(0, before), max(0, after)
-    if taps == stride == step == 1 and not before and not after:
+    if min(window.before, window.after) < 0:
+        kept = slice(max(0, -window.before), data.shape[axis] - max(0, -window.after))
+        data = window_of(data, [slice(None)] * axis + [kept])
+        window = dataclasses.replace(window, before=max(0, window.before), after=max(0, window.after))
+    if window.taps == window.stride == step == 1 and not window.before and not window.after:
         return data
-    windows = taps * data.shape[-1]
-    wide = windows > (_NARROW if stride * step == 1 else _LARGEST_KERNEL)
-    if wide or 0 in data.shape[1:] or not _convolves_well(data.shape[-1], step, stride):
+    numbers = window.taps * data.shape[-1]
+    wide = numbers > (_NARROW if window.stride * step == 1 else _LARGEST_KERNEL)
+    if wide or 0 in data.shape[1:] or not _convolves_well(data.shape[-1], step, window.stride):
         rows = [slice(None)] * (axis - 1) + [slice(None, None, step)]
-        return _unfold_by_slices(window_of(data, rows), axis, taps, stride, dilation, before, after)
-    return _unfold_by_convolution(data, axis, taps, stride, dilation, before, after, step)
+        return _unfold_by_slices(window_of(data, rows), axis, window)
+    return _unfold_by_convolution(data, axis, window, step)
 
 
 def _convolves_well(channels: int, step: int, stride: int) -> bool:
@@ -285,30 +275,22 @@ def _convolves_well(channels: int, step: int, stride: int) -> bool:
     return not has_accelerator() and (channels > 1 or step == stride)
 
 
-def _unfold_by_slices(
-    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int
-) -> tf.Tensor:
+def _unfold_by_slices(data: tf.Tensor, axis: int, window: Axis) -> tf.Tensor:
     paddings = [[0, 0]] * data.shape.rank
-    paddings[axis] = [before, after]
+    paddings[axis] = [window.before, window.after]
     padded = tf.pad(data, paddings)
-    outputs = (padded.shape[axis] - (taps - 1) * dilation - 1) // stride + 1
-    windows = []
-    for tap in range(taps):
-        first = tap * dilation
-        window = [slice(None)] * axis + [slice(first, first + (outputs - 1) * stride + 1, stride)]
-        windows.append(window_of(padded, window))
-    return tf.concat(windows, -1)
+    length = padded.shape[axis] - (window.taps - 1) * window.dilation  # of the positions of one tap
+    starts = [tap * window.dilation for tap in range(window.taps)]
+    taken = [[slice(None)] * axis + [slice(first, first + length, window.stride)] for first in starts]
+    return tf.concat([window_of(padded, each) for each in taken], -1)
 
 
-def _unfold_by_convolution(
-    data: tf.Tensor, axis: int, taps: int, stride: int, dilation: int, before: int, after: int, step: int
-) -> tf.Tensor:
+def _unfold_by_convolution(data: tf.Tensor, axis: int, window: Axis, step: int) -> tf.Tensor:
     """Convolves with a kernel of zeros and ones: exact, and on CPUs faster than slicing and concatenating."""
     shape = data.shape.as_list()
     channels = shape[-1]
-    kernel = np.eye(taps * channels).reshape(taps, channels, taps * channels)
-    window = Axis(taps=taps, stride=stride, dilation=dilation, before=before, after=after, inputs=0, outputs=0)
-    other = Axis(taps=1, stride=step, inputs=0, outputs=0)
+    kernel = np.eye(window.taps * channels).reshape(window.taps, channels, window.taps * channels)
+    other = Axis(taps=1, stride=step)
     if axis == len(shape) - 2:  # slide along the second axis of an image
         leading, height, trailing = shape[1 : axis - 1], shape[axis - 1] if axis > 1 else 1, []
         out = _convolve(tf.reshape(data, [-1, height, shape[axis], channels]), kernel[None], (other, window))
@@ -318,7 +300,7 @@ def _unfold_by_convolution(
         flat = tf.reshape(data, [-1, shape[axis], math.prod(trailing), channels])
         out = _convolve(flat, kernel[:, None], (window, other))
         middle = out.shape[1:2]
-    return reshape_rows(out, [*leading, *middle, *trailing, taps * channels], data)
+    return reshape_rows(out, [*leading, *middle, *trailing, window.taps * channels], data)
 
 
 def _patches_by_convolution(data: tf.Tensor, axes: Sequence[Axis]) -> tf.Tensor:

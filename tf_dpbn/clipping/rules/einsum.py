@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import widen
-from tf_dpbn.clipping.rules.base import Blocks, Found, Rule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, Rule, Shape
 
 
 class EinsumRule(Rule):
@@ -19,12 +19,12 @@ class EinsumRule(Rule):
       data, output, kernel: the labels of a, z and K, one letter an axis.
     """
 
-    def __init__(self, shape: Sequence[int], data: str, output: str, kernel: str) -> None:
+    def __init__(self, shape: Shape, data: str, output: str, kernel: str) -> None:
         super().__init__(shape)
         row = next(letter for letter in string.ascii_letters if letter not in data + output + kernel)
         self._gradient = f"{row}{data},{row}{output}->{row}{kernel}"
 
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """[rows, *shape]; see `base.Rule`."""
         return (tf.einsum(self._gradient, widen(inputs[0]), widen(cotangent)),)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, Found, Rule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, Rule, Shape
 
 
 class BroadcastRule(Rule):
@@ -19,12 +19,12 @@ class BroadcastRule(Rule):
       scale: whether K is multiplied.
     """
 
-    def __init__(self, shape: Sequence[int], aligned: Sequence[int], scale: bool) -> None:
+    def __init__(self, shape: Shape, aligned: Sequence[int], scale: bool) -> None:
         super().__init__(shape)
         self._aligned = tuple(aligned)
         self._scale = scale
 
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """[rows, *shape]; see `base.Rule`."""
         products = widen(cotangent) * widen(inputs[0]) if self._scale else widen(cotangent)
         axes = [1 + axis for axis, size in enumerate(self._aligned) if size == 1]

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Lookups
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, Found, Rule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, Rule, Shape
 
 
 class LookupRule(Rule):
@@ -20,17 +20,12 @@ class LookupRule(Rule):
       ids: how many ids one example looks up.
     """
 
-    def __init__(self, shape: Sequence[int], ids: int) -> None:
+    def __init__(self, shape: Shape, ids: int) -> None:
         super().__init__(shape)
         self._ids = ids
 
     def contribution(
-        self,
-        shape: Sequence[int],
-        inputs: Sequence[tf.Tensor],
-        cotangent: tf.Tensor,
-        terms: Sequence[BoundTerm],
-        norm_method: str,
+        self, shape: Shape, inputs: Inputs, cotangent: tf.Tensor, terms: Sequence[BoundTerm], norm_method: str
     ) -> Contribution:
         """See `base.Rule`; no table feeds a normalization, so that there are no terms."""
         del terms, norm_method
@@ -40,7 +35,7 @@ class LookupRule(Rule):
         """See `base.Rule`."""
         return 0
 
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """[rows, *shape]; see `base.Rule`."""
         ids, values = self._entries(inputs, cotangent)
         rows, entries = tf.shape(ids)[0], self.shape[0]
@@ -48,7 +43,7 @@ class LookupRule(Rule):
         summed = tf.math.unsorted_segment_sum(tf.reshape(values, [-1, values.shape[-1]]), flat, rows * entries)
         return (reshape_rows(tf.reshape(summed, [rows, -1]), self.shape),)
 
-    def _entries(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _entries(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Every example's gradient as distinct table entries: the ids, and their gradients.
 
         An id that an example looks up several times has its whole gradient at the first of them and zero at the others.

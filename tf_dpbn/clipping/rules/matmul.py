@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, Found, MatrixRule
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Shape
 
 
 class MatMulRule(MatrixRule):
@@ -21,28 +20,26 @@ class MatMulRule(MatrixRule):
       transposed_data: whether a matrix a enters transposed.
     """
 
-    def __init__(self, shape: Sequence[int], positions: int, transposed: bool, transposed_data: bool) -> None:
+    def __init__(self, shape: Shape, positions: int, transposed: bool, transposed_data: bool) -> None:
         inputs, outputs = reversed(shape) if transposed else shape
-        super().__init__(
-            shape, groups=1, positions=positions, inputs=inputs, outputs=outputs, outputs_are_channels=True
-        )
+        super().__init__(shape, 1, positions, inputs, outputs, outputs_are_channels=True)
         self._transposed = transposed
         self._transposed_data = transposed_data
 
-    def _operands(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _operands(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         data = widen(inputs[0])
         if self._transposed_data:
             data = tf.linalg.matrix_transpose(data)
         data = reshape_rows(data, [self.positions, self.inputs])
         return data, reshape_rows(widen(cotangent), [self.positions, self.outputs])
 
-    def instantiate(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> Blocks:
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """[rows, *shape]; see `base.Rule`."""
         data, cotangent = self._operands(inputs, cotangent)
         left, right = (cotangent, data) if self._transposed else (data, cotangent)
         return (tf.matmul(left, right, transpose_a=True),)
 
-    def matrices(self, inputs: Sequence[tf.Tensor], cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def matrices(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """See `base.MatrixRule`."""
         data, cotangent = self._operands(inputs, cotangent)
         return data[:, None], cotangent[:, None]
