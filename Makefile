@@ -1,6 +1,6 @@
 # make demo   trains a small network with BatchNormalization and privacy, on images that a package ships
-# make test   the gate: lint, types, tests on Keras 3 and on tf_keras, examples in docstrings
-# make thorough  the tests that the gate leaves out: further combinations on both Kerases, and very long runs
+# make test   the gate: lint, types, tests on Keras 3, those of what depends on Keras on tf_keras too, examples in docstrings
+# make thorough  the tests that the gate leaves out: further combinations, very long runs, and the rest on tf_keras
 # make lint   the first two of these; `make format` repairs what can be repaired
 # make audit  claimed epsilon against what attacks find: a table and a plot
 # make conformance  the noise's tail, sums of crafted large batches, a million pairs of neighbouring batches, then each optimizer on 1, 2 and 4 replicas
@@ -61,7 +61,7 @@ demo: $(DEMO_VENV)/.installed
 
 test: lint
 	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough"
-	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough and not once and not keras_free"
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "both and not thorough"
 	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
 	if $(TEST_BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then $(MAKE) test-tensorflow-privacy; \
 	  else echo "tensorflow-privacy needs Python 3.10 or 3.11: its tests are left out"; fi
@@ -73,7 +73,7 @@ test-tensorflow-privacy: $(TFP_VENV)/.installed
 
 thorough: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m thorough
-	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "thorough or once"
+	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "thorough or not both"
 
 lint: $(TEST_VENV)/.installed
 	$(TEST_BIN)/ruff check .
