@@ -318,7 +318,7 @@ class Bug:
     catcher: str
 
 
-_SENSITIVITY, _NOISE, _AUDIT = "neighbouring batches", "law of the noise", "audit of a step"
+_SENSITIVITY, _NOISE, _AUDIT = "neighbouring batches", "distribution of the noise", "audit of a step"
 _GRAM = functools.partial(check_sensitivity, engine="book_keeping", norm_method="gram")
 _PER_EXAMPLE = functools.partial(check_sensitivity, engine="vectorized")
 _RELEASING = functools.partial(check_sensitivity, "anchored")
