@@ -17,10 +17,19 @@ from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 
 
+def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
+    """What the train step runs until it adds noise, at the current weights."""
+    batch = model._read_batch(data)
+    task = model._task(model._public_forward(batch))
+    with kept_state(model if model._books.has_state else None):
+        found, _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+    return found
+
+
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
     """A function (x, y, weights) -> the clipped sums that a train step of `model` would release, without noise.
 
-    It runs what the train step runs, at the current weights. The sums are private; they are for audits and tests.
+    At the current weights. The sums are private; they are for audits and tests.
 
     Args:
       model: compiled.
@@ -28,10 +37,7 @@ def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, 
     sensitivities: list[float] = []
 
     def run(x: Any, y: Any, weights: Any) -> list[tuple[tf.Tensor, ...]]:
-        batch = model._read_batch((x, y, weights))
-        task = model._task(model._public_forward(batch))
-        with kept_state(model if model._books.has_state else None):
-            found, _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        found = _sums_of(model, (x, y, weights))
         sensitivities[:] = [each.l2_sensitivity for each in found]
         return [each.tensors for each in found]
 
@@ -52,11 +58,7 @@ def clipped_gradients(model: DPModel) -> Callable[[Any, Any], tf.Tensor]:
     """A function (x, y) -> [examples, all weights]: each example's clipped gradient at the current weights."""
 
     def one(row: Any) -> tf.Tensor:
-        x, y = tf.nest.map_structure(lambda t: t[None], row)
-        batch = model._read_batch((x, y))
-        task = model._task(model._public_forward(batch))
-        with kept_state(model if model._books.has_state else None):
-            (gradient, *_), _ = model._engine(task, batch, model.optimizer.l2_norm_clip)
+        gradient, *_ = _sums_of(model, tf.nest.map_structure(lambda t: t[None], row))
         return tf.concat([tf.reshape(t, [-1]) for t in gradient.tensors], 0)
 
     return tf.function(
