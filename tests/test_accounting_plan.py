@@ -232,8 +232,8 @@ def test_statement_says_what_ran():
     for part in (
         "at delta = 1e-05, after 1000 steps, by RDP accounting",
         "adding or removing one example",
-        "900 steps: sampling probability 0.01, noise multipliers (1, 2), together 0.894427; 60000 examples, 600 expected "
-        "in a batch, at most 744.",
+        "900 steps: sampling probability 0.01, noise multipliers (1, 2), together 0.894427; 60000 examples, 600 "
+        "expected in a batch, at most 744.",
         "ASSUMED",
         "PROVIDED",
         "Shuffled or fixed-order batches do not satisfy the assumption",
