@@ -36,17 +36,11 @@ def stepping_model(claim, mode="public", seed=0):
     return model, x, y
 
 
-def training(claim, seed=0, noise=1.0, noise_seed=0, canaries=300, examples=40, features=400):
+def training(claim, seed=0, noise=1.0, noise_seed=0):
     """Trains on random vectors with random labels, whose gradients are nearly orthogonal."""
-    rng = np.random.default_rng(seed)
-    plan = tf_dpbn.PrivacyPlan(
-        target_epsilon=claim,
-        delta=DELTA,
-        num_examples=canaries + examples,
-        expected_batch_size=(canaries + examples) // 2,
-        epochs=2,
-        accountant="pld",
-    )
+    rng, rows, examples, features = np.random.default_rng(seed), 340, 40, 400
+    given = dict(target_epsilon=claim, delta=DELTA, epochs=2, accountant="pld")
+    plan = tf_dpbn.PrivacyPlan(**given, num_examples=rows, expected_batch_size=rows // 2)
     inputs = keras.Input((features,))
     x = tf_dpbn.DPBatchNormalization()(layers.Dense(4)(inputs))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Activation("tanh")(x)))
@@ -58,6 +52,6 @@ def training(claim, seed=0, noise=1.0, noise_seed=0, canaries=300, examples=40, 
         draw = optimizer._noise_source.standard_normal
         optimizer._noise_source.standard_normal = lambda shapes: [noise * each for each in draw(shapes)]
     helpers.compiled(model, optimizer=optimizer)
-    x, y = rng.normal(size=(canaries + examples, features)).astype("float32"), rng.integers(0, 3, canaries + examples)
+    x, y = rng.normal(size=(rows, features)).astype("float32"), rng.integers(0, 3, rows)
     data = x[:examples], y[:examples], x[examples:], y[examples:]
     return auditing.audit_training(model, *data, plan, seed=seed), model, data

@@ -46,7 +46,6 @@ def subsampled_gaussian_delta(epsilon, sigma, q):
     [
         ((1.3,), 1.3),
         ((1.0, 2.0), 0.8944271909999159),
-        ((2, 1), 0.8944271909999159),
         ((3.0,) * 9, 1.0),
         ((1.0, 0.0), 0.0),
         ((1e-200, 1e-200), 1e-200 / math.sqrt(2)),
@@ -55,18 +54,6 @@ def subsampled_gaussian_delta(epsilon, sigma, q):
 )
 def test_effective_noise_multiplier_is_the_inverse_root_of_summed_inverse_squares(sigmas, expected):
     assert accounting.effective_noise_multiplier(sigmas) == pytest.approx(expected, rel=1e-14)
-
-
-@pytest.mark.parametrize("sigmas", [(), (-1.0,), (math.nan,), (math.inf,), ("1",), "11", 1.0])
-def test_effective_noise_multiplier_refuses(sigmas):
-    with pytest.raises(ValueError, match="noise_multipliers"):
-        accounting.effective_noise_multiplier(sigmas)
-
-
-def test_budget_split_of_the_design_folds_back_to_the_whole():
-    sigma, rho, releases = 1.7, 0.1, 5
-    split = (sigma / math.sqrt(1 - rho),) + (sigma * math.sqrt(releases / rho),) * releases
-    assert accounting.effective_noise_multiplier(split) == pytest.approx(sigma, rel=1e-14)
 
 
 def two_release_delta(epsilon, sigmas, q):
@@ -85,7 +72,7 @@ def test_two_releases_on_one_draw_cost_what_the_folded_gaussian_costs(epsilon):
     truth = two_release_delta(epsilon, sigmas, q)
     folded = accounting.effective_noise_multiplier(sigmas)
     assert subsampled_gaussian_delta(epsilon, folded, q) == pytest.approx(truth, rel=1e-4)
-    for wrong in (1.0, 2.0, math.sqrt(5.0), 1.5):
+    for wrong in (1.0, math.sqrt(5.0)):
         assert subsampled_gaussian_delta(epsilon, wrong, q) != pytest.approx(truth, rel=1e-2)
 
 
@@ -102,10 +89,7 @@ def test_event_is_self_composed_poisson_sampled_gaussian_of_python_numbers():
     assert type(event.event.event.noise_multiplier) is float
 
 
-@pytest.mark.parametrize(
-    "sigmas",
-    [(1.0, 2.0), (1, 2), (2, 1), [2, 1.0], (np.float32(1), np.float32(2)), (np.int64(2), 1)],
-)
+@pytest.mark.parametrize("sigmas", [(1.0, 2.0), (2, 1), [np.float32(1), np.int64(2)]])
 def test_no_noise_multiplier_is_lost_whatever_its_number_type(sigmas):
     # dp_accounting 0.4.3 to 0.6.0 gives 2.1014 for (1, 2) and 0.6862 for (2, 1) as nested events.
     ledger = accounting.Ledger([record(0.01, sigmas, 1000)])
@@ -116,16 +100,13 @@ def test_no_noise_multiplier_is_lost_whatever_its_number_type(sigmas):
     "fields, message",
     [
         ({"q": 0.0}, "sampling_probability=0.0"),
-        ({"q": 1.5}, "sampling_probability=1.5"),
-        ({"q": "0.1"}, "sampling_probability='0.1'"),
         ({"q": None, "sampling": "poisson"}, "sampling_probability"),
-        ({"sigmas": ()}, "noise_multipliers"),
+        ({"sigmas": ()}, "one for each release"),
         ({"sigmas": (1.0, -1.0)}, "noise_multipliers=-1.0"),
+        ({"sigmas": (math.nan,)}, "noise_multipliers=nan"),
+        ({"sigmas": "11"}, "noise_multipliers='1'"),
         ({"sigmas": 1.0}, "noise_multipliers=1.0"),
-        ({"steps": -1}, "steps=-1"),
         ({"steps": 1.5}, "steps=1.5"),
-        ({"steps": True}, "steps=True"),
-        ({"num_examples": 0}, "num_examples=0"),
         ({"num_examples": 9, "max_batch_size": 0}, "max_batch_size=0"),
         ({"max_batch_size": 8}, "num_examples"),
         ({"sampling": "shuffled"}, "sampling='shuffled'"),
@@ -136,11 +117,7 @@ def test_record_refuses(fields, message):
         record(**fields)
 
 
-def test_record_without_a_word_about_sampling_is_assumed():
-    assert record().sampling == "assumed"
-
-
-# Batches that overflow their padded size.
+# Batches truncated to their padded size.
 
 
 def exact_tail(n, q, m):
@@ -148,18 +125,15 @@ def exact_tail(n, q, m):
     return float(sum(math.comb(n, k) * q**k * (1 - q) ** (n - k) for k in range(m, n + 1)))
 
 
-@pytest.mark.parametrize(
-    "n, q, m",
-    [(6, 0.5, 4), (6, 0.5, 6), (6, 0.5, 7), (6, 1.0, 6), (400, 0.1, 120), (300, 0.3, 250)],
-)
+@pytest.mark.parametrize("n, q, m", [(6, 0.5, 4), (6, 0.5, 7), (6, 1.0, 6), (300, 0.3, 250)])
 def test_truncation_probability_is_the_binomial_tail_from_max_batch_size_on(n, q, m):
     found = accounting.truncation_probability(num_examples=n, sampling_probability=q, max_batch_size=m)
     assert type(found) is float
     assert found == pytest.approx(exact_tail(n, q, m), rel=1e-11, abs=0.0)
 
 
-def cut_step_delta(epsilon, *, n, m, q, sigma):
-    """Exact hockey-stick of one step with cut batches, n common examples -1 and one more, +1."""
+def truncated_step_delta(epsilon, *, n, m, q, sigma):
+    """Exact hockey-stick of one step with truncated batches, n common examples -1 and one more, +1."""
     x = np.linspace(-m - 10 * sigma, m + 10 * sigma, 40_001)
     without, with_it = np.zeros_like(x), np.zeros_like(x)
 
@@ -180,31 +154,21 @@ def cut_step_delta(epsilon, *, n, m, q, sigma):
     return max(excess) * (x[1] - x[0])
 
 
-@pytest.mark.parametrize("n, m", [(6, 4), (6, 3), (6, 6), (2, 2), (3, 1)])
+@pytest.mark.parametrize("n, m", [(6, 4), (6, 3), (6, 6), (6, 7), (2, 2), (3, 1)])  # 7 rows are never too few
 @pytest.mark.parametrize("q, sigma", [(0.2, 0.4), (0.5, 0.4), (0.8, 1.0)])
-@pytest.mark.parametrize("epsilon", [0.1, 1.0, 4.0])
-def test_truncation_theorem_bounds_the_exact_divergence(n, m, q, sigma, epsilon):
+def test_truncation_theorem_bounds_the_exact_divergence(n, m, q, sigma):
     charge = record(q, (sigma,), 1, num_examples=n, max_batch_size=m).truncation_delta
-    truth = cut_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
-    assert truth <= subsampled_gaussian_delta(epsilon, sigma, q) + charge + 1e-9
-
-
-def test_without_truncation_the_exact_divergence_is_within_the_uncut_bound():
+    assert (charge == 0.0) == (m > n)
     for epsilon in (0.1, 1.0, 4.0):
-        truth = cut_step_delta(epsilon, n=6, m=7, q=0.5, sigma=0.4)
-        assert truth <= subsampled_gaussian_delta(epsilon, 0.4, 0.5) + 1e-9
+        truth = truncated_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
+        assert truth <= subsampled_gaussian_delta(epsilon, sigma, q) + charge + 1e-9
 
 
-@pytest.mark.parametrize(
-    "wrong_charge",
-    [lambda n, q, m: 0.0, lambda n, q, m: stats.binom.sf(m, n, q)],
-    ids=["no charge", "P[Bin > M]"],
-)
-def test_the_exact_divergence_rejects_a_smaller_charge(wrong_charge):
+def test_the_exact_divergence_rejects_a_smaller_charge():
     n, m, q, sigma, epsilon = 2, 2, 0.8, 1.0, 0.5
-    truth = cut_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
-    bound = subsampled_gaussian_delta(epsilon, sigma, q) + wrong_charge(n, q, m)
-    assert truth > bound + 0.01
+    truth = truncated_step_delta(epsilon, n=n, m=m, q=q, sigma=sigma)
+    for wrong_charge in (0.0, stats.binom.sf(m, n, q)):  # none, P[Bin > M]
+        assert truth > subsampled_gaussian_delta(epsilon, sigma, q) + wrong_charge + 0.01
 
 
 @pytest.mark.parametrize("n, q, steps", [(60_000, 0.01, 1000), (50, 0.3, 10), (9, 1.0, 3)])
@@ -225,8 +189,6 @@ def test_default_max_batch_size_follows_multiple_and_share():
     fine = accounting.default_max_batch_size(**given, multiple=1)
     assert fine <= accounting.default_max_batch_size(**given, multiple=8) < fine + 8
     assert accounting.default_max_batch_size(**given, multiple=1, share=0.5) < fine
-    with pytest.raises(ValueError, match="share=1.0"):
-        accounting.default_max_batch_size(**given, share=1.0)
 
 
 # The ledger.
@@ -256,19 +218,18 @@ def test_epsilon_is_the_accountants_for_all_entries_together(accountant):
 
 
 def test_truncation_is_taken_from_delta_and_summed_over_steps_and_entries():
-    cut = {"num_examples": 1000, "max_batch_size": 96}
-    ledger = accounting.Ledger([record(0.05, (1.0,), 30, **cut), record(0.05, (2.0,), 70, **cut)])
-    overflow = 100 * stats.binom.sf(95, 1000, 0.05)
-    assert 1e-8 < overflow < 1e-5
-    assert ledger.truncation_delta() == pytest.approx(overflow, rel=1e-12)
-    uncut = accounting.Ledger([record(0.05, (1.0,), 30), record(0.05, (2.0,), 70)])
-    assert ledger.epsilon(1e-5) == pytest.approx(uncut.epsilon(1e-5 - overflow), rel=1e-9)
-    assert ledger.epsilon(1e-5) > uncut.epsilon(1e-5)
-    assert ledger.epsilon(overflow * 0.99) == math.inf
+    padded = {"num_examples": 1000, "max_batch_size": 96}
+    ledger = accounting.Ledger([record(0.05, (1.0,), 30, **padded), record(0.05, (2.0,), 70, **padded)])
+    truncation = 100 * stats.binom.sf(95, 1000, 0.05)
+    assert 1e-8 < truncation < 1e-5
+    assert ledger.truncation_delta() == pytest.approx(truncation, rel=1e-12)
+    whole = accounting.Ledger([record(0.05, (1.0,), 30), record(0.05, (2.0,), 70)])
+    assert ledger.epsilon(1e-5) == pytest.approx(whole.epsilon(1e-5 - truncation), rel=1e-9)
+    assert ledger.epsilon(1e-5) > whole.epsilon(1e-5)
     assert ledger.epsilon(ledger.truncation_delta()) == math.inf
 
 
-@pytest.mark.parametrize("sigma", [0.11, 0.15, 0.2, 0.5, 1.0, 30.0])
+@pytest.mark.parametrize("sigma", [0.11, 0.2, 1.0, 30.0])
 def test_the_tails_charge_bounds_what_noise_of_one_world_leaves_out_of_the_other(sigma):
     """Pairs of coordinates are drawn on discs: what lies outside of the other world's follows noncentral chi-square."""
     radius, pairs, rng = 11.5, 2.0**30, np.random.default_rng(0)
@@ -285,9 +246,8 @@ def test_the_tail_is_taken_from_delta_and_said_in_the_statement():
     assert ledger.tail_delta() == pytest.approx(30 * stats.norm.sf(6.0), rel=1e-6)
     assert ledger.epsilon(0.99 * ledger.tail_delta()) == math.inf
     assert math.isfinite(ledger.epsilon(1e-5)) and ledger.epsilon(1e-5) > ledger.epsilon(1.1e-5)
-    assert "2.96e-08 for what the noise's tail leaves out" in " ".join(
-        accounting.privacy_statement(ledger, delta=1e-5).split()
-    )
+    statement = " ".join(accounting.privacy_statement(ledger, delta=1e-5).split())
+    assert "2.96e-08 for what the noise's tail leaves out" in statement
     assert accounting.Ledger([record(0.05, (0.1,), 1)]).epsilon(1e-5) == math.inf  # 10 away from its neighbour
 
 
@@ -324,8 +284,8 @@ def test_no_plan_makes_the_accountant_warn():
     logger = logging.getLogger("absl")
     logger.addHandler(handler)
     try:
-        for q in (1e-9, 1e-5, 1e-3, 0.01, 0.03, 0.1, 0.25, 0.5, 0.7, 0.95, 0.999, 1.0):
-            for sigma in (0.15, 0.3, 0.7, 1.0, 1.5, 3.0, 8.0, 30.0, 1e3, 1e6):
+        for q in (1e-9, 1e-5, 1e-3, 0.01, 0.1, 0.5, 0.7, 0.999, 1.0):
+            for sigma in (0.15, 0.3, 0.7, 1.0, 3.0, 8.0, 30.0, 1e6):
                 assert accounting.Ledger([record(q, (sigma,), 10)]).epsilon(1e-5) >= 0.0
     finally:
         logger.removeHandler(handler)
@@ -341,16 +301,18 @@ def test_edges_of_epsilon(accountant):
     assert accounting.Ledger(no_noise).epsilon(1e-5, accountant) == math.inf
 
 
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan, "1e-5", None])
-def test_epsilon_refuses_delta(delta):
-    with pytest.raises(ValueError, match="delta="):
-        accounting.Ledger([record()]).epsilon(delta)
-
-
-@pytest.mark.parametrize("ledger", [accounting.Ledger(), accounting.Ledger([record()])])
-def test_epsilon_refuses_an_unknown_accountant(ledger):
-    with pytest.raises(ValueError, match="accountant='gdp'"):
-        ledger.epsilon(1e-5, "gdp")
+@pytest.mark.parametrize(
+    "entries, arguments, message",
+    [
+        ([], (0.0,), "delta=0.0"),
+        ([record()], ("1e-5",), "delta='1e-5'"),
+        ([], (1e-5, "gdp"), "accountant='gdp'"),
+        ([record()], (1e-5, "gdp"), "accountant='gdp'"),
+    ],
+)
+def test_epsilon_refuses(entries, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        accounting.Ledger(entries).epsilon(*arguments)
 
 
 def test_equal_configurations_merge_and_different_ones_do_not():
@@ -358,19 +320,10 @@ def test_equal_configurations_merge_and_different_ones_do_not():
     for entry in (record(steps=2), record(steps=3), record(0.02, steps=5), record(steps=1)):
         ledger.record(entry)
     ledger.record(record(steps=7, sampling="poisson"))
-    assert ledger.entries == (
-        record(steps=6),
-        record(0.02, steps=5),
-        record(steps=7, sampling="poisson"),
-    )
+    assert ledger.entries == (record(steps=6), record(0.02, steps=5), record(steps=7, sampling="poisson"))
     assert ledger.steps == 18
     with pytest.raises(TypeError, match="StepRecord"):
         ledger.record("step")
-
-
-def test_epsilon_does_not_depend_on_how_steps_were_recorded():
-    one_by_one = accounting.Ledger([record(steps=1)] * 100)
-    assert one_by_one.epsilon(1e-5) == accounting.Ledger([record(steps=100)]).epsilon(1e-5)
 
 
 def test_unknown_sampling_probability_is_refused_until_it_is_filled_in():
@@ -423,28 +376,20 @@ def damage(**changes):
     "text",
     [
         "",
-        "{",
         "[]",
         "null",
-        "3",
         "[" * 100_000,
         accounting.Ledger([record()]).to_json()[:-1],
-        damage(version=2),
         damage(version="1"),
         damage(format="other"),
         damage(entries=None),
         damage(entries=[3]),
         damage(entries=[{}]),
         damage(entry_extra=1),
-        damage(entry_steps=-1),
         damage(entry_steps=10**400),
-        damage(entry_steps="7"),
         damage(entry_noise_multipliers="11"),
-        damage(entry_noise_multipliers=[]),
+        damage(entry_noise_multipliers=3),
         damage(entry_noise_multipliers=[math.nan]),
-        damage(entry_noise_multipliers=[-1.0]),
-        damage(entry_sampling_probability=2),
-        damage(entry_sampling="shuffled"),
         damage(entry_sampling=["poisson"]),
     ],
 )

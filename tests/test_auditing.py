@@ -18,6 +18,11 @@ DELTA = audited.DELTA
 # ---------------------------------------------------------------------- from guesses to bounds
 
 
+def counts(**changes):
+    given = {"true_positives": 5, "positives": 10, "false_positives": 1, "negatives": 10, "delta": DELTA}
+    return {**given, **changes}
+
+
 @pytest.mark.parametrize(
     "canaries, guesses, correct, delta, published",
     # The paper rounds the first (page 46) and cuts the second (page 28) after three digits.
@@ -28,8 +33,12 @@ def test_one_run_bound_is_the_papers(canaries, guesses, correct, delta, publishe
     assert found == pytest.approx(published, abs=1e-3)
 
 
+def one_run_p_value(**given):
+    return auditing.one_run_p_value(**given, delta=0.0)
+
+
 def test_one_run_p_value_without_delta_is_that_of_randomized_response():
-    p = auditing.one_run_p_value(canaries=100, guesses=100, correct=75, epsilon=math.log(3), delta=0.0)
+    p = one_run_p_value(canaries=100, guesses=100, correct=75, epsilon=math.log(3))
     assert p == pytest.approx(stats.binom.sf(74, 100, 0.75), rel=1e-9)
 
 
@@ -48,30 +57,20 @@ def test_one_run_bound_is_seldom_above_the_truth():
 def test_clopper_pearson_bound_by_hand():
     """100 of 100 and 0 of 100: the limits have a closed form."""
     limit = 0.025 ** (1 / 100)
-    found = auditing.epsilon_lower_bound(
-        true_positives=100, positives=100, false_positives=0, negatives=100, delta=DELTA
-    )
+    found = auditing.epsilon_lower_bound(**counts(positives=100, true_positives=100, negatives=100, false_positives=0))
     assert found == pytest.approx(math.log((limit - DELTA) / (1 - limit)), rel=1e-9)
 
 
-def test_complements_give_the_same_bound():
-    one = dict(true_positives=60, positives=100, false_positives=10, negatives=100)
-    other = dict(true_positives=90, positives=100, false_positives=40, negatives=100)
-    assert auditing.epsilon_lower_bound(**one, delta=DELTA) == pytest.approx(
-        auditing.epsilon_lower_bound(**other, delta=DELTA), rel=1e-9
+def test_complements_give_the_same_bound_and_nothing_is_found_where_there_is_nothing():
+    one, other, none = (
+        auditing.epsilon_lower_bound(**counts(positives=100, true_positives=t, negatives=100, false_positives=f))
+        for t, f in ((60, 10), (90, 40), (51, 50))
     )
-
-
-@pytest.mark.parametrize("gaussian", [False, True])
-def test_nothing_is_found_where_there_is_nothing(gaussian):
-    found = auditing.epsilon_lower_bound(
-        true_positives=51, positives=100, false_positives=50, negatives=100, delta=DELTA, gaussian=gaussian
-    )
-    assert found == 0.0
+    assert one == pytest.approx(other, rel=1e-9) and one > 0.0 and none == 0.0
 
 
 @pytest.mark.keras_free
-@pytest.mark.parametrize("mu", [0.1, 0.268, 1.0, 1.67, 5.0])
+@pytest.mark.parametrize("mu", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("delta", [1e-3, 1e-5])
 def test_gaussian_epsilon_is_the_accountants(mu, delta):
     record = accounting.StepRecord(sampling_probability=1.0, noise_multipliers=(1 / mu,), steps=1)
@@ -93,10 +92,10 @@ def test_two_world_bound_holds_and_has_teeth(gaussian):
 
 @pytest.mark.keras_free
 def test_choosing_the_attack_among_many_keeps_the_bound_valid():
-    """200 attacks on pure noise: chosen and judged on the same runs, the best of them would look like a leak."""
+    """100 attacks on pure noise: chosen and judged on the same runs, the best of them would look like a leak."""
     rng = np.random.default_rng(0)
     bounds = [
-        auditing.two_world_epsilon(*rng.normal(size=(2, 200, 200)), delta=DELTA, gaussian=True) for _ in range(20)
+        auditing.two_world_epsilon(*rng.normal(size=(2, 200, 100)), delta=DELTA, gaussian=True) for _ in range(20)
     ]
     assert np.mean(np.array(bounds) > 0.0) <= 0.1
 
@@ -125,42 +124,21 @@ def test_one_run_audit_guesses_both_ends():
     assert auditing.one_run_audit(-scores, included, delta=0.0) == 0.0
 
 
-REFUSED = [
-    (lambda: auditing.epsilon_lower_bound(**counts(true_positives=11)), "true_positives=11"),
-    (lambda: auditing.epsilon_lower_bound(**counts(negatives=0)), "negatives=0"),
-    (lambda: auditing.epsilon_lower_bound(**counts(delta=0.0)), "delta=0.0"),
-    (lambda: auditing.epsilon_lower_bound(**counts(confidence=1.0)), "confidence=1.0"),
-    (lambda: auditing.two_world_epsilon([0.0] * 3, [0.0] * 4, delta=DELTA), r"scores_without=\(3, 1\)"),
-    (lambda: auditing.two_world_epsilon([math.nan] * 4, [0.0] * 4, delta=DELTA), "none of them NaN"),
-    (
-        lambda: auditing.two_world_epsilon(np.zeros((4, 2)), np.zeros((4, 1)), delta=DELTA),
-        r"scores_without=\(1, 2\)",
-    ),
-    (lambda: auditing.one_run_audit([1.0, math.nan], [True, False], delta=DELTA), "none of them NaN"),
-    (
-        lambda: auditing.one_run_audit([1.0, 2.0], [True, False], delta=DELTA, guesses=(2, 1)),
-        r"guesses=\(2, 1\)",
-    ),
-    (
-        lambda: auditing.one_run_p_value(canaries=5, guesses=6, correct=1, epsilon=1.0, delta=0.0),
-        "rising order.*1, 6, 5",
-    ),
-    (lambda: auditing.gaussian_epsilon(-1.0, DELTA), "mu=-1.0"),
-]
-
-
-def counts(**changes):
-    return {
-        "true_positives": 5,
-        "positives": 10,
-        "false_positives": 1,
-        "negatives": 10,
-        "delta": DELTA,
-        **changes,
-    }
-
-
-@pytest.mark.parametrize("call, message", REFUSED)
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: auditing.epsilon_lower_bound(**counts(true_positives=11)), "true_positives=11"),
+        (lambda: auditing.epsilon_lower_bound(**counts(negatives=0)), "negatives=0"),
+        (lambda: auditing.epsilon_lower_bound(**counts(confidence=1.0)), "confidence=1.0"),
+        (lambda: auditing.two_world_epsilon([0.0] * 3, [0.0] * 4, delta=DELTA), r"scores_without=\(3, 1\)"),
+        (lambda: auditing.two_world_epsilon([math.nan] * 4, [0.0] * 4, delta=DELTA), "none of them NaN"),
+        (lambda: auditing.two_world_epsilon(np.zeros((4, 2)), np.zeros((4, 1)), delta=DELTA), "as many columns"),
+        (lambda: auditing.one_run_audit([1.0, math.nan], [True, False], delta=DELTA), "none of them NaN"),
+        (lambda: auditing.one_run_audit([1.0], [True], delta=DELTA, guesses=(2, 1)), r"guesses=\(2, 1\)"),
+        (lambda: one_run_p_value(canaries=5, guesses=6, correct=1, epsilon=1.0), "rising order.*1, 6, 5"),
+        (lambda: auditing.gaussian_epsilon(-1.0, DELTA), "mu=-1.0"),
+    ],
+)
 def test_refuses_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -180,7 +158,11 @@ def test_result_says_what_it_contradicts():
 
 @pytest.mark.parametrize(
     "claim, trials, mode",
-    helpers.first_on_both([(4.0, 20_000, "anchored"), (1.0, 60_000, "public"), (8.0, 20_000, "noised")]),
+    [
+        (8.0, 20_000, "noised"),
+        pytest.param(4.0, 20_000, "anchored", marks=pytest.mark.thorough),
+        pytest.param(1.0, 60_000, "public", marks=pytest.mark.thorough),
+    ],
 )
 def test_audit_of_a_step_reaches_seventy_percent_of_the_claim_and_not_more_than_all(claim, trials, mode):
     model, x, y = audited.stepping_model(claim, mode)
@@ -192,17 +174,13 @@ def test_audit_of_a_step_reaches_seventy_percent_of_the_claim_and_not_more_than_
 
 
 @pytest.mark.once
-def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small():
+def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small_and_needs_some():
     model, x, y = audited.stepping_model(4.0)
-    right = auditing.audit_step(model, x, y, delta=DELTA, row=0)
+    right = auditing.audit_step(model, x, y, delta=DELTA, row=0, trials=20_000)
     draw = model.optimizer._noise_source.standard_normal
     model.optimizer._noise_source.standard_normal = lambda shapes: [0.85 * each for each in draw(shapes)]
-    wrong = auditing.audit_step(model, x, y, delta=DELTA, row=0)
+    wrong = auditing.audit_step(model, x, y, delta=DELTA, row=0, trials=20_000)
     assert wrong.contradicts_claim and not right.contradicts_claim
-
-
-def test_audit_of_a_step_needs_noise():
-    model, x, y = audited.stepping_model(4.0)
     helpers.compiled(model)
     with pytest.raises(ValueError, match="Received: noise_multiplier=0.0"):
         auditing.audit_step(model, x, y, delta=DELTA)
@@ -241,9 +219,8 @@ def test_audit_of_a_training_run_refuses_a_plan_for_other_data():
 
 def test_losses_of_examples_are_kerass():
     model, x, y = audited.stepping_model(4.0)
-    found = auditing.per_example_losses(model, x, y)
-    for i in range(len(x)):
-        assert found[i] == pytest.approx(model.evaluate(x[i : i + 1], y[i : i + 1], verbose=0), rel=1e-4)
+    losses = [model.evaluate(x[i : i + 1], y[i : i + 1], verbose=0) for i in range(len(x))]
+    np.testing.assert_allclose(auditing.per_example_losses(model, x, y), losses, rtol=1e-4)
 
 
 def test_membership_inference_tells_a_model_that_learned_by_heart():

@@ -223,7 +223,7 @@ def test_a_data_set_derived_from_a_poisson_one_trains_with_the_warning(derive):
     model = make_model(plan)
     with pytest.warns(tf_dpbn.PrivacyWarning, match="were changed .* assumes Poisson sampling"):
         model.fit(derive(plan.poisson_dataset(X, Y)), verbose=0)
-    record = dataclasses.replace(poisson_record(4), sampling="assumed")  # cut batches are charged
+    record = dataclasses.replace(poisson_record(4), sampling="assumed")  # truncation is charged
     assert model.ledger == tf_dpbn.Ledger([record])
     model.train_on_batch(X[:4], Y[:4])
     assert model.ledger == tf_dpbn.Ledger([record, assumed_record(1)])

@@ -92,7 +92,7 @@ def test_empty_draws_are_batches_of_padding():
     assert all(x.shape == (4, 2) and not x.any() for x in empty)
 
 
-def test_dataset_overflow_fills_all_rows():
+def test_truncated_draws_fill_all_rows():
     dataset = poisson_dataset(np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16)
     full = [int(weight.sum()) for _, _, weight in dataset.repeat(30).as_numpy_iterator()]
     assert max(full) == 50 and min(full) < 50

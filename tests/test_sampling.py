@@ -195,14 +195,14 @@ def p_outcomes(outcomes, law) -> float:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
-def test_overflow_keeps_a_uniform_subset(rows):
+def test_truncation_keeps_a_uniform_subset(rows):
     batches = draw(make_sampling(4, 0.6, rows=rows), 20_000, seed=4)
     assert all(batch.shape == (rows,) for batch in batches)
     kept = [frozenset(batch[batch >= 0].tolist()) for batch in batches]
     assert p_outcomes(kept, law_of_kept_sets(4, 0.6, rows)) > ACCEPTED
 
 
-def test_overflow_test_rejects_keeping_the_first():
+def test_truncation_test_rejects_keeping_the_first():
     batches = draw(make_sampling(4, 0.6, rows=4), 20_000, seed=4)
     kept = [frozenset(np.sort(batch[batch >= 0])[:2].tolist()) for batch in batches]
     assert p_outcomes(kept, law_of_kept_sets(4, 0.6, 2)) < REJECTED

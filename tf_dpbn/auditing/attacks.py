@@ -17,10 +17,16 @@ from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel, step
 
 
+def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
+    """What the train step runs until it adds noise, at the current weights."""
+    batch = step.read_batch(model, data)
+    return step.clipped_sums(model, batch, step.public_forward(model, batch))[0]
+
+
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
     """A function (x, y, weights) -> the clipped sums that a train step of `model` would release, without noise.
 
-    It runs what the train step runs, at the current weights. The sums are private; they are for audits and tests.
+    At the current weights. The sums are private; they are for audits and tests.
 
     Args:
       model: compiled.
@@ -29,8 +35,7 @@ def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, 
     sensitivities: list[float] = []
 
     def run(x: Any, y: Any, weights: Any) -> list[tuple[tf.Tensor, ...]]:
-        batch = step.read_batch(model, (x, y, weights))
-        found, _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
+        found = _sums_of(model, (x, y, weights))
         sensitivities[:] = [each.l2_sensitivity for each in found]
         return [each.tensors for each in found]
 
@@ -51,9 +56,7 @@ def clipped_gradients(model: DPModel) -> Callable[[Any, Any], tf.Tensor]:
     """A function (x, y) -> [examples, all weights]: each example's clipped gradient at the current weights."""
 
     def one(row: Any) -> tf.Tensor:
-        x, y = tf.nest.map_structure(lambda t: t[None], row)
-        batch = step.read_batch(model, (x, y))
-        (gradient, *_), _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
+        gradient, *_ = _sums_of(model, tf.nest.map_structure(lambda t: t[None], row))
         return tf.concat([tf.reshape(t, [-1]) for t in gradient.tensors], 0)
 
     return tf.function(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +18,6 @@ from tf_dpbn.auditing.bounds import AuditResult, area_under_curve, one_run_audit
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 from tf_dpbn.sampling import PrivacyPlan
-
-_Sums = list[list[tf.Tensor]]
-
 
 # ---------------------------------------------------------------------- one step
 
@@ -62,23 +58,33 @@ def audit_step(
     trials = max(_validate.positive_int("trials", trials), 4)
     sums = clipped_sums(model)
     rows = len(tf.nest.flatten(x)[0])
-    everyone = np.ones(rows, "float32")
-
-    def without(i: int) -> tuple[ClippedSum, ...]:
-        return sums(x, y, np.where(np.arange(rows) == i, np.float32(0.0), everyone))
-
-    present = sums(x, y, everyone)
-    multipliers = model.optimizer.noise_multipliers(len(present) - 1)
+    everyone = sums(x, y, np.ones(rows, "float32"))
+    multipliers = model.optimizer.noise_multipliers(len(everyone) - 1)
     if not min(multipliers):
         remedy = "Without noise there is no claim to audit."
         raise _validate.argument_error("noise_multiplier", 0.0, "be positive", remedy)
-    stddevs = [sigma * each.l2_sensitivity for sigma, each in zip(multipliers, present, strict=True)]
+    stddevs = [sigma * each.l2_sensitivity for sigma, each in zip(multipliers, everyone, strict=True)]
+    present = _standardized(everyone, stddevs)
+
+    def without(i: int) -> tuple[ClippedSum, ...]:
+        return sums(x, y, (np.arange(rows) != i).astype("float32"))
+
+    def direction(world: Sequence[ClippedSum]) -> list[tf.Tensor]:
+        return [p - a for p, a in zip(present, _standardized(world, stddevs), strict=True)]
+
     if row is None:
-        moved = [_signal(_difference(present, without(i)), stddevs) for i in range(rows)]
-        row = int(np.argmax(moved))
+        row = int(np.argmax([float(tf.linalg.norm(tf.concat(direction(without(i)), 0))) for i in range(rows)]))
     absent = without(row)
-    attack = _attack(absent, _difference(present, absent), stddevs)
-    scores = [_noised_scores(model, world, attack, trials) for world in (absent, present)]
+    towards = direction(absent)
+
+    def attack(released: Sequence[Any]) -> tf.Tensor:
+        """Scores of all attacks, the likelihood ratio of all releases first."""
+        noise = [stddev / model.optimizer.expected_batch_size for stddev in stddevs]
+        vectors = zip(_standardized(released, noise), present, towards, strict=True)
+        each = [tf.reduce_sum((vector - origin) * d) for vector, origin, d in vectors]
+        return tf.cast(tf.stack([tf.add_n(each), *each] if len(each) > 1 else each), tf.float32)
+
+    scores = [_noised_scores(model, world, attack, trials) for world in (absent, everyone)]
     record = StepRecord(sampling_probability=1.0, noise_multipliers=multipliers, steps=1)
     return AuditResult(
         epsilon_lower_bound=two_world_epsilon(*scores, delta=delta, confidence=confidence, gaussian=True),
@@ -89,40 +95,19 @@ def audit_step(
     )
 
 
-def _difference(present: Sequence[ClippedSum], absent: Sequence[ClippedSum]) -> _Sums:
-    pairs = zip(present, absent, strict=True)
-    return [[p - a for p, a in zip(one.tensors, other.tensors, strict=True)] for one, other in pairs]
-
-
-def _signal(difference: _Sums, stddevs: Sequence[float]) -> float:
-    """How far apart two worlds are, in standard deviations of the noise."""
-    squares = [sum(float(tf.reduce_sum(tf.square(t))) for t in each) for each in difference]
-    return math.sqrt(sum(square / stddev**2 for square, stddev in zip(squares, stddevs, strict=True)))
-
-
-def _attack(absent: Sequence[ClippedSum], difference: _Sums, stddevs: Sequence[float]) -> Callable[[Any], tf.Tensor]:
-    """A function: released sums -> scores of all attacks, the likelihood ratio of all releases first."""
-
-    def scores(released: Sequence[Sequence[tf.Tensor]]) -> tf.Tensor:
-        each = []
-        for sums, origin, direction, stddev in zip(released, absent, difference, stddevs, strict=True):
-            terms = zip(sums, origin.tensors, direction, strict=True)
-            score = tf.add_n([tf.reduce_sum((tf.cast(s, o.dtype) - o) * d) for s, o, d in terms]) / stddev**2
-            each.append(tf.cast(score, tf.float32))
-        return tf.stack([tf.add_n(each), *each] if len(each) > 1 else each)
-
-    return scores
+def _standardized(sums: Sequence[Any], stddevs: Sequence[float]) -> list[tf.Tensor]:
+    """Each sum as one vector, in standard deviations of its noise."""
+    pairs = zip(sums, stddevs, strict=True)
+    return [tf.concat([tf.reshape(tf.cast(t, tf.float64), [-1]) for t in s.tensors], 0) / stddev for s, stddev in pairs]
 
 
 def _noised_scores(
     model: DPModel, world: tuple[ClippedSum, ...], attack: Callable[[Any], tf.Tensor], trials: int
 ) -> np.ndarray:
     """[trials, attacks]: scores of independent releases of one world."""
-    optimizer = model.optimizer
 
     def one(_: tf.Tensor) -> tf.Tensor:
-        released = optimizer._noised(world)  # recorded nowhere: no step is taken
-        return attack([[optimizer.expected_batch_size * t for t in each.tensors] for each in released])
+        return attack(model.optimizer._noised(world))  # recorded nowhere: no step is taken
 
     # One after the other, as steps are: the noise source counts its draws.
     run = tf.function(

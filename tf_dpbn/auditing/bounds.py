@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -76,14 +77,17 @@ def _mu(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.maximum(stats.norm.ppf(low) - stats.norm.ppf(high), 0.0)
 
 
-def _checked_counts(true_positives: int, positives: int, false_positives: int, negatives: int) -> None:
-    for name, hits, trials_name, trials in (
-        ("true_positives", true_positives, "positives", positives),
-        ("false_positives", false_positives, "negatives", negatives),
-    ):
-        total = _validate.positive_int(trials_name, trials)
-        if _validate.non_negative_int(name, hits) > total:
-            raise _validate.argument_error(name, hits, f"be at most {trials_name}={total}")
+def _threshold(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Brackets the epsilon up to which `holds`, which is true below it and false above; (0, 0) where it never is."""
+    if not holds(0.0):
+        return 0.0, 0.0
+    low, high = 0.0, 1.0
+    while high < _LARGEST_EPSILON and holds(high):
+        low, high = high, 2.0 * high
+    for _ in range(60):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low, high
 
 
 def epsilon_lower_bound(
@@ -121,7 +125,13 @@ def epsilon_lower_bound(
     Source: Jagielski, Ullman, Oprea, arXiv 2006.07709, section 4; for Gaussian mechanisms Nasr et al., "Tight Auditing
     of Differentially Private Machine Learning", arXiv 2302.07956, section 4; Dong, Roth, Su, arXiv 1905.02383.
     """
-    _checked_counts(true_positives, positives, false_positives, negatives)
+    for name, hits, limit_name, limit in (
+        ("true_positives", true_positives, "positives", positives),
+        ("false_positives", false_positives, "negatives", negatives),
+    ):
+        total = _validate.positive_int(limit_name, limit)
+        if _validate.non_negative_int(name, hits) > total:
+            raise _validate.argument_error(name, hits, f"be at most {limit_name}={total}")
     delta = _validate.open_probability("delta", delta)
     failure = (1.0 - _validate.open_probability("confidence", confidence)) / 2.0
     low, high = _rates(true_positives, positives, failure)[0], _rates(false_positives, negatives, failure)[1]
@@ -151,15 +161,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
         far = epsilon + stats.norm.logcdf(-mu / 2.0 - epsilon / mu)
         return float(stats.norm.cdf(mu / 2.0 - epsilon / mu) - math.exp(min(far, 0.0)) - delta)
 
-    if mu == 0.0 or excess(0.0) <= 0.0:
-        return 0.0
-    low, high = 0.0, 1.0
-    while excess(high) > 0.0:
-        low, high = high, 2.0 * high
-    for _ in range(60):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if excess(middle) > 0.0 else (low, middle)
-    return high
+    return _threshold(lambda epsilon: excess(epsilon) > 0.0)[1] if mu else 0.0
 
 
 def two_world_epsilon(
@@ -283,15 +285,7 @@ def one_run_epsilon_lower_bound(
         p = one_run_p_value(canaries=canaries, guesses=guesses, correct=correct, epsilon=epsilon, delta=delta)
         return p < failure
 
-    if not refuted(0.0):
-        return 0.0
-    low, high = 0.0, 1.0
-    while high < _LARGEST_EPSILON and refuted(high):
-        low, high = high, 2.0 * high
-    for _ in range(50):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
+    return _threshold(refuted)[0]
 
 
 def one_run_audit(
