@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests import helpers, zoo
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
-from tf_dpbn.clipping import ExampleResult, Task, vectorization
-from tf_dpbn.clipping.book_keeping import NORM_METHODS, BookKeepingEngine
+from tf_dpbn.clipping import NORM_METHODS, ExampleResult, Task, vectorization
+from tf_dpbn.clipping.book_keeping import BookKeepingEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 
 layers = keras.layers
