@@ -47,11 +47,24 @@ def stack(depth):
     return lambda normalization, model: helpers.bn_stack(depth, normalization, model=model)
 
 
-def dense_net(normalization, model):
-    inputs = keras.Input((7,))
-    x = layers.Activation("tanh")(normalization()(layers.Dense(6)(inputs)))
-    x = layers.Activation("tanh")(normalization()(layers.Dense(5, activation="tanh")(x)))
-    return model(inputs, layers.Dense(3)(x))
+def chain(shape, *kinds, dtype=None, **options):
+    """Builds what the `kinds` make, one after the other, and a head; `normalize` stands for a normalization."""
+
+    def build(normalization, model):
+        inputs = x = keras.Input(shape, dtype=dtype)
+        for kind in kinds:
+            x = layers.Activation("tanh")(normalization(**options)(x)) if kind is normalize else kind()(x)
+        head = layers.GlobalAveragePooling1D() if len(x.shape) == 3 else layers.Flatten()
+        return model(inputs, layers.Dense(3)(head(x)))
+
+    return build
+
+
+def normalize():
+    raise AssertionError("a mark for `chain`")
+
+
+dense_net = chain((7,), lambda: layers.Dense(6), normalize, lambda: layers.Dense(5, activation="tanh"), normalize)
 
 
 def pre_activation(normalization, model):
@@ -231,18 +244,6 @@ def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
     assert sum(bool(call.local_terms) for call in found) == number
 
 
-def axis_counted_from_the_first(normalization, model):
-    inputs = keras.Input((6, 6, 2))
-    x = layers.Activation("tanh")(normalization(axis=3)(layers.Conv2D(4, 3)(inputs)))
-    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
-
-
-def another_axis_than_the_kernel_layers(normalization, model):
-    inputs = keras.Input((6, 5))
-    x = layers.Activation("tanh")(normalization(axis=1)(layers.Dense(6)(inputs)))
-    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
-
-
 class TransposedDense(layers.Layer):
     """x @ kernel^T with a square kernel: its channels are the kernel's first axis, which shapes do not show."""
 
@@ -253,18 +254,12 @@ class TransposedDense(layers.Layer):
         return tf.linalg.matmul(x, tf.convert_to_tensor(self.kernel), transpose_b=True)
 
 
-def transposed_dense(normalization, model):
-    inputs = keras.Input((6, 5))
-    x = layers.Activation("tanh")(normalization()(TransposedDense()(inputs)))
-    return model(inputs, layers.Dense(3)(layers.Flatten()(x)))
-
-
 @pytest.mark.parametrize(
     "build, shape",
     [
-        (axis_counted_from_the_first, (6, 6, 2)),
-        (another_axis_than_the_kernel_layers, (6, 5)),
-        (transposed_dense, (6, 5)),
+        (chain((6, 6, 2), lambda: layers.Conv2D(4, 3), normalize, axis=3), (6, 6, 2)),  # the last one
+        (chain((6, 5), lambda: layers.Dense(6), normalize, axis=1), (6, 5)),  # another one than the kernel layer's
+        (chain((6, 5), TransposedDense, normalize), (6, 5)),
     ],
 )
 def test_channels_are_those_of_the_kernel_layer_or_the_nonlocal_term_takes_over(build, shape):
@@ -325,15 +320,16 @@ class VectorKernel(layers.Layer):
 
 
 WHOLE = slice(None)
+EMBEDDED = [lambda: layers.Embedding(7, 5), lambda: layers.Dense(4)]
 FRONTS = {
-    "embedding": (lambda: [layers.Embedding(7, 5)], "non-local"),
-    "masked": (lambda: [layers.Embedding(7, 5, mask_zero=True)], "non-local"),
-    "relu": (lambda: [layers.Embedding(7, 5), layers.ReLU()], "non-local"),
-    "one_hot": (lambda: [OneHot()], "non-local"),
-    "vector_kernel": (lambda: [layers.Embedding(7, 5), VectorKernel()], "non-local"),
-    "reversed": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(..., slice(None, None, -1))], "non-local"),
-    "one_channel": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, WHOLE, 1)], "non-local"),
-    "first_step": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, 0)], "both"),
+    "embedding": ([lambda: layers.Embedding(7, 5)], "non-local"),
+    "masked": ([lambda: layers.Embedding(7, 5, mask_zero=True)], "non-local"),
+    "relu": ([lambda: layers.Embedding(7, 5), layers.ReLU], "non-local"),
+    "one_hot": ([OneHot], "non-local"),
+    "vector_kernel": ([lambda: layers.Embedding(7, 5), VectorKernel], "non-local"),
+    "reversed": ([*EMBEDDED, lambda: Indexed(..., slice(None, None, -1))], "non-local"),
+    "one_channel": ([*EMBEDDED, lambda: Indexed(WHOLE, WHOLE, 1)], "non-local"),
+    "first_step": ([*EMBEDDED, lambda: Indexed(WHOLE, 0)], "both"),
 }
 
 
@@ -342,15 +338,7 @@ def test_local_term_where_a_kernel_layer_feeds_channel_by_channel_else_the_nonlo
     """Lookups have data of a lower rank than what they yield, and indices keep shapes, but not always channels."""
     between, kind = FRONTS[front]
 
-    def build(normalization, model):
-        inputs = keras.Input((4,), dtype="int32")
-        x = inputs
-        for layer in [*between(), normalization(), layers.Activation("tanh")]:
-            x = layer(x)
-        if len(x.shape) == 3:
-            x = layers.GlobalAveragePooling1D()(x)
-        return model(inputs, layers.Dense(3)(x))
-
+    build = chain((4,), *between, normalize, dtype="int32")
     stock, ours = pair_of_models(build)
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 7, (16, 4)).astype("int32"), rng.integers(0, 3, 16)
@@ -417,10 +405,7 @@ def test_normalization_called_twice_reports_that_it_gets_no_nonlocal_term(build,
 # ---------------------------------------------------------------- layers that normalize their own weights
 
 
-def spectral(normalization, model):
-    inputs = keras.Input((6, 6, 2))
-    x = normalization()(layers.SpectralNormalization(layers.Conv2D(4, 3))(inputs))
-    return model(inputs, layers.Dense(3)(layers.Flatten()(layers.Activation("tanh")(x))))
+spectral = chain((6, 6, 2), lambda: layers.SpectralNormalization(layers.Conv2D(4, 3)), normalize)
 
 
 @pytest.mark.parametrize(
