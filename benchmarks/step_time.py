@@ -37,8 +37,7 @@ import tf_dpbn
 import timing
 from architectures import ARCHITECTURES
 from op_times import op_times
-from tf_dpbn.clipping import ENGINES
-from tf_dpbn.clipping.book_keeping import NORM_METHODS
+from tf_dpbn.clipping import ENGINES, NORM_METHODS
 from variants import NO_NORMALIZATION, PLAIN, Step, Variant
 
 # Threads of another process may still be waiting busily for work just after its step.

@@ -47,11 +47,24 @@ def stack(depth):
     return lambda normalization, model: helpers.bn_stack(depth, normalization, model=model)
 
 
-def dense_net(normalization, model):
-    inputs = keras.Input((7,))
-    x = layers.Activation("tanh")(normalization()(layers.Dense(6)(inputs)))
-    x = layers.Activation("tanh")(normalization()(layers.Dense(5, activation="tanh")(x)))
-    return model(inputs, layers.Dense(3)(x))
+def chain(shape, *kinds, dtype=None, **options):
+    """Builds what the `kinds` make, one after the other, and a head; `normalize` stands for a normalization."""
+
+    def build(normalization, model):
+        inputs = x = keras.Input(shape, dtype=dtype)
+        for kind in kinds:
+            x = layers.Activation("tanh")(normalization(**options)(x)) if kind is normalize else kind()(x)
+        head = layers.GlobalAveragePooling1D() if len(x.shape) == 3 else layers.Flatten()
+        return model(inputs, layers.Dense(3)(head(x)))
+
+    return build
+
+
+def normalize():
+    raise AssertionError("a mark for `chain`")
+
+
+dense_net = chain((7,), lambda: layers.Dense(6), normalize, lambda: layers.Dense(5, activation="tanh"), normalize)
 
 
 def pre_activation(normalization, model):
@@ -183,13 +196,10 @@ def test_layers_in_double_and_single_precision_meet(kernel, normalized, options)
 
 
 @pytest.mark.parametrize(
-    "precisions, method",
-    helpers.spread(
-        [("float64", "float32"), ("float32", "float64"), ("float64", "float64")], ["gram", "instantiate"], others="once"
-    ),
+    "kernel, normalized, method",
+    helpers.first_on_both([("float64", "float32", "gram"), ("float32", "float64", "instantiate")]),
 )
-def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(precisions, method):
-    kernel, normalized = precisions
+def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(kernel, normalized, method):
     inputs = keras.Input((6, 6, 2), dtype=kernel)
     x = tf_dpbn.DPBatchNormalization(dtype=normalized)(layers.Conv2D(4, 3, dtype=kernel)(inputs))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D(dtype=kernel)(x)))
@@ -201,13 +211,12 @@ def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(precisions, m
 
 
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras freezes whole layers only")
-@pytest.mark.parametrize("correction", ["full", "adaptive"])
-def test_normalization_whose_scale_is_frozen_keeps_its_local_term(correction):
+def test_normalization_whose_scale_is_frozen_keeps_its_local_term():
     x, y = helpers.images(16)
     stock, ours = pair_of_models(stack(1))
     for model in (stock, ours):
         next(layer for layer in model.layers if hasattr(layer, "gamma")).gamma.trainable = False
-    found = our_gradient(ours, x, y, correction)
+    found = our_gradient(ours, x, y, "adaptive")
     assert len(found) == len(stock.trainable_variables) < len(stock.weights) - 2
     assert helpers.relative_error(found, stock_gradient(stock, x, y)) < 1e-4
 
@@ -235,18 +244,6 @@ def test_kernel_layers_that_feed_a_normalization_get_local_terms(net, number):
     assert sum(bool(call.local_terms) for call in found) == number
 
 
-def axis_counted_from_the_first(normalization, model):
-    inputs = keras.Input((6, 6, 2))
-    x = layers.Activation("tanh")(normalization(axis=3)(layers.Conv2D(4, 3)(inputs)))
-    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
-
-
-def another_axis_than_the_kernel_layers(normalization, model):
-    inputs = keras.Input((6, 5))
-    x = layers.Activation("tanh")(normalization(axis=1)(layers.Dense(6)(inputs)))
-    return model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
-
-
 class TransposedDense(layers.Layer):
     """x @ kernel^T with a square kernel: its channels are the kernel's first axis, which shapes do not show."""
 
@@ -257,18 +254,12 @@ class TransposedDense(layers.Layer):
         return tf.linalg.matmul(x, tf.convert_to_tensor(self.kernel), transpose_b=True)
 
 
-def transposed_dense(normalization, model):
-    inputs = keras.Input((6, 5))
-    x = layers.Activation("tanh")(normalization()(TransposedDense()(inputs)))
-    return model(inputs, layers.Dense(3)(layers.Flatten()(x)))
-
-
 @pytest.mark.parametrize(
     "build, shape",
     [
-        (axis_counted_from_the_first, (6, 6, 2)),
-        (another_axis_than_the_kernel_layers, (6, 5)),
-        (transposed_dense, (6, 5)),
+        (chain((6, 6, 2), lambda: layers.Conv2D(4, 3), normalize, axis=3), (6, 6, 2)),  # the last one
+        (chain((6, 5), lambda: layers.Dense(6), normalize, axis=1), (6, 5)),  # another one than the kernel layer's
+        (chain((6, 5), TransposedDense, normalize), (6, 5)),
     ],
 )
 def test_channels_are_those_of_the_kernel_layer_or_the_nonlocal_term_takes_over(build, shape):
@@ -329,15 +320,16 @@ class VectorKernel(layers.Layer):
 
 
 WHOLE = slice(None)
+EMBEDDED = [lambda: layers.Embedding(7, 5), lambda: layers.Dense(4)]
 FRONTS = {
-    "embedding": (lambda: [layers.Embedding(7, 5)], "non-local"),
-    "masked": (lambda: [layers.Embedding(7, 5, mask_zero=True)], "non-local"),
-    "relu": (lambda: [layers.Embedding(7, 5), layers.ReLU()], "non-local"),
-    "one_hot": (lambda: [OneHot()], "non-local"),
-    "vector_kernel": (lambda: [layers.Embedding(7, 5), VectorKernel()], "non-local"),
-    "reversed": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(..., slice(None, None, -1))], "non-local"),
-    "one_channel": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, WHOLE, 1)], "non-local"),
-    "first_step": (lambda: [layers.Embedding(7, 5), layers.Dense(4), Indexed(WHOLE, 0)], "both"),
+    "embedding": ([lambda: layers.Embedding(7, 5)], "non-local"),
+    "masked": ([lambda: layers.Embedding(7, 5, mask_zero=True)], "non-local"),
+    "relu": ([lambda: layers.Embedding(7, 5), layers.ReLU], "non-local"),
+    "one_hot": ([OneHot], "non-local"),
+    "vector_kernel": ([lambda: layers.Embedding(7, 5), VectorKernel], "non-local"),
+    "reversed": ([*EMBEDDED, lambda: Indexed(..., slice(None, None, -1))], "non-local"),
+    "one_channel": ([*EMBEDDED, lambda: Indexed(WHOLE, WHOLE, 1)], "non-local"),
+    "first_step": ([*EMBEDDED, lambda: Indexed(WHOLE, 0)], "both"),
 }
 
 
@@ -346,15 +338,7 @@ def test_local_term_where_a_kernel_layer_feeds_channel_by_channel_else_the_nonlo
     """Lookups have data of a lower rank than what they yield, and indices keep shapes, but not always channels."""
     between, kind = FRONTS[front]
 
-    def build(normalization, model):
-        inputs = keras.Input((4,), dtype="int32")
-        x = inputs
-        for layer in [*between(), normalization(), layers.Activation("tanh")]:
-            x = layer(x)
-        if len(x.shape) == 3:
-            x = layers.GlobalAveragePooling1D()(x)
-        return model(inputs, layers.Dense(3)(x))
-
+    build = chain((4,), *between, normalize, dtype="int32")
     stock, ours = pair_of_models(build)
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 7, (16, 4)).astype("int32"), rng.integers(0, 3, 16)
@@ -421,32 +405,17 @@ def test_normalization_called_twice_reports_that_it_gets_no_nonlocal_term(build,
 # ---------------------------------------------------------------- layers that normalize their own weights
 
 
-def spectral(layer, shape):
-    def build(normalization, model):
-        inputs = keras.Input(shape)
-        x = normalization()(layers.SpectralNormalization(layer())(inputs))
-        return model(inputs, layers.Dense(3)(layers.Flatten()(layers.Activation("tanh")(x))))
-
-    return build
-
-
-SPECTRAL = {
-    "dense": (spectral(lambda: layers.Dense(6), (7,)), (7,)),
-    "convolution": (spectral(lambda: layers.Conv2D(4, 3), (6, 6, 2)), (6, 6, 2)),
-}
+spectral = chain((6, 6, 2), lambda: layers.SpectralNormalization(layers.Conv2D(4, 3)), normalize)
 
 
 @pytest.mark.parametrize(
-    "layer, engine, correction",
-    helpers.first_on_both(
-        [("convolution", "book_keeping", "full"), ("dense", "loop", "local"), ("dense", "vectorized", "full")], first=2
-    ),
+    "engine, correction",
+    helpers.first_on_both([("book_keeping", "full"), ("loop", "local"), ("vectorized", "full")], first=2),
 )
-def test_spectral_normalization_takes_the_step_of_stock_keras(layer, engine, correction):
+def test_spectral_normalization_takes_the_step_of_stock_keras(engine, correction):
     """Keras assigns the normalized kernel to the variable, so that the gradient is that by the normalized kernel."""
-    build, shape = SPECTRAL[layer]
-    stock, ours = pair_of_models(build)
-    x, y = helpers.images(16, shape)
+    stock, ours = pair_of_models(spectral)
+    x, y = helpers.images(16)
     stock.compile(keras.optimizers.SGD(1.0), LOSS)
     stock.train_on_batch(x, y)
     with helpers.logged_lines() as lines:
@@ -457,12 +426,9 @@ def test_spectral_normalization_takes_the_step_of_stock_keras(layer, engine, cor
             np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", helpers.first_on_both(["loop", "book_keeping"]))
-def test_spectral_normalization_trains_with_noised_statistics(engine):
-    build, shape = SPECTRAL["dense"]
-    model = build(functools.partial(tf_dpbn.DPBatchNormalization, statistics="noised"), tf_dpbn.DPModel)
-    helpers.compiled(model, engine=engine)
-    (x, y), before = helpers.images(8, shape), model.get_weights()
+def test_spectral_normalization_trains_with_noised_statistics():
+    model = spectral(functools.partial(tf_dpbn.DPBatchNormalization, statistics="noised"), tf_dpbn.DPModel)
+    (x, y), before = helpers.images(8), helpers.compiled(model).get_weights()
     model.train_on_batch(x, y)
     assert 0.01 < helpers.relative_error(model.get_weights(), before) < 10.0
     model.set_public_batch(x)

@@ -86,29 +86,14 @@ def as_compiled(model: Any) -> Any:
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    with _without_cudnn(model), _overridden(_convolutions_of_what_is_left(model)):
+    with _overridden(_without_cudnn(model) + _convolutions_of_what_is_left(model)):
         return model(x, training=training) if takes_training else model(x)
 
 
 @contextlib.contextmanager
-def _without_cudnn(model: Any) -> Iterator[None]:
-    """Recurrent layers of Keras 3 that choose for themselves take TensorFlow's operations on GPUs too.
-
-    cuDNN's count as one that changes state, and cannot be vectorized over examples.
-    """
-    choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
-    try:
-        for layer in choosing:
-            layer.use_cudnn = False
-        yield
-    finally:
-        for layer in choosing:
-            layer.use_cudnn = "auto"
-
-
-@contextlib.contextmanager
 def _overridden(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Gives objects attributes, (object, name, value), in place of their classes' for a while."""
+    """Sets attributes, each (object or module, name, value), for a while."""
+    own = [(owner, name, vars(owner)[name]) for owner, name, _ in attributes if name in vars(owner)]
     try:
         for owner, name, value in attributes:
             vars(owner)[name] = value
@@ -116,6 +101,17 @@ def _overridden(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
     finally:
         for owner, name, _ in attributes:
             vars(owner).pop(name, None)
+        for owner, name, value in own:
+            vars(owner)[name] = value
+
+
+def _without_cudnn(model: Any) -> list[tuple[Any, str, Any]]:
+    """Recurrent layers of Keras 3 that choose for themselves take TensorFlow's operations on GPUs too.
+
+    cuDNN's count as one that changes state, and cannot be vectorized over examples.
+    """
+    choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
+    return [(layer, "use_cudnn", False) for layer in choosing]
 
 
 def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:
@@ -144,12 +140,9 @@ def _convolving_method(layer: Any) -> str:
 def _convolve_what_is_left(layer: Any, method: str, inputs: tf.Tensor, *kernel: Any) -> tf.Tensor:
     strides = layer.strides
     first = inputs.shape.rank - 1 - len(strides)
-    vars(layer)["strides"] = (1,) * len(strides)
-    try:
-        left = inputs[(slice(None),) * first + tuple(slice(None, None, stride) for stride in strides)]
+    left = inputs[(slice(None),) * first + tuple(slice(None, None, stride) for stride in strides)]
+    with _overridden([(layer, "strides", (1,) * len(strides))]):
         return getattr(type(layer), method)(layer, left, *kernel)
-    finally:
-        vars(layer)["strides"] = strides
 
 
 def is_compiled_whole(model: Any) -> bool:
@@ -317,28 +310,16 @@ def compiled_data_loss(
     Nothing is tracked: on Keras 3 the trackers' updates go to `scope` (see `loss_trackers`).
     """
     if IS_KERAS_3:
-        with _without_scaling_for_distribution():
+        # Keras 3 divides losses by the number of replicas, in some reductions only.
+        module = importlib.import_module("keras.src.losses.loss")
+        names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
+        with _overridden([(module, name, lambda value: value) for name in names]):
             loss = model._compile_loss(y, y_pred, sample_weight)
         trackers = model._compile_loss.metrics  # weighted by the number of rows
         values = [[scope.get_current_value(v) for v in (m.total, m.count)] for m in trackers]
         parts = [tf.math.divide_no_nan(total, count) for total, count in values]
         return loss, tuple(parts)
     return _legacy_data_loss(model.compiled_loss, y, y_pred, sample_weight)
-
-
-@contextlib.contextmanager
-def _without_scaling_for_distribution() -> Iterator[None]:
-    """Keeps Keras 3 from dividing losses by the number of replicas, which it does in some reductions only."""
-    module = importlib.import_module("keras.src.losses.loss")
-    names = ("scale_loss_for_distribution", "unscale_loss_for_distribution")
-    kept = [getattr(module, name) for name in names]
-    try:
-        for name in names:
-            setattr(module, name, lambda value: value)
-        yield
-    finally:
-        for name, function in zip(names, kept, strict=True):
-            setattr(module, name, function)
 
 
 def _legacy_data_loss(

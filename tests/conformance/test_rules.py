@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from tests import helpers, zoo
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
-from tf_dpbn.clipping import ExampleResult, Task, vectorization
-from tf_dpbn.clipping.book_keeping import NORM_METHODS, BookKeepingEngine
+from tf_dpbn.clipping import NORM_METHODS, ExampleResult, Task, vectorization
+from tf_dpbn.clipping.book_keeping import BookKeepingEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 
 layers = keras.layers
@@ -143,6 +143,16 @@ def check(task, rows, method, tolerance=1e-4):
     return len(engine.found.uses)
 
 
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def check_function(function, variables, x, *methods):
+    task = task_of(function, [raw(v) for v in variables])
+    for method in methods or METHODS:
+        check(task, rows_of(x, normal(*function(x).shape, seed=1)), method)
+
+
 def layer_task(name, n, dtype="float32", seed=0):
     shape, build, _ = TABLE[name]
     layer = build()
@@ -168,9 +178,8 @@ def test_norms_and_clipped_sums_equal_plain_differentiation(name, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_wide_strided_windows_are_exact_and_put_no_large_constants_into_the_graph(method):
     layer = layers.DepthwiseConv2D(5, strides=2, padding="same")
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(3, 7, 7, 120)).astype("float32")
-    y = rng.normal(size=(3, *layer(x[:1]).shape[1:])).astype("float32")
+    x = normal(3, 7, 7, 120)
+    y = normal(*layer(x).shape, seed=1)
     task, rows = task_of(layer, [raw(v) for v in layer.trainable_variables]), rows_of(x, y)
     # Norms by inner products carry a bound on their rounding for each of the 120 channels: 0.09 % too large here.
     check(task, rows, method, tolerance=1e-4 if method == "instantiate" else 1e-3)
@@ -181,8 +190,7 @@ def test_wide_strided_windows_are_exact_and_put_no_large_constants_into_the_grap
 
 def unit_normalized_dense():
     norm, dense = layers.UnitNormalization(), layers.Dense(3)
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(4, 5)).astype("float32"), rng.normal(size=(4, 3)).astype("float32")
+    x, y = normal(4, 5), normal(4, 3, seed=1)
     norm(dense(x))
     return task_of(lambda x: norm(dense(x)), [raw(v) for v in dense.trainable_variables]), x, y
 
@@ -226,37 +234,32 @@ def test_layers_called_twice_are_exact(shape, first, method):
     def function(x):
         return second(tf.tanh(first(tf.tanh(first(x)))))
 
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(4, *shape)).astype("float32")
-    out = function(x)
-    y = rng.normal(size=out.shape).astype("float32")
-    variables = [raw(v) for v in first.trainable_variables + second.trainable_variables]
-    check(task_of(function, variables), rows_of(x, y), method)
+    x = normal(4, *shape)
+    function(x)
+    check_function(function, first.trainable_variables + second.trainable_variables, x, method)
 
 
 @pytest.mark.keras_free
 def test_weights_shared_by_lookup_and_product_are_exact():
     """A tied embedding: the table is looked up in, and multiplies from the right, transposed."""
-    table = tf.Variable(np.random.default_rng(0).normal(size=(7, 4)).astype("float32"))
+    table = tf.Variable(normal(7, 4))
 
     def function(ids):
         return tf.matmul(tf.tanh(tf.reduce_sum(tf.gather(table, ids), 1)), table, transpose_b=True)
 
-    ids = np.array([[0, 3, 3, 6], [1, 1, 1, 1], [2, 4, 5, 0]])
-    y = np.random.default_rng(1).normal(size=(3, 7)).astype("float32")
-    check(task_of(function, [table]), rows_of(ids, y), "instantiate")
+    check_function(function, [table], np.array([[0, 3, 3, 6], [1, 1, 1, 1], [2, 4, 5, 0]]), "instantiate")
 
 
 @pytest.mark.keras_free
 @pytest.mark.parametrize("resource", [False, True])
 def test_lookups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
-    table = tf.Variable(np.random.default_rng(0).normal(size=(6, 3)).astype("float32"))
+    table = tf.Variable(normal(6, 3))
 
     def function(ids):
         return table.sparse_read(ids) if resource else tf.gather(tf.convert_to_tensor(table), ids)
 
     ids = np.array([[0, 3, 3, 5], [1, 1, 1, 1], [2, 4, 5, 0]])
-    y = np.random.default_rng(1).normal(size=(3, 4, 3)).astype("float32")
+    y = normal(3, 4, 3, seed=1)
     check(task_of(function, [table]), rows_of(ids, y), "instantiate")
     engine = BookKeepingEngine()
     compiled = tf.function(
@@ -270,28 +273,19 @@ def test_lookups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
 
 @pytest.mark.keras_free
 def test_a_variable_with_some_use_that_no_rule_covers_is_differentiated_directly():
-    kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 4)).astype("float32"))
-    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
-
-    def function(x):
-        return x @ kernel + tf.linalg.diag_part(kernel * kernel)
-
-    check(task_of(function, [kernel]), rows_of(x, x), "gram")
+    kernel = tf.Variable(normal(4, 4))
+    check_function(lambda x: x @ kernel + tf.linalg.diag_part(kernel * kernel), [kernel], normal(3, 4, seed=1), "gram")
 
 
 @pytest.mark.keras_free
 def test_transposed_and_foreign_operands():
-    rng = np.random.default_rng(0)
-    kernel = tf.Variable(rng.normal(size=(3, 5)).astype("float32"))
-    left = tf.Variable(rng.normal(size=(2, 4)).astype("float32"))
-    x = rng.normal(size=(3, 4, 5)).astype("float32")
+    kernel, left = tf.Variable(normal(3, 5)), tf.Variable(normal(2, 4, seed=1))
 
     def function(x):
         return tf.matmul(left, tf.tanh(tf.matmul(x[0], kernel, transpose_b=True)))[None]
 
-    y = rng.normal(size=(3, 2, 3)).astype("float32")
     for method in METHODS:
-        check(task_of(function, [kernel, left]), rows_of(x, y), method)
+        check(task_of(function, [kernel, left]), rows_of(normal(3, 4, 5, seed=2), normal(3, 2, 3, seed=3)), method)
 
 
 @pytest.mark.parametrize(
@@ -335,15 +329,9 @@ def test_norms_by_inner_products_are_never_too_small_under_cancellation():
 )
 def test_convolutions_of_any_shape(size, taps, strides, channels, padding, method):
     hypothesis.assume(padding == "same" or all(s >= t for s, t in zip(size, taps, strict=True)))
-    rng = np.random.default_rng(0)
-    kernel = tf.Variable(rng.normal(size=(*taps, *channels)).astype("float32"))
-
-    def function(x):
-        return tf.nn.conv2d(x, kernel, strides, padding.upper())
-
-    x = rng.normal(size=(3, *size, channels[0])).astype("float32")
-    y = rng.normal(size=function(x).shape).astype("float32")
-    check(task_of(function, [kernel]), rows_of(x, y), method)
+    kernel = tf.Variable(normal(*taps, *channels))
+    x = normal(3, *size, channels[0], seed=2)
+    check_function(lambda x: tf.nn.conv2d(x, kernel, strides, padding.upper()), [kernel], x, method)
 
 
 @pytest.mark.keras_free
@@ -355,22 +343,14 @@ def test_convolutions_of_any_shape(size, taps, strides, channels, padding, metho
     method=st.sampled_from(METHODS),
 )
 def test_dense_layers_of_any_rank(leading, inputs, outputs, method):
-    rng = np.random.default_rng(0)
-    kernel = tf.Variable(rng.normal(size=(inputs, outputs)).astype("float32"))
-
-    def function(x):
-        return tf.tensordot(x, kernel, 1)
-
-    x = rng.normal(size=(3, *leading, inputs)).astype("float32")
-    y = rng.normal(size=(3, *leading, outputs)).astype("float32")
-    check(task_of(function, [kernel]), rows_of(x, y), method)
+    kernel = tf.Variable(normal(inputs, outputs))
+    check_function(lambda x: tf.tensordot(x, kernel, 1), [kernel], normal(3, *leading, inputs, seed=2), method)
 
 
 @pytest.mark.keras_free
 def test_custom_gradients_are_respected():
     """A variable inside tf.custom_gradient gets the gradient that the function defines, not that of its operations."""
-    kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 3)).astype("float32"))
-    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+    kernel, x = tf.Variable(normal(4, 3)), normal(3, 4, seed=1)
 
     @tf.custom_gradient
     def doubled(x):
@@ -383,15 +363,13 @@ def test_custom_gradients_are_respected():
     def recomputed(x):
         return tf.tanh(x @ kernel)
 
-    for function in (doubled, recomputed):
-        for method in METHODS:
-            check(task_of(function, [kernel]), rows_of(x, x[:, :3]), method)
+    check_function(doubled, [kernel], x)
+    check_function(recomputed, [kernel], x)
 
 
 @pytest.mark.keras_free
 def test_variables_inside_control_flow_and_functions_are_exact():
-    kernel = tf.Variable(np.random.default_rng(0).normal(size=(4, 4)).astype("float32"))
-    x = np.random.default_rng(1).normal(size=(3, 4)).astype("float32")
+    kernel, x = tf.Variable(normal(4, 4)), normal(3, 4, seed=1)
     inner = tf.function(lambda x: tf.tanh(x @ kernel), autograph=False)
     check(task_of(lambda x: inner(x) @ kernel, [kernel]), rows_of(x, x), "auto")
 

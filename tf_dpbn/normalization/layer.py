@@ -24,6 +24,7 @@ from tf_dpbn.normalization import moments
 from tf_dpbn.normalization.moments import LocalTerm
 
 STATISTICS_MODES = ("public", "noised", "anchored")
+Statistics = tuple[tf.Tensor, tf.Tensor] | None
 _DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
 
 
@@ -38,11 +39,6 @@ class StatisticsRelease:
 
     size: int
     l2_norm_clip: float
-
-    def __post_init__(self) -> None:
-        if not SMALLEST_CLIP <= self.l2_norm_clip <= LARGEST_CLIP:
-            requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
-            raise _validate.argument_error("l2_norm_clip", self.l2_norm_clip, requirement, "1.0 is a common choice.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +115,8 @@ class StatisticsScope:
     def __exit__(self, *exc_info: object) -> None:
         _SCOPES.stack.pop()
 
-    def batch_statistics(
-        self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
-    ) -> tuple[tf.Tensor, tf.Tensor] | None:
-        """Returns (mean, variance) for one call of `layer`, or None for its moving statistics."""
+    def batch_statistics(self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool) -> Statistics:
+        """Returns tensors (mean, variance) for one call of `layer`, or None for its moving statistics."""
         raise NotImplementedError
 
 
@@ -150,9 +144,7 @@ class PublicPass(StatisticsScope):
         self.calls: list[NormalizationCall] = []
         self.active: set[tuple[int, int]] = set()
 
-    def batch_statistics(
-        self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
-    ) -> tuple[tf.Tensor, tf.Tensor] | None:
+    def batch_statistics(self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool) -> Statistics:
         """Records a call in training; returns what normalizes the public examples: their own moments, if used."""
         key = (id(layer), self._seen.get(id(layer), 0))
         self._seen[id(layer)] = key[1] + 1
@@ -180,9 +172,7 @@ class GivenStatistics(StatisticsScope):
         self._remaining = list(zip([call.layer for call in calls], values, strict=True))
         self.inputs: list[tuple[tf.Tensor, Any]] = []
 
-    def batch_statistics(
-        self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
-    ) -> tuple[tf.Tensor, tf.Tensor] | None:
+    def batch_statistics(self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool) -> Statistics:
         """Returns the next of the given statistics, for a call in training."""
         if not training:
             return None
@@ -248,11 +238,9 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         **kwargs: Any,
     ) -> None:
         for option in ("renorm", "synchronized", "virtual_batch_size", "adjustment"):
-            value = kwargs.pop(option, None)
-            if value:
-                raise _validate.argument_error(
-                    option, value, "be left out", "It computes statistics across private examples."
-                )
+            if value := kwargs.pop(option, None):
+                remedy = "It computes statistics across private examples."
+                raise _validate.argument_error(option, value, "be left out", remedy)
         for option in ("renorm_clipping", "renorm_momentum", "fused"):
             kwargs.pop(option, None)
         kwargs.update(UNFUSED)
@@ -276,9 +264,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             self.statistic_updates = self._average("statistic_updates", ())
 
     def _average(self, name: str, shape: tuple[int, ...]) -> Any:
-        return self.add_weight(
-            name=name, shape=shape, dtype="float32", initializer="zeros", trainable=False, **_WITHOUT_CAST
-        )
+        options = {"dtype": "float32", "initializer": "zeros", "trainable": False, **_WITHOUT_CAST}
+        return self.add_weight(name=name, shape=shape, **options)
 
     @functools.cached_property
     def released_averages(self) -> StoredBeside:
@@ -388,9 +375,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             raise RuntimeError(
                 f"DPBatchNormalization {self.name!r} was called with training=True outside a private step, where it "
                 "would have to use statistics of private data. To train, call `fit` of a tf_dpbn.DPModel or "
-                "tf_dpbn.DPSequential, and in a train_step of its own super().train_step(data); with an optimizer of "
-                "tensorflow-privacy pass `fit` a tf_dpbn.interop.StatisticsCallback. To predict, pass training=False; "
-                "for Monte Carlo dropout pass training=True to the dropout layers alone where the network is built. "
+                "tf_dpbn.DPSequential, or pass `fit` of a stock model a tf_dpbn.interop.StatisticsCallback. To "
+                "predict, pass training=False; for Monte Carlo dropout pass training=True to the dropout layers alone. "
                 f"Received: training={training}"
             )
         if is_shape_inference():

@@ -131,13 +131,9 @@ def _anchored_term(term: LocalTerm, call: NormalizationCall) -> LocalTerm:
     return dataclasses.replace(term, d_mean=d_mean, d_variance=d_variance)
 
 
-def _local_terms(
-    producer: _Producer, d_means: Sequence[tf.Tensor], d_variances: Sequence[tf.Tensor]
-) -> tuple[LocalTerm, ...]:
-    return tuple(
-        LocalTerm(parameter.index, parameter.channel_axes, widen(d_mean), widen(d_variance))
-        for parameter, d_mean, d_variance in zip(producer.parameters, d_means, d_variances, strict=True)
-    )
+def _local_terms(producer: _Producer, d_means: list[tf.Tensor], d_variances: list[tf.Tensor]) -> tuple[LocalTerm, ...]:
+    jacobians = zip(producer.parameters, map(widen, d_means), map(widen, d_variances), strict=True)
+    return tuple(LocalTerm(each.index, each.channel_axes, *of_moments) for each, *of_moments in jacobians)
 
 
 def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tensor]:
