@@ -21,13 +21,9 @@ X, Y, GRADIENT = np.array([[2.0, -1.0]], "float32"), np.array([[3.0]], "float32"
 OPTIMIZERS = ("SGD", "Adam", "Adagrad")
 
 
-def linear(bias=True, sequential=True, units=1, inputs=2):
+def linear(bias=True, inputs=2):
     """A model of one dense layer whose weights are zero."""
-    layer = layers.Dense(units, use_bias=bias, kernel_initializer="zeros")
-    if sequential:
-        return tf_dpbn.DPSequential([keras.Input((inputs,)), layer])
-    start = keras.Input((inputs,))
-    return tf_dpbn.DPModel(start, layer(start))
+    return tf_dpbn.DPSequential([keras.Input((inputs,)), layers.Dense(1, use_bias=bias, kernel_initializer="zeros")])
 
 
 def trained(model, x, y, weight=None, loss="mse", **kwargs):
@@ -39,14 +35,13 @@ def trained(model, x, y, weight=None, loss="mse", **kwargs):
     return before - helpers.flat(v.numpy() for v in model.trainable_variables), history["loss"][0]
 
 
-@pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("weight", [None, 0.25])
 @pytest.mark.parametrize("clip", [2.0, 9.0, 1e6])
-def test_the_clip_norm_bounds_the_gradient_over_all_variables_together(clip, weight, sequential):
+def test_the_clip_norm_bounds_the_gradient_over_all_variables_together(clip, weight):
     expected = GRADIENT * (weight or 1.0)
     expected = expected * min(1.0, clip / np.linalg.norm(expected))  # sqrt(12^2 + 6^2 + 6^2) = 14.7
     weights = None if weight is None else np.array([weight], "float32")
-    update, loss = trained(linear(sequential=sequential), X, Y, weights, l2_norm_clip=clip)
+    update, loss = trained(linear(), X, Y, weights, l2_norm_clip=clip)
     np.testing.assert_allclose(update, expected, rtol=1e-5)
     assert loss == pytest.approx(9.0 * (weight or 1.0))
 
@@ -76,8 +71,7 @@ def test_without_noise_and_clipping_the_optimizers_are_those_of_keras(name):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(("clip", "multiplier"), [(3.0, 2.0), (5.0, 4.0)])
+@pytest.mark.parametrize(("clip", "multiplier", "batch"), [(3.0, 2.0, 1), (5.0, 4.0, 4)])
 def test_noise_is_the_clip_norm_times_the_multiplier_over_the_batch_size(clip, multiplier, batch):
     x, y = np.zeros((batch, 4000), "float32"), np.zeros((batch, 1), "float32")  # gradient zero
     model = linear(bias=False, inputs=4000)
@@ -90,7 +84,7 @@ def test_noise_is_the_clip_norm_times_the_multiplier_over_the_batch_size(clip, m
     assert accepts(promised) and not accepts(0.9 * promised) and not accepts(1.1 * promised)
 
 
-@pytest.mark.parametrize("units", [1, 2, 4])
+@pytest.mark.parametrize("units", [1, 4])
 def test_losses_of_outputs_with_several_dimensions_are_averaged_by_example(units):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4, 3, 2)).astype("float32")  # three positions
@@ -112,11 +106,9 @@ def test_regularizers_reach_weights_that_have_no_other_gradient():
     np.testing.assert_allclose(update, 2 * 0.025, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_model_goes_on_as_the_one_that_was_saved(name, tmp_path):
+def test_a_saved_model_goes_on_as_the_one_that_was_saved(tmp_path):
     x, y = np.random.default_rng(0).normal(size=(8, 2)).astype("float32"), np.ones((8, 1), "float32")
-    model = linear()
-    cls = getattr(tf_dpbn.optimizers, f"VectorizedDPKeras{name}Optimizer")
+    model, cls = linear(), tf_dpbn.optimizers.VectorizedDPKerasAdamOptimizer
     model.compile(cls(l2_norm_clip=0.5, noise_multiplier=0.0, num_microbatches=8, learning_rate=0.1), loss="mse")
     model.fit(x, y, batch_size=8, epochs=2, verbose=0)
     model.save(tmp_path / "model.keras")
