@@ -15,9 +15,9 @@ import pytest
 import tensorflow as tf
 
 import tf_dpbn
-from tf_dpbn import mechanisms
 from tf_dpbn._keras import keras
 from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import step
 
 layers = keras.layers
@@ -199,22 +199,22 @@ WAYS_TO_TRAIN = {
 
 
 class StubEngine:
-    """Stands in for a clipping engine where gradients are not under test: sums are zeros, tracing is quick."""
+    """Stands in for a clipping engine where gradients are not under test: sums are zeros, which take little to trace.
 
-    def __call__(
-        self, task: Task, batch: Batch, l2_norm_clip: float
-    ) -> tuple[tuple[mechanisms.ClippedSum, ...], BatchResult]:
-        rows = tf.shape(tf.nest.flatten(batch.x)[0])[0]
+    As an engine's they need the batch to be read first.
+    """
+
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
         weight = () if batch.sample_weight is None else batch.sample_weight
+        inputs = tf.nest.flatten(batch.x)
         first = tf.nest.map_structure(lambda t: t[0], (batch.x, batch.y, weight))
         example = task.run_example(*first, tf.constant(0), task.statistics)
-        loss, parts = example.logged()
 
         def by_row(tensor: tf.Tensor) -> tf.Tensor:
-            return tf.zeros(tf.concat([[rows], tf.shape(tensor)], 0), tensor.dtype)
+            return tf.zeros(tf.concat([tf.shape(inputs[0])[:1], tf.shape(tensor)], 0), tensor.dtype)
 
-        result = BatchResult(*tf.nest.map_structure(by_row, (loss, parts, example.y_pred)), tf.constant(0, tf.int64))
-        released = [((tf.zeros([each.size], tf.float64),), each.l2_norm_clip) for each in task.releases]
-        gradient = tuple(tf.zeros(variable.shape, tf.float64) for variable in task.variables)
-        sums = [(gradient, float(l2_norm_clip)), *released]
-        return tuple(mechanisms.ClippedSum(*each) for each in sums), result
+        with tf.control_dependencies(inputs):
+            gradient = ClippedSum(tuple(tf.zeros(v.shape, tf.float64) for v in task.variables), float(l2_norm_clip))
+            released = [ClippedSum((tf.zeros([r.size], tf.float64),), r.l2_norm_clip) for r in task.releases]
+        by_products = tf.nest.map_structure(by_row, (*example.logged(), example.y_pred))
+        return (gradient, *released), BatchResult(*by_products, tf.constant(0, tf.int64))
