@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ import tensorflow as tf
 
 import tf_dpbn
 from tf_dpbn._keras import keras
-from tf_dpbn.clipping import BatchResult
+from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import step
 
 layers = keras.layers
@@ -57,10 +59,12 @@ def dp_optimizer(**kwargs: Any) -> tf_dpbn.DPOptimizer:
     return tf_dpbn.DPOptimizer(**arguments)
 
 
-def compiled(model: Any, loss: Any = None, optimizer: Any = None, **kwargs: Any) -> Any:
-    """Compiles `model` with a sparse categorical loss on logits and returns it."""
+def compiled(model: Any, loss: Any = None, optimizer: Any = None, stub: bool = False, **kwargs: Any) -> Any:
+    """Compiles `model` with a sparse categorical loss on logits, or with `stub` without its gradients; returns it."""
     loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=optimizer or dp_optimizer(), loss=loss, **kwargs)
+    if stub:
+        model._engine = StubEngine()
     return model
 
 
@@ -68,6 +72,15 @@ def spend(model: Any, steps: int) -> None:
     """Counts steps as train_on_batch does, without the work."""
     for _ in range(steps):
         model._record._optimizer._steps.count(0)
+
+
+def forget(model: Any) -> Any:
+    """Empties the record of a compiled model and returns it, so that tests can share what it takes to trace one."""
+    record = model._record
+    record.open(model.optimizer)
+    record._run = uuid.uuid4().hex
+    record._closed = {record._run: tf_dpbn.Ledger()}
+    return model
 
 
 def bn_stack(depth: int, normalization: Callable[..., Any], channels: int = 5, model: Any = keras.Model) -> Any:
@@ -183,3 +196,25 @@ WAYS_TO_TRAIN = {
     "fit": lambda model, x, y: model.fit(x, y, verbose=0),
     "train_on_batch": lambda model, x, y: model.train_on_batch(x, y),
 }
+
+
+class StubEngine:
+    """Stands in for a clipping engine where gradients are not under test: sums are zeros, which take little to trace.
+
+    As an engine's they need the batch to be read first.
+    """
+
+    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+        weight = () if batch.sample_weight is None else batch.sample_weight
+        inputs = tf.nest.flatten(batch.x)
+        first = tf.nest.map_structure(lambda t: t[0], (batch.x, batch.y, weight))
+        example = task.run_example(*first, tf.constant(0), task.statistics)
+
+        def by_row(tensor: tf.Tensor) -> tf.Tensor:
+            return tf.zeros(tf.concat([tf.shape(inputs[0])[:1], tf.shape(tensor)], 0), tensor.dtype)
+
+        with tf.control_dependencies(inputs):
+            gradient = ClippedSum(tuple(tf.zeros(v.shape, tf.float64) for v in task.variables), float(l2_norm_clip))
+            released = [ClippedSum((tf.zeros([r.size], tf.float64),), r.l2_norm_clip) for r in task.releases]
+        by_products = tf.nest.map_structure(by_row, (*example.logged(), example.y_pred))
+        return (gradient, *released), BatchResult(*by_products, tf.constant(0, tf.int64))

@@ -1,6 +1,7 @@
 """Callbacks: epsilon in the logs, and training that stops at the last step that the budget allows."""
 
 import csv
+import functools
 import pathlib
 
 import pytest
@@ -19,25 +20,33 @@ Y = X[:, :2]
 PLAN = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=DELTA, num_examples=16, expected_batch_size=4, epochs=4)
 
 
+def epsilon_of(steps):
+    return accounting.Ledger([PLAN.record(steps)]).epsilon(DELTA)
+
+
 def budget_for(steps):
     """An epsilon that allows `steps` steps and not one more."""
-    costs = [accounting.Ledger([PLAN.record(count)]).epsilon(DELTA) for count in (steps, steps + 1)]
-    return sum(costs) / 2
+    return (epsilon_of(steps) + epsilon_of(steps + 1)) / 2
 
 
 def make_model(optimizer=None, **kwargs):
     inputs = keras.Input((3,))
     model = tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs))
     optimizer = optimizer or tf_dpbn.DPOptimizer.from_plan(PLAN, keras.optimizers.SGD(0.01), 1.0)
-    return helpers.compiled(model, "mse", optimizer, **kwargs)
+    return helpers.compiled(model, "mse", optimizer, stub=True, **kwargs)
+
+
+_shared = functools.cache(make_model)
+
+
+@pytest.fixture
+def model():
+    """One for all tests, with nothing in its ledger."""
+    return helpers.forget(_shared())
 
 
 def fit(model, *callbacks, epochs=1, **kwargs):
     return model.fit(PLAN.poisson_dataset(X, Y), epochs=epochs, callbacks=list(callbacks), **{"verbose": 0, **kwargs})
-
-
-def epsilon_of(steps):
-    return accounting.Ledger([PLAN.record(steps)]).epsilon(DELTA)
 
 
 # ---------------------------------------------------------------------- PrivacyLogger
@@ -52,47 +61,32 @@ def tensorboard_values(folder, tag):
     return found
 
 
-def test_epsilon_reaches_everything_that_reads_the_logs(tmp_path, capsys):
+def test_epsilon_reaches_everything_that_reads_the_logs(model, tmp_path, capsys):
     seen = []
     reader = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs["epsilon"]))
-    callbacks = [
-        PrivacyLogger(),
-        reader,
-        keras.callbacks.CSVLogger(str(tmp_path / "log.csv")),
-    ]
-    history = fit(make_model(), *callbacks, epochs=2, verbose=2)
+    history = fit(model, PrivacyLogger(), reader, keras.callbacks.CSVLogger(tmp_path / "log.csv"), epochs=2, verbose=2)
     expected = [epsilon_of(4), epsilon_of(8)]
     assert seen == history.history["epsilon"] == expected
     with open(tmp_path / "log.csv", newline="") as file:
         assert [float(row["epsilon"]) for row in csv.DictReader(file)] == pytest.approx(expected)
     assert f"epsilon: {expected[0]:.4f}" in capsys.readouterr().out
+    assert fit(model, PrivacyLogger()).history["epsilon"] == [epsilon_of(12)]  # what ran before counts
 
 
-def test_epsilon_reaches_tensorboard(tmp_path):
+def test_epsilon_reaches_tensorboard(model, tmp_path):
     pytest.importorskip("tensorboard")
     board = keras.callbacks.TensorBoard(str(tmp_path), write_graph=False)
-    fit(make_model(), PrivacyLogger(), board, epochs=2)
+    fit(model, PrivacyLogger(), board, epochs=2)
     assert tensorboard_values(tmp_path, "epoch_epsilon") == pytest.approx([epsilon_of(4), epsilon_of(8)])
 
 
-@pytest.mark.parametrize("make", [PrivacyLogger, lambda: PrivacyBudget(budget_for(3))], ids=["logger", "budget"])
-def test_delta_is_the_optimizers_or_asked_for(make):
-    optimizer = helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4, num_examples=16)
-    with pytest.raises(ValueError, match=r"delta.*PrivacyPlan.*Received: delta=None"):
-        fit(make_model(optimizer), make())
-
-
-def test_delta_and_accountant_can_be_given():
+def test_delta_is_the_optimizers_or_given():
     model = make_model(helpers.dp_optimizer(noise_multiplier=2.0, expected_batch_size=4, num_examples=16))
-    history = fit(model, PrivacyLogger(0.01, "pld"))
-    assert history.history["epsilon"] == [model.epsilon(0.01, "pld")]
+    for callback in (PrivacyLogger(), PrivacyBudget(budget_for(3))):
+        with pytest.raises(ValueError, match=r"delta.*PrivacyPlan.*Received: delta=None"):
+            fit(model, callback)
+    assert fit(model, PrivacyLogger(0.01, "pld")).history["epsilon"] == [model.epsilon(0.01, "pld")]
     assert model.epsilon(0.01, "pld") < model.epsilon(0.01)
-
-
-def test_epsilon_counts_what_ran_before():
-    model = make_model()
-    fit(model)
-    assert fit(model, PrivacyLogger()).history["epsilon"] == [epsilon_of(8)]
 
 
 @pytest.mark.parametrize("callback", [PrivacyLogger(DELTA), PrivacyBudget(1.0, DELTA)])
@@ -122,8 +116,7 @@ def test_arguments_out_of_range_are_refused(make, message):
 # ---------------------------------------------------------------------- PrivacyBudget
 
 
-def test_training_stops_at_the_last_step_that_fits_over_several_fits():
-    model = make_model()
+def test_training_stops_at_the_last_step_that_fits_over_several_fits(model):
     budget = PrivacyBudget(budget_for(7))
     allowed = accounting.max_steps(
         accounting.Ledger(), next_record_config=PLAN.record(1), target_epsilon=budget_for(7), delta=DELTA
@@ -149,9 +142,9 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits():
         (4, 6, 0, None),
     ],
 )
-def test_a_stop_before_the_end_is_told_in_one_line(epochs, allowed, verbose, told, capsys):
+def test_a_stop_before_the_end_is_told_in_one_line(model, epochs, allowed, verbose, told, capsys):
     budget = budget_for(allowed)
-    fit(make_model(), PrivacyBudget(budget), epochs=epochs, verbose=verbose)
+    fit(model, PrivacyBudget(budget), epochs=epochs, verbose=verbose)
     lines = [line for line in capsys.readouterr().out.splitlines() if "PrivacyBudget" in line]
     assert len(lines) == (told is not None)
     if told is not None:
@@ -159,8 +152,7 @@ def test_a_stop_before_the_end_is_told_in_one_line(epochs, allowed, verbose, tol
         assert f"epsilon {epsilon_of(allowed):.4g} of {budget:g} at delta 0.001" in lines[0]
 
 
-def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step():
-    model = make_model()
+def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step(model):
     message = (
         rf"20 steps after 0 so far and reach epsilon {epsilon_of(20):.4g} at delta 0.001; "
         rf"the plan of its data set is for 16 steps and epsilon {PLAN.epsilon:.4g}"
@@ -174,71 +166,53 @@ def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step():
         fit(model, steps_per_epoch=2)
 
 
-def test_more_epochs_than_planned_need_no_warning_with_a_budget_or_more_noise():
-    fit(make_model(), PrivacyBudget(PLAN.epsilon), epochs=50)
+def test_more_epochs_than_planned_need_no_warning_with_a_budget_or_more_noise(model):
+    fit(model, PrivacyBudget(PLAN.epsilon), epochs=50)
     optimizer = helpers.dp_optimizer(noise_multiplier=8.0, expected_batch_size=4)
     fit(make_model(optimizer), epochs=5)
 
 
-@pytest.mark.parametrize("allowed", [5, 6, 8])
-def test_a_stride_of_several_steps_never_exceeds_the_budget(allowed):
-    model = make_model(steps_per_execution=3)
-    fit(model, PrivacyBudget(budget_for(allowed)), epochs=6)
-    assert allowed - 3 < model.ledger.steps <= allowed
-    assert model.epsilon(DELTA) <= budget_for(allowed)
-
-
-def test_a_stride_that_does_not_fit_is_refused():
+def test_a_stride_of_several_steps_never_exceeds_the_budget():
     model = make_model(steps_per_execution=3)
     with pytest.raises(ValueError, match="leave room for another step after 0 steps"):
         fit(model, PrivacyBudget(budget_for(2)))
     assert model.ledger.steps == 0
+    for allowed in (5, 6, 8):
+        fit(helpers.forget(model), PrivacyBudget(budget_for(allowed)), epochs=6)
+        assert allowed - 3 < model.ledger.steps <= allowed
+        assert model.epsilon(DELTA) <= budget_for(allowed)
 
 
-def test_a_budget_for_no_step_is_refused():
-    model = make_model()
-    with pytest.raises(ValueError, match="after 0 steps.*noise multiplier 2"):
-        fit(model, PrivacyBudget(epsilon_of(1) * 0.9))
-    assert model.ledger.steps == 0
-
-
-def test_training_without_noise_fits_no_budget():
-    model = make_model(helpers.dp_optimizer(expected_batch_size=4, num_examples=16))
-    with pytest.raises(ValueError, match="noise multiplier 0"):
-        fit(model, PrivacyBudget(1000.0, DELTA))
-    assert model.ledger.steps == 0
+def test_a_budget_for_no_step_is_refused(model):
+    no_noise = make_model(helpers.dp_optimizer(expected_batch_size=4, num_examples=16))
+    for each, epsilon, message in [
+        (model, epsilon_of(1) * 0.9, "after 0 steps.*noise multiplier 2"),
+        (no_noise, 1000.0, "noise multiplier 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit(each, PrivacyBudget(epsilon, DELTA))
+        assert each.ledger.steps == 0
 
 
 @pytest.mark.parametrize("when", ["on_train_begin", "on_train_batch_end"])
-def test_a_checkpoint_loaded_by_a_later_callback_counts(when, tmp_path):
+def test_a_checkpoint_loaded_by_a_later_callback_counts(when, model, tmp_path):
     path = str(tmp_path / "earlier.weights.h5")
-    earlier = make_model()
-    fit(earlier)
-    earlier.save_weights(path)
-
-    class Loading(keras.callbacks.Callback):
-        loaded = False
-
-        def load(self, *args, **kwargs):
-            if not self.loaded:
-                self.loaded = True
-                self.model.load_weights(path)
-
-    setattr(Loading, when, Loading.load)
-    model = make_model()
-    fit(model, PrivacyBudget(budget_for(7)), Loading(), epochs=4)
+    fit(model)
+    model.save_weights(path)
+    helpers.forget(model)
+    loads = iter([lambda: model.load_weights(path)])
+    loading = keras.callbacks.LambdaCallback(**{when: lambda *_, **__: next(loads, int)()})
+    fit(model, PrivacyBudget(budget_for(7)), loading, epochs=4)
     assert model.ledger == tf_dpbn.Ledger([PLAN.record(7)])
 
 
-def test_a_loaded_checkpoint_that_uses_up_the_budget_stops_training(tmp_path):
+def test_a_loaded_checkpoint_that_uses_up_the_budget_stops_training(model, tmp_path):
     path = str(tmp_path / "earlier.weights.h5")
-    earlier = make_model()
-    fit(earlier)
-    earlier.save_weights(path)
-    model = make_model()
+    fit(model)
+    model.save_weights(path)
     loading = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: model.load_weights(path))
     with pytest.raises(ValueError, match="after 4 steps"):
-        fit(model, PrivacyBudget(budget_for(4)), loading)
+        fit(helpers.forget(model), PrivacyBudget(budget_for(4)), loading)
     assert model.ledger.steps == 4
 
 
