@@ -209,22 +209,11 @@ def test_data_sets_derived_from_a_poisson_one_train_with_the_warning(model):
         lambda d: d.map(lambda x, y, weight: (2 * x, y, weight)),
         lambda d: d.cache().take(4),
         lambda d: d.shuffle(4).repeat(1),
-<<<<<<< HEAD
-    ],
-)
-def test_a_data_set_derived_from_a_poisson_one_trains_with_the_warning(derive):
-    plan = make_plan()
-    model = make_model(plan)
-    with pytest.warns(tf_dpbn.PrivacyWarning, match="were changed .* assumes Poisson sampling"):
-        model.fit(derive(plan.poisson_dataset(X, Y)), verbose=0)
-    record = dataclasses.replace(poisson_record(4), sampling="assumed")  # truncation is charged
-=======
     ]
     for derive in ways:
         with pytest.warns(tf_dpbn.PrivacyWarning, match="were changed .* assumes Poisson sampling"):
             fit(model, derive(PLAN.poisson_dataset(X, Y)))
     record = dataclasses.replace(poisson_record(12), sampling="assumed")  # truncated batches are charged
->>>>>>> coretests
     assert model.ledger == tf_dpbn.Ledger([record])
 
 
