@@ -255,7 +255,7 @@ def trained_on(y, loss, weights=None, **options):
     x = vectors()[0]
     data = poisson_dataset(x, y, weights, expected_batch_size=BATCH, max_batch_size=BATCH, steps_per_epoch=1)
     loss_value = model.fit(data, verbose=0).history["loss"][0]
-    assert np.isfinite(loss_value) and model.debug_not_finite_examples == 0
+    assert np.isfinite(loss_value) and model.debug_non_finite_examples == 0
     return model
 
 
@@ -577,7 +577,7 @@ def test_a_fit_that_fails_before_its_first_step_does_not_lend_its_sampling_to_la
     batches = every_example(x, y)
     with pytest.raises(ValueError, match="class_weight"):
         model.fit(batches, class_weight={"a": 1.0}, verbose=0)
-    assert model.running_record.sampling == "assumed"
+    assert model._record.next_step.sampling == "assumed"
     other, first = helpers.dp_optimizer(noise_multiplier=5.0), model.optimizer
 
     class Exchange(keras.callbacks.Callback):
@@ -585,7 +585,7 @@ def test_a_fit_that_fails_before_its_first_step_does_not_lend_its_sampling_to_la
             self.model.optimizer = other
 
     model.fit(batches, callbacks=[Exchange()], verbose=0)
-    assert model.running_record.noise_multipliers == (first.noise_multiplier,)
+    assert model._record.next_step.noise_multipliers == (first.noise_multiplier,)
 
 
 def test_a_model_that_compile_refused_does_not_train():

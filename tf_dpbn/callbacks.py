@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate, accounting
-from tf_dpbn._keras import keras
+from tf_dpbn._keras import keras, steps_of_call
 from tf_dpbn.model import DPModel
 
 
@@ -91,7 +91,7 @@ class PrivacyBudget(keras.callbacks.Callback):
         """Computes how many steps fit."""
         _require_dp_model(self, self.model)
         self._version, self._stopped_early = None, False
-        self._stride = self.model.steps_at_a_time()
+        self._stride = steps_of_call(self.model)
         self._require_room()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -104,7 +104,7 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Stops if the next call of the train function would exceed the budget."""
-        self._stride = max(self._stride, self.model.steps_at_a_time())  # tf_keras lowers it at the end of an epoch
+        self._stride = max(self._stride, steps_of_call(self.model))  # tf_keras lowers it at the end of an epoch
         if self.model.private_steps + self._stride > self._last_allowed_step():
             self.model.stop_training = True
             epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
@@ -123,11 +123,11 @@ class PrivacyBudget(keras.callbacks.Callback):
     def _last_allowed_step(self) -> int:
         """The number of the last step that fits, computed anew if the ledger changed, by a loaded checkpoint."""
         model = self.model
-        if model.ledger_version != self._version:
-            delta, ledger, self._version = _default_delta(model, self._delta), model.ledger, model.ledger_version
+        if model._record.version != self._version:
+            delta, ledger, self._version = _default_delta(model, self._delta), model.ledger, model._record.version
             left = accounting.max_steps(
                 ledger,
-                next_record_config=model.running_record,
+                next_record_config=model._record.next_step,
                 target_epsilon=self._epsilon,
                 delta=delta,
                 accountant=self._accountant,
@@ -137,12 +137,12 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def _require_room(self) -> None:
         model = self.model
-        if model.private_steps + model.steps_at_a_time() > self._last_allowed_step():
+        if model.private_steps + steps_of_call(model) > self._last_allowed_step():
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,
                 f"leave room for another step after {model.ledger.steps} steps, at "
                 f"delta={_default_delta(model, self._delta):g} and noise multiplier "
-                f"{model.running_record.effective_noise_multiplier:g}",
+                f"{model._record.next_step.effective_noise_multiplier:g}",
                 "Train with more noise, or stop here.",
             )

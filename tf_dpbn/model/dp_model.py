@@ -25,10 +25,9 @@ from tf_dpbn._keras import (
     is_compiled_whole,
     is_functional_signature,
     keras,
-    steps_of_call,
     symbolic_outputs,
 )
-from tf_dpbn.accounting import Ledger, PrivacyWarning, StepRecord, privacy_statement
+from tf_dpbn.accounting import Ledger, PrivacyWarning, privacy_statement
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
 from tf_dpbn.model import checks, saving, step
@@ -348,9 +347,9 @@ class DPModel(keras.Model):
         if labels is not None:
             checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
         checks.check_callbacks(options["callbacks"])
-        self._record.open(optimizer, batches, "poisson" if source else "assumed")
+        next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
         if source is not None and source.plan is not None:
-            checks.check_plan(source.plan, source.sampling, self.ledger, self.running_record, options)
+            checks.check_plan(source.plan, source.sampling, self.ledger, next_step, options)
         self._create_variables(*x.element_spec[:2] if source is not None else (None, None))
 
     def _create_variables(self, x: Any, y: Any) -> None:
@@ -481,29 +480,9 @@ class DPModel(keras.Model):
         return self._record.ledger()
 
     @property
-    def running_record(self) -> StepRecord:
-        """The configuration of the step that would run next, as a record of one step."""
-        if self._record.configuration is None:
-            raise RuntimeError("Call compile(optimizer=..., loss=...) first.")
-        return self._record.configuration
-
-    @property
-    def ledger_version(self) -> int:
-        """Changes whenever the ledger changes otherwise than by steps of the running record."""
-        return self._record.version
-
-    @property
     def private_steps(self) -> int:
         """How many private steps this process has taken with this model."""
         return self._record.own_steps
-
-    def steps_at_a_time(self) -> int:
-        """How many private steps one call of Keras' train function takes at most.
-
-        Raises:
-          ValueError: if Keras tunes the number while training.
-        """
-        return steps_of_call(self)
 
     def epsilon(self, delta: float, accountant: str = "rdp") -> float:
         """The epsilon, at `delta`, of everything that ran.

@@ -24,14 +24,14 @@ class TrainingRecord(tf.train.experimental.PythonState):
     Steps are counted by the optimizer, which draws their noise; this record says how their batches were drawn.
 
     Attributes:
-      configuration: the step that would run next, as a record of one step; None before `compile`.
+      next_step: the step that would run next, as a record of one step; None before `compile`.
       non_finite: counts examples that were dropped because their gradient was non-finite.
       released_means: what normalizations keep of earlier releases.
-      version: changes whenever the ledger changes otherwise than by steps of `configuration`.
+      version: changes whenever the ledger changes otherwise than by steps of `next_step`.
     """
 
     def __init__(self) -> None:
-        self.configuration: StepRecord | None = None
+        self.next_step: StepRecord | None = None
         self.version = 0
         self._optimizer: DPOptimizer | None = None
         self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
@@ -42,7 +42,9 @@ class TrainingRecord(tf.train.experimental.PythonState):
             zero = tf.constant(0, tf.int64)
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
 
-    def open(self, optimizer: DPOptimizer, batches: PoissonSampling | None = None, sampling: str = "assumed") -> None:
+    def open(
+        self, optimizer: DPOptimizer, batches: PoissonSampling | None = None, sampling: str = "assumed"
+    ) -> StepRecord:
         """Records the steps so far, and from here on those of `optimizer` on batches drawn in a given way.
 
         A data set that was derived from one of the Poisson sampler has its distribution, if that is assumed: truncated
@@ -52,11 +54,14 @@ class TrainingRecord(tf.train.experimental.PythonState):
           optimizer: whose steps are counted.
           batches: the distribution of the batches; None takes the optimizer's.
           sampling: "poisson" if they are known to be drawn so, or "assumed".
+
+        Returns:
+          `next_step`.
         """
         self._close()
         if optimizer is not self._optimizer:
             self._optimizer, self._counted = optimizer, optimizer.counted_steps()
-        self.configuration = StepRecord(
+        self.next_step = StepRecord(
             noise_multipliers=(optimizer.noise_multiplier,),
             steps=1,
             sampling_probability=batches.sampling_probability if batches else optimizer.sampling_probability,
@@ -64,6 +69,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
             max_batch_size=batches.max_batch_size if batches else None,
             sampling=sampling,
         )
+        return self.next_step
 
     def ledger(self) -> Ledger:
         """Everything that ran, the running steps included."""
@@ -80,8 +86,8 @@ class TrainingRecord(tf.train.experimental.PythonState):
         own = self._closed[self._run].copy()
         for multipliers, steps in counted.items():
             new = steps - self._counted.get(multipliers, 0)
-            if self.configuration is not None and new:
-                own.record(dataclasses.replace(self.configuration, noise_multipliers=multipliers, steps=new))
+            if self.next_step is not None and new:
+                own.record(dataclasses.replace(self.next_step, noise_multipliers=multipliers, steps=new))
         return {**self._closed, self._run: own}, counted
 
     def _close(self) -> None:
