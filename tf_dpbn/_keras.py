@@ -168,7 +168,7 @@ def call_time_losses(model: Any) -> list[Any]:
 
 
 def clear_call_time_losses(model: Any) -> None:
-    """Forgets the losses that a trace of the model added, so that no later reader meets its tensors."""
+    """Forgets the losses that a trace of the model added, so that none of its tensors is read later."""
     for layer in [*flatten_layers(model), model]:
         if IS_KERAS_3:
             layer._losses.clear()

@@ -29,7 +29,7 @@ SAME_ON_REPLICAS = tf.VariableAggregation.ONLY_FIRST_REPLICA
 def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
     """The factor that scales each example's vector to an L2 norm of at most `l2_norm_clip`.
 
-    An example whose norm is not finite gets weight 0: its contribution is dropped, which is a function of that
+    An example whose norm is non-finite gets weight 0: its contribution is dropped, which is a function of that
     example alone and leaves the sensitivity as it is.
 
     Args:

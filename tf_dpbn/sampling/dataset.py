@@ -84,7 +84,7 @@ def poisson_dataset(
       weight 0. The weight is float32 [M] or [M, ...].
 
     Raises:
-      ValueError: arrays of different or no lengths, weights that are not finite, B > N, M < B, or
+      ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or
         a bad count or seed.
       TypeError: `x`, `y` or `sample_weight` holds something that is no dense array.
     """
