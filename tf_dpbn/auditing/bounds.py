@@ -312,8 +312,6 @@ def one_run_audit(
         raise _validate.argument_error("scores", scores.shape, requirement)
     count = len(scores)
     k_plus, k_minus = (count // 4, count // 4) if guesses is None else guesses
-    for name, k in (("guesses[0]", k_plus), ("guesses[1]", k_minus)):
-        _validate.non_negative_int(name, k)
     if k_plus + k_minus > count:
         raise _validate.argument_error("guesses", guesses, f"add up to at most the {count} canaries")
     order = np.argsort(scores, kind="stable")
