@@ -76,6 +76,7 @@ def test_gaussian_epsilon_is_the_accountants(mu, delta):
     record = accounting.StepRecord(sampling_probability=1.0, noise_multipliers=(1 / mu,), steps=1)
     pld = accounting.Ledger([record]).epsilon(delta, "pld")
     assert auditing.gaussian_epsilon(mu, delta) == pytest.approx(pld, abs=2e-3)
+    assert auditing.gaussian_epsilon(100.0, delta) == pytest.approx(5000.0 - 100.0 * stats.norm.ppf(delta), rel=0.01)
 
 
 @pytest.mark.parametrize("gaussian", [False, True])

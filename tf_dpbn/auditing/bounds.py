@@ -19,7 +19,6 @@ from tf_dpbn import _validate
 # Which part of the runs chooses the attack, and how many thresholds it tries: more of them fit its accidents.
 _CHOOSING = 0.25
 _THRESHOLDS = 49
-_LARGEST_EPSILON = 700.0  # exp() of more overflows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def _threshold(holds: Callable[[float], bool]) -> tuple[float, float]:
     if not holds(0.0):
         return 0.0, 0.0
     low, high = 0.0, 1.0
-    while high < _LARGEST_EPSILON and holds(high):
+    while holds(high):
         low, high = high, 2.0 * high
     for _ in range(60):
         middle = (low + high) / 2.0
