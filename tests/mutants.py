@@ -378,8 +378,8 @@ MUTANTS = (
     ),
     Mutant(
         "auditing/bounds.py",
-        '- _validate.open_probability("confidence", confidence)) / 2.0\n    low',
-        '- _validate.open_probability("confidence", confidence))\n    low',
+        '- _validate.open_probability("confidence", confidence)) / 2.0',
+        '- _validate.open_probability("confidence", confidence))',
         _selected(_AUDITING, "by_hand"),
     ),
 )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -57,8 +57,7 @@ def uniform_noise(
     """
     lengths = _checked_shape(shape)
     count = _validate.positive_int("batch_size", batch_size)
-    scale = _checked_scale(value_range, dtype)
-    return scale.apply(np.random.default_rng(seed).random((count, *lengths)))
+    return _scaled(np.random.default_rng(seed).random((count, *lengths)), value_range, dtype)
 
 
 def random_fields(
@@ -95,7 +94,6 @@ def random_fields(
     lengths = _checked_shape(shape, ranks=(2, 3, 4), layout="1 to 3 spatial dimensions, then channels")
     count = _validate.positive_int("batch_size", batch_size)
     decay = _validate.non_negative("exponent", exponent)
-    scale = _checked_scale(value_range, dtype)
     rng = np.random.default_rng(seed)
 
     spatial = lengths[:-1]
@@ -103,7 +101,7 @@ def random_fields(
     spectrum = np.fft.rfftn(rng.standard_normal((count, *lengths)), axes=axes)
     spectrum *= _spectral_amplitude(spatial, decay)[None, ..., None]
     fields = np.fft.irfftn(spectrum, s=spatial, axes=axes)
-    return scale.apply(_stretched(fields, rng))
+    return _scaled(_stretched(fields, rng), value_range, dtype)
 
 
 def dead_leaves(
@@ -142,14 +140,13 @@ def dead_leaves(
     radii = _checked_range(radius_range, "radius_range")
     if radii[0] < 0.01 or radii[1] > 2:
         raise _validate.argument_error("radius_range", radius_range, "lie in [0.01, 2]")
-    scale = _checked_scale(value_range, dtype)
     rng = np.random.default_rng(seed)
 
     backgrounds = rng.random((count, 1, 1, channels))
     images = np.tile(backgrounds, (1, height, width, 1))
     for image in images:
         _paint_leaves(image, rng, *(min(height, width) * float(radius) for radius in radii))
-    return scale.apply(images)
+    return _scaled(images, value_range, dtype)
 
 
 def validate_batch(
@@ -206,7 +203,12 @@ def validate_batch(
     if bad:
         raise ValueError(f"`{name}` must be finite. Received: {bad} values NaN or infinite")
     if dtype is not None:
-        array = _cast(array, _checked_dtype(dtype), name)
+        to = _checked_dtype(dtype)
+        if to.kind in "iu" and array.dtype.kind == "f":
+            remedy = f"The model's input is {to}; give whole numbers, unscaled."
+            raise _validate.argument_error(f"{name}.dtype", array.dtype, "be an integer type", remedy, TypeError)
+        _check_values(array, *_limits(to), name, f"lie inside the range of {to}.")
+        array = array.astype(to)
     if value_range is not None:
         low, high = _checked_range(value_range)
         requirement = f"lie in [{low}, {high}]. Scale it as the private inputs are scaled."
@@ -247,36 +249,16 @@ def _row_bytes(arrays: Sequence[np.ndarray], like: Sequence[np.ndarray], i: int)
 
 
 def _candidates(batch: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> np.ndarray:
-    """The numbers of the rows of `training` that equal one of `batch` in a few places, those that tell most apart."""
+    """The numbers of the rows of `training` that equal one of `batch` in a few places."""
     widest = max(range(len(batch)), key=lambda k: batch[k][0].size)
     public, private = batch[widest], training[widest]
     shape = public.shape[1:]
-    places = np.unique(np.linspace(0, public[0].size - 1, 256).astype(int))
-    values_there = public.reshape(len(public), -1)[:, places]
-    distinct = [len(np.unique(column)) for column in values_there.T]
-    index: Any = (slice(None), *np.unravel_index(np.sort(places[np.argsort(distinct)[-16:]]), shape))
+    places = np.unique(np.linspace(0, public[0].size - 1, 64).astype(int))
+    index: Any = (slice(None), *np.unravel_index(places, shape))
     with np.errstate(all="ignore"):
         parts = [np.ascontiguousarray(array[index].astype(public.dtype)) for array in (public, private)]
     keys, values = (part.view(f"S{part.shape[1] * part.itemsize}").ravel() for part in parts)
     return np.flatnonzero(np.isin(values, keys))
-
-
-class _Scale(NamedTuple):
-    """Maps the unit interval onto the closed range [low, high] of a dtype."""
-
-    low: float
-    high: float
-    dtype: np.dtype
-
-    def apply(self, unit: np.ndarray) -> np.ndarray:
-        """Returns the values of `dtype` for `unit`, float64 in [0, 1]."""
-        if self.dtype.kind in "iu":
-            # Each whole number owns an equal share of [0, 1]; the clip below catches unit == 1.
-            values = np.floor(self.low + unit * (self.high - self.low + 1))
-        else:
-            values = self.low * (1.0 - unit) + self.high * unit
-        # `low` and `high` are numbers of the dtype: rounding cannot carry a value across them.
-        return np.clip(values, self.low, self.high).astype(self.dtype)
 
 
 def _spectral_amplitude(spatial: tuple[int, ...], exponent: float) -> np.ndarray:
@@ -367,8 +349,8 @@ def _checked_range(value_range: Any, name: str = "value_range") -> tuple[float, 
     return bounds
 
 
-def _checked_scale(value_range: Any, dtype: Any) -> _Scale:
-    """Returns the scale onto the numbers of `dtype` that lie inside `value_range`."""
+def _scaled(unit: np.ndarray, value_range: Any, dtype: Any) -> np.ndarray:
+    """Maps values in [0, 1], float64, onto the numbers of `dtype` that lie inside `value_range`."""
     checked = _checked_dtype(dtype)
     low, high = _checked_range(value_range)
     least, most = _limits(checked)
@@ -377,13 +359,17 @@ def _checked_scale(value_range: Any, dtype: Any) -> _Scale:
     if checked.kind == "f":
         # float32(0.1) lies above 0.1: rounding to nearest could leave the range. Float64 is exact.
         first, last = checked.type(low), checked.type(high)
-        first = np.nextafter(first, checked.type(np.inf)) if float(first) < low else first
-        last = np.nextafter(last, checked.type(-np.inf)) if float(last) > high else last
+        first = float(np.nextafter(first, checked.type(np.inf)) if float(first) < low else first)
+        last = float(np.nextafter(last, checked.type(-np.inf)) if float(last) > high else last)
+        values = first * (1.0 - unit) + last * unit
     else:
         first, last = math.ceil(low), math.floor(high)
+        # Each whole number owns an equal share of [0, 1]; the clip below catches unit == 1.
+        values = np.floor(first + unit * (last - first + 1.0))
     if not first < last:
         raise _validate.argument_error("value_range", value_range, f"hold at least two numbers of {checked}")
-    return _Scale(float(first), float(last), checked)
+    # `first` and `last` are numbers of the dtype: rounding cannot carry a value across them.
+    return np.clip(values, first, last).astype(checked)
 
 
 def _limits(dtype: np.dtype) -> tuple[Any, Any]:
@@ -402,15 +388,6 @@ def _bytes_of(array: np.ndarray, name: str) -> np.ndarray:
     encoded = np.empty(len(values), object)
     encoded[:] = [value.encode() if isinstance(value, str) else value for value in values]
     return encoded.reshape(array.shape)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Casts to `dtype`, or raises where fractions would be lost or values leave its range."""
-    if dtype.kind in "iu" and array.dtype.kind == "f":
-        remedy = f"The model's input is {dtype}; give whole numbers, unscaled."
-        raise _validate.argument_error(f"{name}.dtype", array.dtype, "be an integer type", remedy, TypeError)
-    _check_values(array, *_limits(dtype), name, f"lie inside the range of {dtype}.")
-    return array.astype(dtype)
 
 
 def _check_values(array: np.ndarray, low: Any, high: Any, name: str, requirement: str) -> None:

@@ -117,10 +117,8 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
     if math.isinf(epsilon):
         if any(entry.effective_noise_multiplier == 0.0 for entry in ledger.entries):
             reason = "a release carried no noise"
-        elif ledger.truncation_delta() >= delta:
-            reason = "truncated batches alone cost all of delta"
         elif ledger.truncation_delta() + ledger.tail_delta() >= delta:
-            reason = "the noise is so small that the end of its tail costs all of delta"
+            reason = "truncated batches and the end of the noise's tail cost all of delta"
         else:
             reason = "the accountant finds no bound"
         return f"NO PRIVACY GUARANTEE: epsilon is infinite at delta = {delta:g}, because {reason}."

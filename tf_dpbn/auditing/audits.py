@@ -42,7 +42,7 @@ def audit_step(
     example: choose one whose gradient exceeds the clip norm, a mislabelled or very large input, say.
 
     Args:
-      model: compiled with a DPOptimizer; it is not trained, and nothing is booked.
+      model: compiled with a DPOptimizer; it is not trained, and nothing is recorded.
       x, y: nests of arrays [rows, ...], a batch.
       delta: in (0, 1).
       row: the example; None tries all and takes the one that moves the sums most.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -18,7 +19,6 @@ from tf_dpbn import _validate
 # Which part of the runs chooses the attack, and how many thresholds it tries: more of them fit its accidents.
 _CHOOSING = 0.25
 _THRESHOLDS = 49
-_LARGEST_EPSILON = 700.0  # exp() of more overflows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,25 +56,21 @@ class AuditResult:
         )
 
 
-def _rates(hits: np.ndarray | int, trials: int, failure: float) -> tuple[np.ndarray, np.ndarray]:
-    """One-sided Clopper-Pearson limits (low, high) of a probability, each wrong with probability `failure` at most."""
-    hits = np.asarray(hits)
-    low = np.where(hits > 0, stats.beta.ppf(failure, np.maximum(hits, 1), trials - hits + 1), 0.0)
-    high = np.where(hits < trials, stats.beta.ppf(1.0 - failure, hits + 1, np.maximum(trials - hits, 1)), 1.0)
-    return low, high
-
-
-def _any_epsilon(low: np.ndarray, high: np.ndarray, delta: float) -> np.ndarray:
-    """The epsilon that a true positive rate >= low and a false positive rate <= high need (both directions)."""
+def _bounds(
+    hits: Any, positives: int, misses: Any, negatives: int, *, delta: float, confidence: float, gaussian: bool
+) -> np.ndarray:
+    """What `hits` true and `misses` false positives need: an epsilon, or under `gaussian` the mu of Gaussian DP."""
+    # One-sided Clopper-Pearson limits of the two rates, each wrong with half of what the confidence leaves.
+    failure = (1.0 - _validate.open_probability("confidence", confidence)) / 2.0
+    low = np.where(hits, stats.beta.ppf(failure, np.maximum(hits, 1), positives - hits + 1), 0.0)
+    left = negatives - misses
+    high = np.where(left, stats.beta.ppf(1.0 - failure, misses + 1, np.maximum(left, 1)), 1.0)
+    if gaussian:
+        return np.maximum(stats.norm.ppf(low) - stats.norm.ppf(high), 0.0)
     with np.errstate(divide="ignore"):
         positive = np.log(np.maximum(low - delta, 0.0)) - np.log(high)
         negative = np.log(np.maximum(1.0 - high - delta, 0.0)) - np.log(1.0 - low)
     return np.maximum(np.maximum(positive, negative), 0.0)
-
-
-def _mu(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """The parameter of Gaussian DP that a true positive rate >= low and a false positive rate <= high need."""
-    return np.maximum(stats.norm.ppf(low) - stats.norm.ppf(high), 0.0)
 
 
 def _threshold(holds: Callable[[float], bool]) -> tuple[float, float]:
@@ -82,7 +78,7 @@ def _threshold(holds: Callable[[float], bool]) -> tuple[float, float]:
     if not holds(0.0):
         return 0.0, 0.0
     low, high = 0.0, 1.0
-    while high < _LARGEST_EPSILON and holds(high):
+    while holds(high):
         low, high = high, 2.0 * high
     for _ in range(60):
         middle = (low + high) / 2.0
@@ -133,9 +129,9 @@ def epsilon_lower_bound(
         if _validate.non_negative_int(name, hits) > total:
             raise _validate.argument_error(name, hits, f"be at most {limit_name}={total}")
     delta = _validate.open_probability("delta", delta)
-    failure = (1.0 - _validate.open_probability("confidence", confidence)) / 2.0
-    low, high = _rates(true_positives, positives, failure)[0], _rates(false_positives, negatives, failure)[1]
-    return gaussian_epsilon(float(_mu(low, high)), delta) if gaussian else float(_any_epsilon(low, high, delta))
+    setting: dict[str, Any] = {"delta": delta, "confidence": confidence, "gaussian": gaussian}
+    bound = float(_bounds(true_positives, positives, false_positives, negatives, **setting))
+    return gaussian_epsilon(bound, delta) if gaussian else bound
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
@@ -191,14 +187,13 @@ def two_world_epsilon(
     if negatives.shape[1] != positives.shape[1]:
         requirement = f"have as many columns as scores_with, {positives.shape[1]}"
         raise _validate.argument_error("scores_without", negatives.shape, requirement)
-    failure = (1.0 - _validate.open_probability("confidence", confidence)) / 2.0
+    setting: dict[str, Any] = {"delta": delta, "confidence": confidence, "gaussian": gaussian}
     best, attack, threshold = -1.0, 0, math.inf
     for k in range(negatives.shape[1]):
         pooled = np.concatenate([negatives[:, k], positives[:, k]])
         thresholds = np.quantile(pooled, np.linspace(0.0, 1.0, _THRESHOLDS + 2)[1:-1], method="lower")
-        low = _rates(_above(positives[:, k], thresholds), len(positives), failure)[0]
-        high = _rates(_above(negatives[:, k], thresholds), len(negatives), failure)[1]
-        found = _mu(low, high) if gaussian else _any_epsilon(low, high, delta)
+        hits, misses = (_above(scores[:, k], thresholds) for scores in (positives, negatives))
+        found = _bounds(hits, len(positives), misses, len(negatives), **setting)
         if found.max() > best:
             best, attack, threshold = float(found.max()), k, float(thresholds[found.argmax()])
     return epsilon_lower_bound(
@@ -206,9 +201,7 @@ def two_world_epsilon(
         positives=len(checked_positives),
         false_positives=int(np.sum(checked_negatives[:, attack] > threshold)),
         negatives=len(checked_negatives),
-        delta=delta,
-        confidence=confidence,
-        gaussian=gaussian,
+        **setting,
     )
 
 
@@ -318,8 +311,6 @@ def one_run_audit(
         raise _validate.argument_error("scores", scores.shape, requirement)
     count = len(scores)
     k_plus, k_minus = (count // 4, count // 4) if guesses is None else guesses
-    for name, k in (("guesses[0]", k_plus), ("guesses[1]", k_minus)):
-        _validate.non_negative_int(name, k)
     if k_plus + k_minus > count:
         raise _validate.argument_error("guesses", guesses, f"add up to at most the {count} canaries")
     order = np.argsort(scores, kind="stable")
