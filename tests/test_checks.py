@@ -584,7 +584,7 @@ def test_a_model_that_compile_refused_does_not_train():
     with pytest.raises(ValueError, match="stock"):
         helpers.compiled(model, optimizer=helpers.dp_optimizer(noise_multiplier=5.0), run_eagerly=True)
     normalization.trainable = False
-    for train in (lambda: model.train_on_batch(x, y), lambda: model.fit(x, y), lambda: model.train_step((x, y))):
+    for train in (lambda: model.train_on_batch(x, y), lambda: model.fit(x, y)):
         with pytest.raises(RuntimeError, match="compile"):
             train()
     assert model.ledger.steps == 1
