@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from unittest import mock
 
 import numpy as np
@@ -213,7 +214,8 @@ def test_the_same_check_catches_stock_batch_normalization():
 
 def test_noise_of_released_statistics_has_the_promised_scale():
     layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=0.5)
-    scope = statistics_scope.StockPass(keras.Sequential(), (), ROWS, 1, 1.7, noise_seed=3)
+    model = types.SimpleNamespace(optimizer=None)
+    scope = statistics_scope.StockPass(model, (), ROWS, 1, 1.7, noise_seed=3)
     z = tf.random.normal([ROWS, 500])
     layer.build(z.shape)
     release = tf.function(lambda: scope.release(layer, z, None, tf.zeros([500]), tf.ones([500])))
