@@ -415,7 +415,7 @@ def test_training_beyond_the_plan_shows_in_epsilon_and_is_refused_with_a_budget(
 class RunningMeanInLoop(zoo.RunningMean):
     """The same update, hidden in the body of a loop."""
 
-    def call(self, x):
+    def call(self, x, training=False):
         def body(i):
             self.mean.assign(0.9 * self.mean + 0.1 * tf.reduce_mean(x, 0))
             return (i + 1,)

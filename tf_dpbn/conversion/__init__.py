@@ -69,7 +69,7 @@ def convert(
     if isinstance(model, DPModel):
         model._public.refresh_if_trained()
     converted = Rebuilder(replacement, "converted").rebuild(model, DPModel, DPSequential)
-    _hand_over_record(model, converted)
+    _hand_over_ledgers(model, converted)
     if public_batch is not None:
         converted.set_public_batch(public_batch)
     return converted
@@ -129,7 +129,7 @@ def _check_stock(layer: Any) -> None:
             )
 
 
-def _hand_over_record(model: Any, converted: DPModel) -> None:
+def _hand_over_ledgers(model: Any, converted: DPModel) -> None:
     """Ledgers of all DPModels in `model`, and the outermost's public batch."""
     for each in [*reversed(flatten_layers(model)), model]:
         if isinstance(each, DPModel):

@@ -1,4 +1,4 @@
-"""Whether a model's output for one example depends on the others, by trying."""
+"""Whether a model's output for one example depends on the others, found by changing those."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ class StatisticsCallback(keras.callbacks.Callback):
             layer.training_scope = None
         self._normalizations = []
         del self.model.compute_loss
-        self.model.train_function = None  # so that a `fit` without callback meets the layers' refusal, in words
+        self.model.train_function = None  # so that a `fit` without callback is refused by the layers, in words
 
     def _choose_noise(self, calls: list[NormalizationCall]) -> tuple[float, float]:
         """Noise multipliers of the gradient and of each release; refuses an optimizer with less than was planned."""

@@ -187,7 +187,7 @@ def clipped_residuals(
 ) -> ClippedSum:
     """The sum over rows of residuals, each clipped to R = statistics_clip * sqrt(2 * channels).
 
-    A row whose residuals are not finite contributes zero. Adding or removing a row moves the sum by R at most. But a
+    A row whose residuals are non-finite contributes zero. Adding or removing a row moves the sum by R at most. But a
     padding row contributes as well, because a layer cannot see that its weight is zero; an example that takes its place
     moves the sum by up to 2 R, and that is the sensitivity declared.
 
