@@ -179,11 +179,7 @@ def p_outcomes(outcomes, distribution) -> float:
     return float(stats.chisquare(observed, [total * p for p in distribution.values()]).pvalue)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6])
-=======
 @pytest.mark.parametrize("rows", [1, 3, 6])
->>>>>>> coretests
 def test_truncation_keeps_a_uniform_subset(rows):
     batches = draw(make_sampling(4, 0.6, rows=rows), 20_000, seed=4)
     assert all(batch.shape == (rows,) for batch in batches)
@@ -194,21 +190,9 @@ def test_truncation_keeps_a_uniform_subset(rows):
         assert p_outcomes(first, distribution_of_kept_sets(4, 0.6, 2)) < REJECTED
 
 
-<<<<<<< HEAD
-def test_truncation_test_rejects_keeping_the_first():
-    batches = draw(make_sampling(4, 0.6, rows=4), 20_000, seed=4)
-    kept = [frozenset(np.sort(batch[batch >= 0])[:2].tolist()) for batch in batches]
-    assert p_outcomes(kept, law_of_kept_sets(4, 0.6, 2)) < REJECTED
-
-
-def law_of_rows() -> dict[tuple, float]:
-    """The law of the index vector for 2 examples at rate 1/2 in 3 rows, rows uniformly random."""
-    law: dict[tuple, float] = {}
-=======
 def distribution_of_rows() -> dict[tuple, float]:
     """The distribution of the index vector for 2 examples at rate 1/2 in 3 rows, rows uniformly random."""
     found: dict[tuple, float] = {}
->>>>>>> coretests
     for size, drawn in [(0, ()), (1, (0,)), (1, (1,)), (2, (0, 1))]:
         places = list(itertools.permutations(range(3), size))
         for place in places:
