@@ -15,8 +15,6 @@ from scipy import stats
 from tf_dpbn import accounting
 from tf_dpbn.accounting import events
 
-pytestmark = pytest.mark.keras_free
-
 ACCOUNTANTS = ("rdp", "pld")
 
 

@@ -9,8 +9,6 @@ from scipy import optimize
 
 from tf_dpbn import accounting
 
-pytestmark = pytest.mark.keras_free
-
 
 def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
     return accounting.StepRecord(sampling_probability=q, noise_multipliers=sigmas, steps=steps, **kwargs)

@@ -42,7 +42,6 @@ def test_one_run_p_value_without_delta_is_that_of_randomized_response():
     assert p == pytest.approx(stats.binom.sf(74, 100, 0.75), rel=1e-9)
 
 
-@pytest.mark.keras_free
 def test_one_run_bound_is_seldom_above_the_truth():
     """Randomized response with epsilon 1: guesses are right with the rate that the bound is about."""
     rng, rate = np.random.default_rng(0), 1 / (1 + math.exp(-1.0))
@@ -69,7 +68,6 @@ def test_complements_give_the_same_bound_and_nothing_is_found_where_there_is_not
     assert one == pytest.approx(other, rel=1e-9) and one > 0.0 and none == 0.0
 
 
-@pytest.mark.keras_free
 @pytest.mark.parametrize("mu", [0.1, 1.0, 5.0])
 @pytest.mark.parametrize("delta", [1e-3, 1e-5])
 def test_gaussian_epsilon_is_the_accountants(mu, delta):
@@ -91,7 +89,6 @@ def test_two_world_bound_holds_and_has_teeth(gaussian):
     assert np.median(bounds) > (0.85 if gaussian else 0.4) * truth
 
 
-@pytest.mark.keras_free
 def test_the_best_attack_is_chosen_and_the_bound_stays_valid():
     """100 attacks on pure noise: chosen and judged on the same runs, the best of them would look like a leak."""
     rng = np.random.default_rng(0)
@@ -170,7 +167,6 @@ def test_audit_of_a_step_reaches_seventy_percent_of_the_claim_and_not_more_than_
     assert model.ledger.steps == 0
 
 
-@pytest.mark.once
 def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small_and_needs_some():
     model, x, y = audited.stepping_model(4.0)
     right = auditing.audit_step(model, x, y, delta=DELTA, row=0, trials=20_000)
@@ -186,7 +182,6 @@ def test_audit_of_a_step_sees_noise_that_is_a_tenth_too_small_and_needs_some():
 # ---------------------------------------------------------------------- a training run
 
 
-@pytest.mark.once
 def test_audit_of_a_training_run_stays_below_the_claim_and_finds_something():
     found, model, _ = audited.training(8.0)
     assert found.white_box.claimed_epsilon == model.epsilon(DELTA, "pld") <= 8.0
@@ -197,7 +192,6 @@ def test_audit_of_a_training_run_stays_below_the_claim_and_finds_something():
     assert found.included.shape == found.losses.shape == (300,)
 
 
-@pytest.mark.once
 def test_audit_of_a_training_run_sees_forgotten_noise():
     found, _, _ = audited.training(1.0, noise=0.01)
     assert found.white_box.contradicts_claim

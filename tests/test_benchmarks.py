@@ -18,8 +18,6 @@ import timing
 from architectures import ARCHITECTURES
 from tf_dpbn import DPBatchNormalization, DPModel
 
-pytestmark = pytest.mark.once
-
 
 def test_ratios_are_taken_round_by_round_and_have_the_quartiles_of_numpy():
     # The median of the ratios, not the ratio of the medians (8 / 2).

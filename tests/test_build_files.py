@@ -9,8 +9,6 @@ import pytest
 
 from tests import build_files
 
-pytestmark = pytest.mark.keras_free
-
 
 def parsed(package):
     """Target name -> its arguments, from the file as it lies there."""

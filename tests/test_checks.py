@@ -557,7 +557,6 @@ GROUPED = """
 """
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("one_dnn", ["0", "1"])
 def test_grouped_convolutions_without_a_kernel_for_their_gradients(one_dnn):
     printed = output("-c", textwrap.dedent(GROUPED), CUDA_VISIBLE_DEVICES="-1", TF_ENABLE_ONEDNN_OPTS=one_dnn)

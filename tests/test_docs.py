@@ -34,7 +34,6 @@ def test_snippets_of_the_migration_page_run(snippet, capsys):
     assert re.search(r"differentially private with epsilon = (3\.0000|2\.999\d)", capsys.readouterr().out)
 
 
-@pytest.mark.keras_free
 def test_what_documents_name_exists():
     for name in re.findall(r"`([\w/]+(?:\.py|/))`", README.split("## Layout")[1]):
         assert (ROOT / name).exists() or (ROOT / "tf_dpbn" / name).exists(), name

@@ -27,8 +27,6 @@ import text_datasets
 import tpu_resnet
 from tests import tensorflow_privacy as tfp
 
-pytestmark = pytest.mark.once
-
 SHORT = ("--epochs=1", "--batch_size=20", "--delta=1e-3", "--max_examples=40")
 
 

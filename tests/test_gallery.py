@@ -4,8 +4,6 @@ import pytest
 
 from tests import gallery
 
-pytestmark = pytest.mark.once
-
 
 @pytest.mark.parametrize("name", gallery.CHECKS)
 def test_the_right_library_passes(name):

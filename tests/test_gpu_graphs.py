@@ -20,7 +20,6 @@ def gpu(monkeypatch):
     gpu_layout.pretend_gpu()
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("net", [*NETS, *RECURRENT])
 def test_rules_equal_the_generic_engine_in_what_they_do_on_gpus(net, gpu):
     model = zoo.build(net)
@@ -36,7 +35,6 @@ def test_rules_equal_the_generic_engine_in_what_they_do_on_gpus(net, gpu):
 
 
 @pytest.mark.slow
-@pytest.mark.once
 def test_tensorflow_lays_out_images_for_gpus_without_crashing():
     """Where slices of volumes name some axes only, it crashed in the optimizer (seen on a GPU)."""
     lines = programs.output("-m", "tests.gpu_layout", *NETS).splitlines()

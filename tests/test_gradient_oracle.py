@@ -122,9 +122,7 @@ def errors(build, shape, *corrections, **options):
 
 @pytest.mark.parametrize(
     "net, correction",
-    helpers.first_on_both(
-        [("three", "adaptive"), ("assorted", "full"), *((net, "full") for net in NETS if net != "assorted")], first=2
-    ),
+    [("three", "adaptive"), ("assorted", "full"), *((net, "full") for net in NETS if net != "assorted")],
 )
 def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net, correction):
     assert errors(*NETS[net], correction)[0] < 1e-4
@@ -197,7 +195,7 @@ def test_layers_in_double_and_single_precision_meet(kernel, normalized, options)
 
 @pytest.mark.parametrize(
     "kernel, normalized, method",
-    helpers.first_on_both([("float64", "float32", "gram"), ("float32", "float64", "instantiate")]),
+    [("float64", "float32", "gram"), ("float32", "float64", "instantiate")],
 )
 def test_an_example_is_clipped_to_the_norm_whatever_the_precisions(kernel, normalized, method):
     inputs = keras.Input((6, 6, 2), dtype=kernel)
@@ -333,7 +331,7 @@ FRONTS = {
 }
 
 
-@pytest.mark.parametrize("front", helpers.first_on_both(list(FRONTS), first=2))
+@pytest.mark.parametrize("front", list(FRONTS))
 def test_local_term_where_a_kernel_layer_feeds_channel_by_channel_else_the_nonlocal_term(front):
     """Lookups have data of a lower rank than what they yield, and indices keep shapes, but not always channels."""
     between, kind = FRONTS[front]
@@ -391,7 +389,7 @@ def in_a_row(normalization, model):
 
 @pytest.mark.parametrize(
     "build, kinds",
-    helpers.first_on_both([(shared, ["local only"] * 2), (in_a_row, ["local only", "none"])], first=2),
+    [(shared, ["local only"] * 2), (in_a_row, ["local only", "none"])],
 )
 @pytest.mark.filterwarnings("ignore:DPBatchNormalization .* gets no gradient")
 def test_normalization_called_twice_reports_that_it_gets_no_nonlocal_term(build, kinds):
@@ -410,7 +408,7 @@ spectral = chain((6, 6, 2), lambda: layers.SpectralNormalization(layers.Conv2D(4
 
 @pytest.mark.parametrize(
     "engine, correction",
-    helpers.first_on_both([("book_keeping", "full"), ("loop", "local"), ("vectorized", "full")], first=2),
+    [("book_keeping", "full"), ("loop", "local"), ("vectorized", "full")],
 )
 def test_spectral_normalization_takes_the_step_of_stock_keras(engine, correction):
     """Keras assigns the normalized kernel to the variable, so that the gradient is that by the normalized kernel."""

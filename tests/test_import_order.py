@@ -11,8 +11,6 @@ import pytest
 import tf_dpbn
 from tf_dpbn import __main__
 
-pytestmark = pytest.mark.keras_free
-
 ROOT = pathlib.Path(tf_dpbn.__file__).parent
 # Modules may import from lower levels, and within their own where that is not a circle.
 LEVELS = (

@@ -275,7 +275,6 @@ def test_real_example_mask_refuses_scalars():
 ARRAY = np.zeros(10)
 
 
-@pytest.mark.keras_free
 def test_frames_of_numbers_and_truth_values_are_taken_and_other_columns_named():
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"age": np.arange(10) / 2, "smokes": np.arange(10) > 4, "visits": np.arange(10)})

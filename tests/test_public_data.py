@@ -11,8 +11,6 @@ from scipy import stats
 from tf_dpbn import public_data
 from tf_dpbn.public_data import dead_leaves, random_fields, uniform_noise, validate_batch
 
-pytestmark = pytest.mark.keras_free
-
 GENERATORS = [uniform_noise, random_fields, dead_leaves]
 
 

@@ -78,7 +78,6 @@ def test_checkpoints_of_swapped_weights_hold_their_statistics(tmp_path):
     np.testing.assert_allclose(model.predict(X, verbose=0), before, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.once
 def test_from_plan_says_that_the_plan_comes_first():
     plan = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=1e-3, num_examples=16, expected_batch_size=4, epochs=4)
     with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, inner"):

@@ -18,8 +18,6 @@ from tf_dpbn import DPBatchNormalization
 from training import Setting
 from utility_tables import TABLES, Row, Table
 
-pytestmark = pytest.mark.once
-
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 GRID = tuple(Setting(learning_rate=rate) for rate in (0.1, 0.2, 0.3))
 TABLE = Table("A table", (Row("one", "tuned", GRID), Row("two", "single", GRID[:1])), seeds=2)

@@ -9,8 +9,6 @@ import pytest
 
 from tf_dpbn import _validate
 
-pytestmark = pytest.mark.keras_free
-
 NOT_NUMBERS = [None, "1", True, [1.0], float("nan"), math.inf, -math.inf, 1j]
 
 CHECKS = {

@@ -10,7 +10,6 @@ from tf_dpbn.clipping.rows import sum_of_squares, weighted_sum
 from tf_dpbn.mechanisms import ROUNDING, normal_from_bits
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("engine", floating_point.ENGINES)
 def test_one_example_of_many_moves_the_sum_by_at_most_the_clip_norm(engine):
     run = floating_point.sum_of(engine)
@@ -18,7 +17,6 @@ def test_one_example_of_many_moves_the_sum_by_at_most_the_clip_norm(engine):
         assert 0.999 <= floating_point.largest_move(run, batch_size) <= neighbours.SLACK
 
 
-@pytest.mark.keras_free
 @pytest.mark.parametrize("shape", [(7, 3), (16, 5, 4), (8, 300, 500)])  # the last one is compiled
 def test_weighted_sums_are_those_of_float64(shape):
     rng = np.random.default_rng(0)
@@ -30,7 +28,6 @@ def test_weighted_sums_are_those_of_float64(shape):
     np.testing.assert_allclose(found, np.tensordot(weights.astype(float), values.astype(float), 1), atol=1e-7)
 
 
-@pytest.mark.keras_free
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_norms_of_long_rows_are_right_to_within_the_margin(jit_compile):
     for shape in ((2, 10**7), (2, 3, 3, 500, 300), (3, 131_101), (2, 5000)):
@@ -40,7 +37,6 @@ def test_norms_of_long_rows_are_right_to_within_the_margin(jit_compile):
         np.testing.assert_allclose(np.sqrt(found), np.sqrt(expected), rtol=ROUNDING / 2)
 
 
-@pytest.mark.keras_free
 def test_crafted_batches_break_a_float32_sum():
     """What the test above would find in an engine that adds up microbatches in float32."""
 
@@ -55,7 +51,6 @@ def test_crafted_batches_break_a_float32_sum():
         assert floating_point.largest_move(run, batch_size) > 1 + 4e-5
 
 
-@pytest.mark.keras_free
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_extreme_bits_give_the_ends_of_the_normal_distribution(jit_compile):
     full, half = 2**32 - 1, 2**31
@@ -78,7 +73,6 @@ def test_extreme_bits_give_the_ends_of_the_normal_distribution(jit_compile):
     assert (first[4:] == 0).all() and np.isfinite(found).all()
 
 
-@pytest.mark.keras_free
 def test_the_tail_has_its_probability_by_construction():
     """The radius exceeds t where the 96 bits are below 2^96 exp(-t^2/2): counted at powers of two, exactly."""
     for bits in (1, 8, 24, 31, 32, 40, 64, 90):
@@ -90,7 +84,6 @@ def test_the_tail_has_its_probability_by_construction():
         assert radius[0] >= t * (1 - 1e-6) and radius[1] <= t * (1 + 1e-6)
 
 
-@pytest.mark.keras_free
 def test_noise_goes_beyond_where_tensorflows_ends():
     largest, beyond = floating_point.tail(300_000_000, seed=3)  # 4.1 are expected; none in one seed of 60
     assert largest > floating_point.END_OF_TENSORFLOWS_NORMALS and beyond >= 1

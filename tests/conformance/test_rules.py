@@ -165,7 +165,7 @@ def layer_task(name, n, dtype="float32", seed=0):
     return task_of(layer, variables, dtype), x, y
 
 
-@pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS, others="once"))
+@pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS))
 def test_norms_and_clipped_sums_equal_plain_differentiation(name, method):
     task, x, y = layer_task(name, 4)
     if not task.variables:
@@ -197,9 +197,7 @@ def unit_normalized_dense():
 
 @pytest.mark.parametrize(
     "name, method",
-    helpers.spread(
-        ["dense", "dense_rank_3", "conv2d_strides_2_3", "conv2d_wide", "conv3d", "depthwise"], METHODS, others="once"
-    ),
+    helpers.spread(["dense", "dense_rank_3", "conv2d_strides_2_3", "conv2d_wide", "conv3d", "depthwise"], METHODS),
 )
 def test_double_precision(name, method):
     keras.mixed_precision.set_global_policy("float64")
@@ -210,7 +208,6 @@ def test_double_precision(name, method):
         keras.mixed_precision.set_global_policy("float32")
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS))
 def test_rules_compile_with_xla_and_agree(name, method):
     task, x, y = layer_task(name, 3) if name != "unit_normalization" else unit_normalized_dense()
@@ -239,7 +236,6 @@ def test_layers_called_twice_are_exact(shape, first, method):
     check_function(function, first.trainable_variables + second.trainable_variables, x, method)
 
 
-@pytest.mark.keras_free
 def test_weights_shared_by_lookup_and_product_are_exact():
     """A tied embedding: the table is looked up in, and multiplies from the right, transposed."""
     table = tf.Variable(normal(7, 4))
@@ -250,7 +246,6 @@ def test_weights_shared_by_lookup_and_product_are_exact():
     check_function(function, [table], np.array([[0, 3, 3, 6], [1, 1, 1, 1], [2, 4, 5, 0]]), "instantiate")
 
 
-@pytest.mark.keras_free
 @pytest.mark.parametrize("resource", [False, True])
 def test_lookups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
     table = tf.Variable(normal(6, 3))
@@ -271,13 +266,11 @@ def test_lookups_count_repeated_ids_once_and_foreign_ids_not_at_all(resource):
     np.testing.assert_allclose(foreign, expected, rtol=1e-5)
 
 
-@pytest.mark.keras_free
 def test_a_variable_with_some_use_that_no_rule_covers_is_differentiated_directly():
     kernel = tf.Variable(normal(4, 4))
     check_function(lambda x: x @ kernel + tf.linalg.diag_part(kernel * kernel), [kernel], normal(3, 4, seed=1), "gram")
 
 
-@pytest.mark.keras_free
 def test_transposed_and_foreign_operands():
     kernel, left = tf.Variable(normal(3, 5)), tf.Variable(normal(2, 4, seed=1))
 
@@ -290,7 +283,7 @@ def test_transposed_and_foreign_operands():
 
 @pytest.mark.parametrize(
     "name, method",
-    helpers.spread(["dense", "dense_rank_3", "conv2d_same", "conv2d_wide"], METHODS, others="once"),
+    helpers.spread(["dense", "dense_rank_3", "conv2d_same", "conv2d_wide"], METHODS),
 )
 def test_examples_that_are_not_finite_contribute_nothing(name, method):
     task, x, y = layer_task(name, 4)
@@ -317,7 +310,6 @@ def test_norms_by_inner_products_are_never_too_small_under_cancellation():
         assert np.linalg.norm(helpers.flat(run(rows_of(x[i : i + 1], y[i : i + 1])))) <= 1e-5 * (1 + 1e-3)
 
 
-@pytest.mark.keras_free
 @hypothesis.settings(derandomize=True, max_examples=25, deadline=None)
 @hypothesis.given(
     size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
@@ -334,7 +326,6 @@ def test_convolutions_of_any_shape(size, taps, strides, channels, padding, metho
     check_function(lambda x: tf.nn.conv2d(x, kernel, strides, padding.upper()), [kernel], x, method)
 
 
-@pytest.mark.keras_free
 @hypothesis.settings(derandomize=True, max_examples=10, deadline=None)
 @hypothesis.given(
     leading=st.lists(st.integers(1, 4), max_size=3),
@@ -347,7 +338,6 @@ def test_dense_layers_of_any_rank(leading, inputs, outputs, method):
     check_function(lambda x: tf.tensordot(x, kernel, 1), [kernel], normal(3, *leading, inputs, seed=2), method)
 
 
-@pytest.mark.keras_free
 def test_custom_gradients_are_respected():
     """A variable inside tf.custom_gradient gets the gradient that the function defines, not that of its operations."""
     kernel, x = tf.Variable(normal(4, 3)), normal(3, 4, seed=1)
@@ -367,7 +357,6 @@ def test_custom_gradients_are_respected():
     check_function(recomputed, [kernel], x)
 
 
-@pytest.mark.keras_free
 def test_variables_inside_control_flow_and_functions_are_exact():
     kernel, x = tf.Variable(normal(4, 4)), normal(3, 4, seed=1)
     inner = tf.function(lambda x: tf.tanh(x @ kernel), autograph=False)

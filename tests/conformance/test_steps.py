@@ -17,7 +17,6 @@ ALL = ["--all"] if os.environ.get("CONFORMANCE") == "all" else []
 
 
 @pytest.mark.slow
-@pytest.mark.once
 def test_steps_of_each_optimizer_and_number_of_replicas_keep_the_contract():
     """One test, so that the program runs once."""
     found = json.loads(last_line("-m", "tests.conformance.steps", *ALL))
