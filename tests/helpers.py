@@ -26,8 +26,7 @@ layers = keras.layers
 def spread(*axes: Sequence[Any], others: str = "thorough") -> list[Any]:
     """All combinations of the axes' values, for `parametrize`; a diagonal part of them is for every run of the gate.
 
-    It holds each value of the longest axis with one of the second longest, in turn. The others get a marker: by default
-    `make test` leaves them to `make thorough`; with "once" it runs them on Keras 3.
+    It holds each value of the longest axis with one of the second longest, in turn. The others are for `make thorough`.
     """
     period = sorted(map(len, axes))[-2]
     mark = getattr(pytest.mark, others)

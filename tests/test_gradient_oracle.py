@@ -122,7 +122,11 @@ def errors(build, shape, *corrections, **options):
 
 @pytest.mark.parametrize(
     "net, correction",
-    [("three", "adaptive"), ("assorted", "full"), *((net, "full") for net in NETS if net != "assorted")],
+    [
+        pytest.param("three", "adaptive", marks=pytest.mark.both),
+        ("assorted", "full"),
+        *((net, "full") for net in NETS if net != "assorted"),
+    ],
 )
 def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net, correction):
     assert errors(*NETS[net], correction)[0] < 1e-4

@@ -165,6 +165,7 @@ def layer_task(name, n, dtype="float32", seed=0):
     return task_of(layer, variables, dtype), x, y
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("name, method", helpers.spread(list(TABLE), METHODS))
 def test_norms_and_clipped_sums_equal_plain_differentiation(name, method):
     task, x, y = layer_task(name, 4)
