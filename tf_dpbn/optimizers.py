@@ -117,6 +117,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
                 "not accumulate gradients itself: each would carry noise of its own",
                 "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes.",
             )
+        if getattr(inner, "loss_scale_factor", None):
+            raise _validate.argument_error(
+                "inner",
+                f"loss_scale_factor={inner.loss_scale_factor}",
+                "not divide gradients by a loss scale",
+                "Pass loss_scale to DPModel.compile, which scales losses before gradients are clipped.",
+            )
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner

@@ -200,7 +200,7 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._normalizations = [call.layer for call in calls]
         for layer in self._normalizations:
             layer.training_scope = self._scope
-        model.compute_loss = RowLoss(model, self._rows, padded=self._rows != self._expected)
+        model.compute_loss = self._row_loss = RowLoss(model, self._rows, padded=self._rows != self._expected)
         model.optimizer._create_all_weights(model.trainable_variables)  # in the step they would have it traced twice
         model.make_train_function(force=True)
 
@@ -222,9 +222,15 @@ class StatisticsCallback(keras.callbacks.Callback):
         self._scope.allow_nothing()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Brings the moving statistics up to the weights, within `fit`."""
+        """Brings the moving statistics up to the weights, and has the compiled loss computed as usual, within `fit`."""
         if self._normalizations:
             self._scope.for_inference()
+            del self.model.compute_loss
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Has the loss of each row computed alone again, within `fit`."""
+        if self._normalizations:
+            self.model.compute_loss = self._row_loss
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, for those who save or validate now, and logs epsilon."""

@@ -20,8 +20,10 @@ from tf_dpbn._keras import (
     is_keras_loss,
     keras,
     steps_of_epoch,
+    symbolic_outputs,
 )
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
+from tf_dpbn.model.training_record import TrainingRecord
 from tf_dpbn.normalization import DPBatchNormalization
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling, PoissonSource
@@ -41,7 +43,7 @@ def stock_normalizations(model: Any) -> list[Any]:
 
 
 def check_layers(model: Any) -> None:
-    """Refuses stock batch normalization that would train, and losses that layers add while they are called.
+    """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add when called.
 
     Raises:
       ValueError: naming the layer.
@@ -53,6 +55,11 @@ def check_layers(model: Any) -> None:
             f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
         )
     for layer in flatten_layers(model):
+        if isinstance(getattr(layer, "_record", None), TrainingRecord):
+            raise ValueError(
+                f"Layer {layer.name!r} is a DPModel, with a ledger of its own. Build it as keras.Model, or take both "
+                f"ledgers together by tf_dpbn.convert(model). Received: layer={layer!r}"
+            )
         if getattr(layer, "activity_regularizer", None) is not None:
             refuse_call_time_loss(layer)
 
@@ -425,7 +432,8 @@ def check_trainable(model: Any) -> None:
     Raises:
       ValueError: where there are no trainable weights.
     """
-    if model.built and not model.trainable_variables:
+    has_weights = model.weights or symbolic_outputs(model) is not None  # a subclass may be called built without
+    if model.built and has_weights and not model.trainable_variables:
         raise ValueError(
             f"The model {model.name!r} has no trainable weights. Set `trainable = True` of the layers to train, and of "
             "what holds them, and call `compile` again. Received: trainable_variables=[]"

@@ -137,6 +137,7 @@ class DPModel(keras.Model):
         self._private_optimizer = None  # a model whose `compile` fails does not train
         checks.check_overrides(self, DPModel)
         checks.check_replicas(self.distribute_strategy, optimizer, bool(kwargs.get("run_eagerly")))
+        self._record.check_optimizer(optimizer)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
         if loss_scale is not None:
@@ -275,8 +276,6 @@ class DPModel(keras.Model):
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger records the step with sampling assumed.
-
-        Moving statistics are then those of the weights before the step: call `refresh_statistics` before evaluating.
 
         Raises:
           NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
@@ -434,8 +433,8 @@ class DPModel(keras.Model):
         """Sets the moving statistics to those of the public batch at the current weights.
 
         Each step sets them to those of the weights before its update, `fit` at the ends of epochs to those after it,
-        and so do saving, export, and `evaluate` and `predict` with callbacks, which may swap weights. Call it after
-        `train_on_batch`, or after changing weights by hand.
+        and so do `evaluate`, `predict`, saving and export of a model that has trained in this process. Call it if you
+        call the model itself after `train_on_batch`, or after changing weights by hand.
 
         Raises:
           RuntimeError: if the model is not built.
@@ -444,12 +443,20 @@ class DPModel(keras.Model):
         self._public.refresh()
 
     def evaluate(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
-        """keras.Model.evaluate, by statistics of the weights that callbacks put into the model, if any do."""
-        return super().evaluate(*args, callbacks=_around_evaluation(callbacks), **kwargs)
+        """keras.Model.evaluate, by statistics of the weights, also of those that callbacks put into the model."""
+        return super().evaluate(*args, callbacks=self._with_statistics(callbacks), **kwargs)
 
     def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
-        """keras.Model.predict, by statistics of the weights that callbacks put into the model, if any do."""
-        return super().predict(*args, callbacks=_around_evaluation(callbacks), **kwargs)
+        """keras.Model.predict, by statistics of the weights, also of those that callbacks put into the model."""
+        return super().predict(*args, callbacks=self._with_statistics(callbacks), **kwargs)
+
+    def _with_statistics(self, callbacks: Any) -> Any:
+        """Refreshes statistics for an evaluation, or lets callbacks do so; those of `fit` do already."""
+        if callbacks and not isinstance(callbacks, keras.callbacks.CallbackList):
+            return with_refreshes(callbacks)
+        if not callbacks:
+            self._public.refresh_if_trained()
+        return callbacks
 
     def correction_report(self) -> list[tuple[str, str]]:
         """How the gradient flows through the statistics of each normalization; needs `compile` and a public batch.
@@ -517,7 +524,6 @@ class DPModel(keras.Model):
           ValueError: for the formats .h5 and (tf_keras) SavedModel, which would lose them.
         """
         saving.check_file(filepath, kwargs.get("save_format", "keras"))
-        self._public.refresh_if_trained()
         return super().save(filepath, *args, **kwargs)
 
     def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
@@ -539,7 +545,8 @@ class DPModel(keras.Model):
         return StoredBeside(functools.partial(saving.save_record, self), functools.partial(saving.load_record, self))
 
     def save_own_variables(self, store: Any) -> None:
-        """Keras' hook."""
+        """Keras' hook, before other weights are saved."""
+        self._public.refresh_if_trained()
         if not IS_KERAS_3:
             self.reset_metrics()  # tf_keras saves them: sums over private examples, without noise
         super().save_own_variables(store)
@@ -578,10 +585,3 @@ def _sampling_behind(x: Any) -> PoissonSampling | None:
         return None
     (rows,) = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list() or [0]
     return source.sampling if rows in (None, source.sampling.rows) else None
-
-
-def _around_evaluation(callbacks: Any) -> Any:
-    """Callbacks of an evaluation, and behind them what follows their weights; `fit` hands over those that it has."""
-    if callbacks is None or isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    return with_refreshes(callbacks)

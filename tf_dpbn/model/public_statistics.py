@@ -22,10 +22,14 @@ from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_movi
 
 
 class RefreshAtEpochEnds(keras.callbacks.Callback):
-    """In front of other callbacks, which read statistics of the weights at the end of an epoch."""
+    """In front of other callbacks, which read statistics of the weights at the ends of epochs and of training."""
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Refreshes."""
+        self.model._public.refresh_if_trained()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Refreshes: Keras may have written averaged weights by now."""
         self.model._public.refresh_if_trained()
 
 

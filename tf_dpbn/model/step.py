@@ -89,7 +89,7 @@ def task(model: Any, public: PublicForward) -> Task:
         y_pred = MaskedPredictions(y_pred, masks) if tf.nest.flatten(masks) else y_pred
         parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
         residuals = public.residuals(given, tf.nest.flatten(x))
-        return ExampleResult(scale * tf.reduce_mean(loss), parts, y_pred, residuals)
+        return ExampleResult(scale * tf.cast(tf.reduce_mean(loss), tf.float32), parts, y_pred, residuals)
 
     variables = tuple(raw(variable) for variable in model.trainable_variables)
     return Task(run_example, variables, public.calls, _loss_scale(model))

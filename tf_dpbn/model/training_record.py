@@ -8,6 +8,7 @@ import uuid
 
 import tensorflow as tf
 
+from tf_dpbn import _validate
 from tf_dpbn.accounting import Ledger, StepRecord
 from tf_dpbn.normalization import ReleasedMeans
 from tf_dpbn.optimizers import DPOptimizer
@@ -70,6 +71,20 @@ class TrainingRecord(tf.train.experimental.PythonState):
             sampling=sampling,
         )
         return self.next_step
+
+    def check_optimizer(self, optimizer: DPOptimizer) -> None:
+        """Refuses an optimizer that has counted another model's steps.
+
+        Raises:
+          ValueError: with the remedy.
+        """
+        if optimizer is not self._optimizer and optimizer.counted_steps():
+            raise _validate.argument_error(
+                "optimizer",
+                type(optimizer).__name__,
+                "not have trained another model, whose steps it has counted",
+                "Build a new one: type(optimizer).from_config(optimizer.get_config()).",
+            )
 
     def ledger(self) -> Ledger:
         """Everything that ran, the running steps included."""
