@@ -1,5 +1,6 @@
 """DP optimizers: a Keras optimizer that accepts nothing but clipped and noised gradients."""
 
+import inspect
 import json
 import math
 import re
@@ -326,17 +327,25 @@ def make_plan():
     return tf_dpbn.PrivacyPlan(noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1)
 
 
-@pytest.mark.parametrize("name", ["generic", "sgd", "adam", "adagrad"])
-def test_from_plan(name):
-    cls = type(OPTIMIZERS[name](**PRIVACY))
-    inner = dict(inner=SGD(0.3)) if name == "generic" else dict(learning_rate=0.3)
-    optimizer = cls.from_plan(make_plan(), l2_norm_clip=2.0, **inner)
-    assert type(optimizer) is cls
-    assert optimizer.noise_multiplier == 1.2
-    assert (optimizer.expected_batch_size, optimizer.num_examples) == (20, 400)
-    assert (optimizer.delta, optimizer.sampling_probability) == (1e-4, 0.05)
-    assert optimizer.l2_norm_clip == 2.0
-    assert float(optimizer.learning_rate) == pytest.approx(0.3)
+def test_from_plan():
+    for optimizer in OPTIMIZERS.values():
+        cls = type(optimizer(**PRIVACY))
+        inner = dict(inner=SGD(0.3)) if cls is tf_dpbn.DPOptimizer else dict(learning_rate=0.3)
+        optimizer = cls.from_plan(make_plan(), l2_norm_clip=2.0, **inner)
+        assert type(optimizer) is cls
+        assert optimizer.noise_multiplier == 1.2
+        assert (optimizer.expected_batch_size, optimizer.num_examples) == (20, 400)
+        assert (optimizer.delta, optimizer.sampling_probability) == (1e-4, 0.05)
+        assert optimizer.l2_norm_clip == 2.0
+        assert float(optimizer.learning_rate) == pytest.approx(0.3)
+
+
+def test_from_plan_says_that_the_plan_comes_first():
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, inner"):
+        tf_dpbn.DPOptimizer.from_plan(keras.optimizers.Adam(1e-3), make_plan(), l2_norm_clip=1.0)
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, l2_norm"):
+        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(1.0, l2_norm_clip=make_plan())
+    assert list(inspect.signature(tf_dpbn.DPOptimizer.from_plan).parameters)[:3] == ["plan", "inner", "l2_norm_clip"]
 
 
 def test_from_plan_refuses_what_the_plan_decides():
@@ -347,15 +356,17 @@ def test_from_plan_refuses_what_the_plan_decides():
             optimizers.VectorizedDPKerasSGDOptimizer.from_plan(make_plan(), l2_norm_clip=1.0, **{argument: value})
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
-def test_positional_arguments_of_tensorflow_privacy(name):
-    cls = type(OPTIMIZERS[name](**PRIVACY))
+@pytest.mark.parametrize(("name", "argument"), [("SGD", "nesterov"), ("Adam", "beta_1"), ("Adagrad", "epsilon")])
+def test_arguments_of_tensorflow_privacy_and_of_the_inner_optimizer(name, argument):
+    cls = getattr(optimizers, f"VectorizedDPKeras{name}Optimizer")
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:4] == ["l2_norm_clip", "noise_multiplier", "num_microbatches", "learning_rate"]
+    assert {argument, "expected_batch_size"} <= set(parameters)
     optimizer = cls(1.5, 0.7, 8, 0.25)
     assert (optimizer.l2_norm_clip, optimizer.noise_multiplier) == (1.5, 0.7)
     assert optimizer.expected_batch_size == 8.0
     assert optimizer.sampling_probability is None
     assert float(optimizer.learning_rate) == pytest.approx(0.25)
-    assert cls.__name__ == f"VectorizedDPKeras{cls.inner_class.__name__}Optimizer"
 
 
 def test_microbatches_may_equal_the_batch_size():
