@@ -165,8 +165,9 @@ def test_a_deep_copy_is_refused(model):
         copy.deepcopy(model)
 
 
-def test_steps_while_the_ledger_is_read_are_recorded(model, monkeypatch):
+def test_steps_while_the_ledger_is_read_are_recorded(monkeypatch):
     """Another thread's steps, between two reads of the optimizer's counter."""
+    model = make_model()
     helpers.spend(model, 1)
     counted = model.optimizer.counted_steps
 
@@ -178,7 +179,7 @@ def test_steps_while_the_ledger_is_read_are_recorded(model, monkeypatch):
     monkeypatch.setattr(model.optimizer, "counted_steps", count_and_step)
     model._record.open(model.optimizer)
     monkeypatch.undo()
-    assert model.ledger.steps == 2
+    assert model.ledger.steps == sum(counted().values()) > 1
 
 
 def test_functions_that_tensorflow_runs_eagerly_are_refused(model):

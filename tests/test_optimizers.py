@@ -1,5 +1,6 @@
 """DP optimizers: a Keras optimizer that accepts nothing but clipped and noised gradients."""
 
+import inspect
 import json
 import math
 import re
@@ -22,14 +23,10 @@ def decay():
 
 
 INNER = {
-    "sgd": lambda: SGD(0.3),
     "momentum": lambda: SGD(0.3, momentum=0.9, nesterov=True),
     "schedule": lambda: SGD(decay()),
-    "adam": lambda: keras.optimizers.Adam(0.1),
     "adam_schedule": lambda: keras.optimizers.Adam(decay(), beta_1=0.8, amsgrad=True),
-    "adagrad": lambda: keras.optimizers.Adagrad(0.2),
-    "rmsprop": lambda: keras.optimizers.RMSprop(0.1, centered=True),
-    "name": lambda: "adam",
+    "name": lambda: "rmsprop",
 }
 
 PRIVACY = dict(l2_norm_clip=1.5, noise_multiplier=0.7, expected_batch_size=8, num_examples=50, delta=1e-3)
@@ -37,7 +34,6 @@ PRIVACY = dict(l2_norm_clip=1.5, noise_multiplier=0.7, expected_batch_size=8, nu
 OPTIMIZERS = {
     "generic": lambda **kw: optimizers.DPOptimizer(INNER["momentum"](), **kw),
     "generic_schedule": lambda **kw: optimizers.DPOptimizer(INNER["schedule"](), **kw),
-    "generic_name": lambda **kw: optimizers.DPOptimizer("rmsprop", **kw),
     "sgd": lambda **kw: optimizers.VectorizedDPKerasSGDOptimizer(**{"learning_rate": 0.3, "momentum": 0.9, **kw}),
     "adam": lambda **kw: optimizers.VectorizedDPKerasAdamOptimizer(**{"learning_rate": decay(), "beta_1": 0.8, **kw}),
     "adagrad": lambda **kw: optimizers.VectorizedDPKerasAdagradOptimizer(
@@ -113,12 +109,6 @@ def test_works_in_a_function():
     np.testing.assert_allclose(moved, 0.002 * np.sign(helpers.flat(clipped.tensors)), rtol=1e-2)
 
 
-def test_noise_has_the_scale_of_the_clipping_bound():
-    optimizer = helpers.dp_optimizer(noise_multiplier=2.0, l2_norm_clip=3.0, noise_seed=0)
-    released = optimizer.release((ClippedSum((tf.zeros([20_000]),), 3.0),))[0].tensors[0]
-    np.testing.assert_allclose(np.std(released), 2.0 * 3.0 / 8, rtol=0.02)
-
-
 # ---------------------------------------------------------------- refusing ordinary gradients
 
 REFUSED = {
@@ -134,38 +124,33 @@ REFUSED = {
 TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel"
 
 
-@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
 @pytest.mark.parametrize("optimizer", ["generic", "adam"])
-def test_refuses_ordinary_gradients(call, optimizer):
+def test_refuses_ordinary_gradients(optimizer):
     layer, optimizer = make_layer(), OPTIMIZERS[optimizer](**PRIVACY)
     before = layer.get_weights()
     gradients = [tf.ones(v.shape) for v in layer.trainable_variables]
-    with pytest.raises(TypeError, match=f"{type(optimizer).__name__} {TRAIN_WITH}"):
-        call(optimizer, gradients, layer.trainable_variables)
+    for call in REFUSED.values():
+        with pytest.raises(TypeError, match=f"{type(optimizer).__name__} {TRAIN_WITH}"):
+            call(optimizer, gradients, layer.trainable_variables)
     np.testing.assert_array_equal(layer.get_weights()[0], before[0])
 
 
-@pytest.mark.parametrize("train", ["fit", "fit_eagerly", "train_on_batch"])
-@pytest.mark.parametrize("optimizer", ["generic", "adam"])
-def test_refuses_to_train_a_stock_model(train, optimizer):
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    model.compile(OPTIMIZERS[optimizer](**PRIVACY), "mse", run_eagerly=train == "fit_eagerly")
+@pytest.mark.parametrize("optimizer", ["generic", "adam", "loss_scale"])
+def test_refuses_to_train_a_stock_model(optimizer):
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    ways = [(model.fit, False), (model.fit, True), (model.train_on_batch, False)]
+    if optimizer == "loss_scale":  # in mixed precision Keras wraps the compiled optimizer
+        ways = ways[:1]
+        optimizer = keras.mixed_precision.LossScaleOptimizer(OPTIMIZERS["generic"](**PRIVACY))
+    else:
+        optimizer = OPTIMIZERS[optimizer](**PRIVACY)
     x, y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
     before = model.get_weights()
-    with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
-        model.train_on_batch(x, y) if train == "train_on_batch" else model.fit(x, y, verbose=0)
-    np.testing.assert_array_equal(model.get_weights()[0], before[0])
-
-
-def test_refuses_to_train_a_stock_model_in_mixed_precision():
-    """Keras wraps the compiled optimizer in one that scales losses."""
-    inputs = keras.Input((3,))
-    model = keras.Model(inputs, keras.layers.Dense(2, dtype="mixed_float16")(inputs))
-    scaled = keras.mixed_precision.LossScaleOptimizer(OPTIMIZERS["generic"](**PRIVACY))
-    model.compile(scaled, "mse")
-    before = model.get_weights()
-    with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
-        model.fit(np.ones((4, 3), "float32"), np.ones((4, 2), "float32"), verbose=0)
+    for train, eagerly in ways:
+        model.compile(optimizer, "mse", run_eagerly=eagerly)
+        with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
+            train(x, y)
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
 
 
@@ -204,18 +189,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["generic", "sgd"])
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_refuses_bad_arguments(optimizer, arguments, message):
-    with pytest.raises(ValueError, match=f"^`.*Received: {arguments_of(message)}$"):
-        OPTIMIZERS[optimizer](**{**PRIVACY, **arguments})
-    with pytest.raises(ValueError, match=message):
-        OPTIMIZERS[optimizer](**{**PRIVACY, **arguments})
-
-
-def arguments_of(message):
-    """The last part of a pattern: what was received."""
-    return message.rsplit(".*", 1)[1]
+def test_refuses_bad_arguments(arguments, message):
+    requirement, received = message.rsplit(".*", 1)
+    with pytest.raises(ValueError, match=f"^`.*{requirement}.*Received: {received}$|^`{requirement}.*: {received}$"):
+        OPTIMIZERS["generic"](**{**PRIVACY, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -258,27 +236,22 @@ def test_privacy_arguments_become_plain_numbers():
 # ---------------------------------------------------------------- configuration
 
 
-@pytest.mark.parametrize("how", ["config", "serialization", "json"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("extra", [{}, {"name": "mine"}, {"num_examples": None, "delta": None}])
-def test_configuration_round_trip(optimizer, how, extra):
-    optimizer = optimizer(**{**PRIVACY, **extra, "noise_seed": 4242})
-    if how == "config":
-        clone = type(optimizer).from_config(optimizer.get_config())
-    elif how == "serialization":
-        clone = deserialize(serialize(optimizer))
-    else:
-        clone = deserialize(json.loads(json.dumps(serialize(optimizer))))
-    assert type(clone) is type(optimizer)
-    assert type(clone.inner) is type(optimizer.inner)
-    assert clone.get_config() == optimizer.get_config()
-    assert clone.name == optimizer.name
-    assert clone.sampling_probability == optimizer.sampling_probability
-    for argument, value in {**PRIVACY, **extra}.items():
-        assert getattr(clone, argument) == value
-    assert "4242" not in json.dumps(serialize(optimizer))
-    draws = [o._noise_source.standard_normal([tf.TensorShape([4])])[0] for o in (optimizer, clone)]
-    assert not np.array_equal(*draws)
+def test_configuration_round_trip(optimizer):
+    for extra in ({}, {"name": "mine"}, {"num_examples": None, "delta": None}):
+        original = optimizer(**{**PRIVACY, **extra, "noise_seed": 4242})
+        text = json.dumps(serialize(original))
+        assert "4242" not in text
+        for clone in (type(original).from_config(original.get_config()), deserialize(json.loads(text))):
+            assert type(clone) is type(original)
+            assert type(clone.inner) is type(original.inner)
+            assert clone.get_config() == original.get_config()
+            assert clone.name == original.name
+            assert clone.sampling_probability == original.sampling_probability
+            for argument, value in {**PRIVACY, **extra}.items():
+                assert getattr(clone, argument) == value
+            draws = [o._noise_source.standard_normal([tf.TensorShape([4])])[0] for o in (original, clone)]
+            assert not np.array_equal(*draws)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -295,9 +268,8 @@ def test_a_restored_optimizer_trains_alike(optimizer):
 # ---------------------------------------------------------------- use as a Keras optimizer
 
 
-@pytest.mark.parametrize("optimizer", ["generic", "sgd"])
-def test_learning_rate_is_that_of_the_inner_optimizer(optimizer):
-    optimizer = OPTIMIZERS[optimizer](**PRIVACY)
+def test_learning_rate_is_that_of_the_inner_optimizer():
+    optimizer = OPTIMIZERS["sgd"](**PRIVACY)
     assert float(optimizer.learning_rate) == pytest.approx(0.3)
     optimizer.learning_rate = 0.05
     assert float(optimizer.learning_rate) == pytest.approx(0.05)
@@ -355,44 +327,46 @@ def make_plan():
     return tf_dpbn.PrivacyPlan(noise_multiplier=1.2, delta=1e-4, num_examples=400, expected_batch_size=20, epochs=1)
 
 
-@pytest.mark.parametrize("name", ["generic", "sgd", "adam", "adagrad"])
-def test_from_plan(name):
-    cls = type(OPTIMIZERS[name](**PRIVACY))
-    inner = dict(inner=SGD(0.3)) if name == "generic" else dict(learning_rate=0.3)
-    optimizer = cls.from_plan(make_plan(), l2_norm_clip=2.0, **inner)
-    assert type(optimizer) is cls
-    assert optimizer.noise_multiplier == 1.2
-    assert (optimizer.expected_batch_size, optimizer.num_examples) == (20, 400)
-    assert (optimizer.delta, optimizer.sampling_probability) == (1e-4, 0.05)
-    assert optimizer.l2_norm_clip == 2.0
-    assert float(optimizer.learning_rate) == pytest.approx(0.3)
+def test_from_plan():
+    for optimizer in OPTIMIZERS.values():
+        cls = type(optimizer(**PRIVACY))
+        inner = dict(inner=SGD(0.3)) if cls is tf_dpbn.DPOptimizer else dict(learning_rate=0.3)
+        optimizer = cls.from_plan(make_plan(), l2_norm_clip=2.0, **inner)
+        assert type(optimizer) is cls
+        assert optimizer.noise_multiplier == 1.2
+        assert (optimizer.expected_batch_size, optimizer.num_examples) == (20, 400)
+        assert (optimizer.delta, optimizer.sampling_probability) == (1e-4, 0.05)
+        assert optimizer.l2_norm_clip == 2.0
+        assert float(optimizer.learning_rate) == pytest.approx(0.3)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [
-        ("noise_multiplier", 1.1),
-        ("expected_batch_size", 20),
-        ("num_examples", 400),
-        ("delta", 1e-5),
-        ("num_microbatches", 20),
-    ],
-)
-def test_from_plan_refuses_what_the_plan_decides(argument, value):
-    message = f"`{argument}` must be left out. The plan decides it. Received: {argument}={value}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(make_plan(), l2_norm_clip=1.0, **{argument: value})
+def test_from_plan_says_that_the_plan_comes_first():
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, inner"):
+        tf_dpbn.DPOptimizer.from_plan(keras.optimizers.Adam(1e-3), make_plan(), l2_norm_clip=1.0)
+    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, l2_norm"):
+        optimizers.VectorizedDPKerasSGDOptimizer.from_plan(1.0, l2_norm_clip=make_plan())
+    assert list(inspect.signature(tf_dpbn.DPOptimizer.from_plan).parameters)[:3] == ["plan", "inner", "l2_norm_clip"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adagrad"])
-def test_positional_arguments_of_tensorflow_privacy(name):
-    cls = type(OPTIMIZERS[name](**PRIVACY))
+def test_from_plan_refuses_what_the_plan_decides():
+    decided = {"noise_multiplier": 1.1, "expected_batch_size": 20, "num_examples": 400, "delta": 1e-5}
+    for argument, value in {**decided, "num_microbatches": 20}.items():
+        message = f"`{argument}` must be left out. The plan decides it. Received: {argument}={value}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            optimizers.VectorizedDPKerasSGDOptimizer.from_plan(make_plan(), l2_norm_clip=1.0, **{argument: value})
+
+
+@pytest.mark.parametrize(("name", "argument"), [("SGD", "nesterov"), ("Adam", "beta_1"), ("Adagrad", "epsilon")])
+def test_arguments_of_tensorflow_privacy_and_of_the_inner_optimizer(name, argument):
+    cls = getattr(optimizers, f"VectorizedDPKeras{name}Optimizer")
+    parameters = inspect.signature(cls).parameters
+    assert list(parameters)[:4] == ["l2_norm_clip", "noise_multiplier", "num_microbatches", "learning_rate"]
+    assert {argument, "expected_batch_size"} <= set(parameters)
     optimizer = cls(1.5, 0.7, 8, 0.25)
     assert (optimizer.l2_norm_clip, optimizer.noise_multiplier) == (1.5, 0.7)
     assert optimizer.expected_batch_size == 8.0
     assert optimizer.sampling_probability is None
     assert float(optimizer.learning_rate) == pytest.approx(0.25)
-    assert cls.__name__ == f"VectorizedDPKeras{cls.inner_class.__name__}Optimizer"
 
 
 def test_microbatches_may_equal_the_batch_size():

@@ -25,16 +25,6 @@ from tf_dpbn.sampling import (
     source_of,
 )
 
-
-def make_sampling(num_examples=20, rate=0.25, rows=20, steps=10) -> PoissonSampling:
-    return PoissonSampling(
-        num_examples=num_examples,
-        sampling_probability=rate,
-        max_batch_size=rows,
-        steps_per_epoch=steps,
-    )
-
-
 # Datasets.
 
 
@@ -80,19 +70,14 @@ def test_padding_keeps_not_a_number_and_infinity_out():
 
 def test_empty_draws_are_batches_of_padding():
     dataset = poisson_dataset(
-        np.ones((50, 2)),
-        np.ones(50),
-        expected_batch_size=1,
-        max_batch_size=4,
-        steps_per_epoch=200,
-        seed=15,
+        np.ones((50, 2)), np.ones(50), expected_batch_size=1, max_batch_size=4, steps_per_epoch=200, seed=15
     )
     empty = [x for x, _, weight in dataset.as_numpy_iterator() if not weight.any()]
     assert 40 < len(empty) < 110  # 200 * (1 - 1/50)^50 = 73
     assert all(x.shape == (4, 2) and not x.any() for x in empty)
 
 
-def test_truncated_draws_fill_all_rows():
+def test_truncated_batches_fill_all_rows():
     dataset = poisson_dataset(np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16)
     full = [int(weight.sum()) for _, _, weight in dataset.repeat(30).as_numpy_iterator()]
     assert max(full) == 50 and min(full) < 50
@@ -179,7 +164,9 @@ def test_source_tells_the_sampling_and_labels():
     source = source_of(dataset)
     assert source is dataset.tf_dpbn_source and isinstance(source, PoissonSource)
     assert source.labels is labels
-    assert source.sampling == make_sampling(100, 0.08, rows=24, steps=4)
+    assert source.sampling == PoissonSampling(
+        num_examples=100, sampling_probability=0.08, max_batch_size=24, steps_per_epoch=4
+    )
     assert source.sampling.expected_batch_size == pytest.approx(8.0)
 
 
@@ -190,51 +177,38 @@ def options(**values) -> tf.data.Options:
     return made
 
 
-@pytest.mark.parametrize(
-    "derive",
-    [
-        lambda d: d.prefetch(2),
-        lambda d: d.with_options(options(deterministic=True)).prefetch(1),
-        lambda d: d.prefetch(1).with_options(options(threading=tf.data.ThreadingOptions())),
-    ],
-)
-def test_prefetching_and_options_keep_the_source(derive):
-    dataset = small_dataset()
-    assert source_of(derive(dataset)) is source_of(dataset) is not None
-
-
 def every_worker_takes_all() -> tf.data.Options:
     made = tf.data.Options()
     made.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return made
 
 
-@pytest.mark.parametrize(
-    "derive",
-    [
-        lambda d: d.cache(),
-        lambda d: d.repeat(),
-        lambda d: d.take(1),
-        lambda d: d.map(lambda x, y, weight: (x, y, weight)).prefetch(1),
-        lambda d: d.with_options(options(deterministic=False)),
-        lambda d: d.with_options(every_worker_takes_all()).prefetch(1),
-    ],
-)
-def test_derived_datasets_lose_the_source(derive):
+def test_prefetching_and_options_keep_the_source_and_what_is_derived_otherwise_does_not():
     dataset = small_dataset()
-    assert source_of(derive(dataset)) is None
-    assert source_behind(derive(dataset)) is source_of(dataset)
+    for same in (
+        dataset.prefetch(2),
+        dataset.with_options(options(deterministic=True)).prefetch(1),
+        dataset.prefetch(1).with_options(options(threading=tf.data.ThreadingOptions())),
+    ):
+        assert source_of(same) is source_of(dataset) is not None
+    for derived in (
+        dataset.cache(),
+        dataset.repeat(),
+        dataset.take(1),
+        dataset.map(lambda x, y, weight: (x, y, weight)).prefetch(1),
+        dataset.with_options(options(deterministic=False)),
+        dataset.with_options(every_worker_takes_all()).prefetch(1),
+    ):
+        assert source_of(derived) is None
+        assert source_behind(derived) is source_of(dataset)
 
 
-@pytest.mark.parametrize("other", [None, np.zeros(3), tf.data.Dataset.range(3)])
-def test_other_data_has_no_source(other):
-    assert source_of(other) is source_behind(other) is None
-
-
-def test_source_of_ignores_a_foreign_attribute():
-    dataset = tf.data.Dataset.range(3)
-    dataset.tf_dpbn_source = "something else"
-    assert source_of(dataset) is None
+def test_other_data_has_no_source():
+    foreign = tf.data.Dataset.range(3)
+    foreign.tf_dpbn_source = "something else"
+    assert source_of(foreign) is None
+    for other in (None, np.zeros(3), tf.data.Dataset.range(3)):
+        assert source_of(other) is source_behind(other) is None
 
 
 # Masks.
@@ -252,16 +226,13 @@ def test_source_of_ignores_a_foreign_attribute():
         (np.zeros(0, "float32"), []),
     ],
 )
-@pytest.mark.parametrize("compiled", [False, True])
-def test_real_example_mask(weight, expected, compiled):
+def test_real_example_mask(weight, expected):
     weight = tf.constant(weight)
-    function = real_example_mask
-    if compiled:
-        unknown = tf.TensorSpec(None, weight.dtype)  # not even the rank is known
-        function = tf.function(real_example_mask, input_signature=[unknown])
-    mask = function(weight)
-    assert mask.dtype == tf.bool
-    assert mask.numpy().tolist() == expected
+    unknown = tf.TensorSpec(None, weight.dtype)  # not even the rank is known
+    for function in (real_example_mask, tf.function(real_example_mask, input_signature=[unknown])):
+        mask = function(weight)
+        assert mask.dtype == tf.bool
+        assert mask.numpy().tolist() == expected
 
 
 def test_real_example_mask_refuses_scalars():
@@ -334,14 +305,13 @@ def make_plan(**change) -> PrivacyPlan:
 
 
 def test_plan_makes_the_dataset_it_accounts_for():
-    plan = make_plan()
-    labels = np.arange(30)
+    plan, labels = make_plan(), np.arange(30)
     dataset = plan.poisson_dataset(np.ones((30, 2)), labels)
     source = source_of(dataset)
     assert source.labels is labels
-    assert source.sampling == make_sampling(30, 7 / 30, rows=plan.max_batch_size, steps=5)
-    assert source.sampling.sampling_probability == plan.record().sampling_probability
-    assert len(dataset) == plan.steps_per_epoch == 5
+    assert (source.sampling.num_examples, source.sampling.max_batch_size) == (30, plan.max_batch_size)
+    assert source.sampling.sampling_probability == plan.record().sampling_probability == 7 / 30
+    assert len(dataset) == source.sampling.steps_per_epoch == plan.steps_per_epoch == 5
     assert dataset.element_spec[0].shape == (plan.max_batch_size, 2)
 
 
@@ -354,11 +324,10 @@ def test_plan_hands_on_weights_and_seed():
         np.testing.assert_array_equal(weight, x / 2)
 
 
-@pytest.mark.parametrize("length", [1, 29, 31])
-def test_plan_refuses_data_of_another_length(length):
-    data = {"a": np.zeros((length, 2))}
-    with pytest.raises(ValueError, match=rf"num_examples=30 examples.* Received: x, y={length}$"):
-        make_plan().poisson_dataset(data, np.zeros(length))
+def test_plan_refuses_data_of_another_length():
+    for length in (1, 29, 31):
+        with pytest.raises(ValueError, match=rf"num_examples=30 examples.* Received: x, y={length}$"):
+            make_plan().poisson_dataset({"a": np.zeros((length, 2))}, np.zeros(length))
 
 
 def test_plan_is_an_accounting_plan_and_can_be_replaced():

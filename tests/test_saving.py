@@ -234,15 +234,12 @@ def test_weights_files_go_between_stock_and_private_forms(tmp_path):
 def test_weights_files_keep_averages_of_releases_and_a_stock_file_begins_them_anew(statistics, tmp_path):
     path = str(tmp_path / "m.weights.h5")
     model, other = (normalized_twice(seed, statistics=statistics) for seed in (1, 2))
-    for each in (model, other):
-        each.layers[1].statistic_updates.assign(7.0)
-    model.save_weights(path)
+    model.layers[1].statistic_updates.assign(7.0)
     other.layers[1].statistic_updates.assign(9.0)
-    other.load_weights(path)
-    assert float(other.layers[1].statistic_updates) == 7.0
-    normalized_twice(3).save_weights(path)
-    other.load_weights(path)
-    assert float(other.layers[1].statistic_updates) == 0.0
+    for source, expected in ((model, 7.0), (normalized_twice(3), 0.0)):
+        source.save_weights(path)
+        other.load_weights(path)
+        assert float(other.layers[1].statistic_updates) == expected
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -290,18 +287,23 @@ def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
 # ---------------------------------------------------------------------- histories that meet
 
 
+def spent(steps, path=None):
+    model = plain()
+    if path:
+        model.load_weights(path)
+    helpers.spend(model, steps)
+    return model
+
+
 def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
     path = str(tmp_path / "m.weights.h5")
-    model = plain()
-    helpers.spend(model, 3)
+    model = spent(3)
     model.save_weights(path)
     helpers.spend(model, 2)
     model.load_weights(path)
     assert model.ledger.steps == 5
-    resumed = plain()
-    resumed.load_weights(path)
-    assert resumed.ledger.steps == 3
-    helpers.spend(resumed, 4)
+    resumed = spent(4, path)
+    assert resumed.ledger.steps == 7
     resumed.save_weights(path)
     model.load_weights(path)
     assert model.ledger.steps == 9  # three of both, two of one, four of the other
@@ -309,27 +311,20 @@ def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
 
 def test_another_run_is_added(tmp_path):
     path = str(tmp_path / "m.weights.h5")
-    model, other = plain(), plain()
-    helpers.spend(model, 3)
-    helpers.spend(other, 4)
-    other.save_weights(path)
+    spent(4).save_weights(path)
+    model, third = spent(3), spent(1)
     model.load_weights(path)
     assert model.ledger.steps == 7
-    restored = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
-    third = plain()
-    helpers.spend(third, 1)
-    tf.train.Checkpoint(model=third).restore(restored)
+    checkpoint = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    tf.train.Checkpoint(model=third).restore(checkpoint)
     assert third.ledger.steps == 8
 
 
 def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
     start, branch = str(tmp_path / "start.weights.h5"), str(tmp_path / "branch.weights.h5")
-    model, other = plain(), plain()
-    helpers.spend(model, 3)
+    model = spent(3)
     model.save_weights(start)
-    other.load_weights(start)
-    helpers.spend(other, 2)
-    other.save_weights(branch)
+    spent(2, start).save_weights(branch)
     helpers.spend(model, 2)
     for _ in range(2):
         model.load_weights(branch)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import numpy as np
 import pytest
 
@@ -19,7 +17,8 @@ def trained(*callbacks, **kwargs):
     model.set_public_batch(helpers.images(6, seed=1)[0])
     inner = keras.optimizers.SGD(1.0, use_ema=True, ema_momentum=0.8)
     helpers.randomize(model)
-    helpers.compiled(model, optimizer=helpers.dp_optimizer(inner=inner, l2_norm_clip=3.0))
+    optimizer = helpers.dp_optimizer(inner=inner, noise_multiplier=1.0)  # noise moves the weights
+    helpers.compiled(model, optimizer=optimizer, stub=True)
     batches = tf_dpbn.sampling.poisson_dataset(X, Y, expected_batch_size=8, max_batch_size=12, seed=0)
     history = model.fit(batches, epochs=2, verbose=0, callbacks=list(callbacks), **kwargs)
     return model, history.history
@@ -76,22 +75,3 @@ def test_checkpoints_of_swapped_weights_hold_their_statistics(tmp_path):
     before = np.asarray(model.predict(X, verbose=0))
     model.refresh_statistics()
     np.testing.assert_allclose(model.predict(X, verbose=0), before, rtol=1e-5, atol=1e-6)
-
-
-def test_from_plan_says_that_the_plan_comes_first():
-    plan = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, delta=1e-3, num_examples=16, expected_batch_size=4, epochs=4)
-    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, inner"):
-        tf_dpbn.DPOptimizer.from_plan(keras.optimizers.Adam(1e-3), plan, l2_norm_clip=1.0)
-    with pytest.raises(TypeError, match=r"`plan` must be a PrivacyPlan. It comes first: from_plan\(plan, l2_norm"):
-        tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(1.0, l2_norm_clip=plan)
-    assert list(inspect.signature(tf_dpbn.DPOptimizer.from_plan).parameters)[:3] == ["plan", "inner", "l2_norm_clip"]
-
-
-@pytest.mark.parametrize(("name", "argument"), [("SGD", "nesterov"), ("Adam", "beta_1"), ("Adagrad", "epsilon")])
-def test_signatures_show_the_arguments_of_the_inner_optimizer(name, argument):
-    cls = getattr(tf_dpbn.optimizers, f"VectorizedDPKeras{name}Optimizer")
-    parameters = inspect.signature(cls).parameters
-    assert list(parameters)[:4] == ["l2_norm_clip", "noise_multiplier", "num_microbatches", "learning_rate"]
-    assert {argument, "expected_batch_size"} <= set(parameters)
-    optimizer = cls(1.0, 1.0, expected_batch_size=8, learning_rate=0.5)
-    assert float(np.asarray(optimizer.learning_rate)) == 0.5
