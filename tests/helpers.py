@@ -23,27 +23,19 @@ from tf_dpbn.model import step
 layers = keras.layers
 
 
-def spread(*axes: Sequence[Any], others: str = "thorough") -> list[Any]:
+def spread(*axes: Sequence[Any]) -> list[Any]:
     """All combinations of the axes' values, for `parametrize`; a diagonal part of them is for every run of the gate.
 
     It holds each value of the longest axis with one of the second longest, in turn. The others are for `make thorough`.
     """
     period = sorted(map(len, axes))[-2]
-    mark = getattr(pytest.mark, others)
     found = []
     for numbered in itertools.product(*map(enumerate, axes)):
         values = [value for _, value in numbered]
-        found.append(pytest.param(*values, marks=[] if sum(k for k, _ in numbered) % period == 0 else [mark]))
+        found.append(
+            pytest.param(*values, marks=[] if sum(k for k, _ in numbered) % period == 0 else [pytest.mark.thorough])
+        )
     return found
-
-
-def first_on_both(values: Sequence[Any], first: int = 1) -> list[Any]:
-    """Values, or tuples of them, for `parametrize`: the first few run on both versions of Keras, the others on Keras 3.
-
-    For what hardly depends on Keras.
-    """
-    rows = [value if isinstance(value, tuple) else (value,) for value in values]
-    return [pytest.param(*row, marks=[] if k < first else [pytest.mark.once]) for k, row in enumerate(rows)]
 
 
 def dp_optimizer(**kwargs: Any) -> tf_dpbn.DPOptimizer:

@@ -121,7 +121,7 @@ MUTANTS = (
         "clipping/rows.py",
         "return values if finite is None",
         "return values if True",
-        _selected(_RULES, "not_finite"),
+        _selected(_RULES, "non_finite"),
     ),
     Mutant(
         "clipping/contributions.py",

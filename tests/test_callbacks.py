@@ -13,6 +13,8 @@ from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger
 
+pytestmark = pytest.mark.both
+
 layers = keras.layers
 DELTA = 1e-3
 X, _ = helpers.images(16, (3,))

@@ -13,6 +13,8 @@ from tests.programs import output
 from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.sampling import poisson_dataset
 
+pytestmark = pytest.mark.both
+
 layers = keras.layers
 BATCH, CLASSES = 8, 3
 NOT_POISSON = "do not come from PrivacyPlan.poisson_dataset"
@@ -625,3 +627,17 @@ def test_ids_outside_the_vocabulary_do_not_reach_another_example_under_xla():
         without, _ = run(x, vectors()[1], weight)
         move = np.linalg.norm(helpers.flat(moved) - helpers.flat(without))
         assert 1e-3 * clip < move <= clip * (1 + 1e-5)
+
+
+def test_a_dp_model_is_no_layer_of_another_one():
+    inner = network()
+    with pytest.raises(ValueError, match=r"is a DPModel, with a ledger of its own.*tf_dpbn.convert\(model\)"):
+        helpers.compiled(tf_dpbn.DPSequential([keras.Input((5,)), inner]))
+
+
+def test_an_optimizer_that_trained_another_model_is_refused():
+    model = helpers.compiled(network(), stub=True)
+    fit(model)
+    helpers.compiled(model, optimizer=model.optimizer)  # its own
+    with pytest.raises(ValueError, match=r"`optimizer` must not have trained another model.*from_config"):
+        helpers.compiled(network(), optimizer=model.optimizer)

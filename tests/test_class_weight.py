@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from tf_dpbn.sampling import apply_class_weight
 
+pytestmark = pytest.mark.both
+
 CLASS_WEIGHT = {0: 1.0, 1: 0.5, 2: 3.0}
 CLASSES = np.array([2, 0, 1, 1])
 EXPECTED = np.array([3.0, 1.0, 0.5, 0.5], "float32")

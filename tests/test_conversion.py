@@ -493,6 +493,8 @@ import sys
 sys.modules["tf_dpbn"] = None
 import numpy as np
 import tensorflow as tf
+
+pytestmark = pytest.mark.both
 model = tf.keras.models.load_model(sys.argv[1])
 data = np.load(sys.argv[2])
 np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], rtol=1e-5, atol=1e-5)

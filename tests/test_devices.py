@@ -9,7 +9,7 @@ from tests import helpers
 from tf_dpbn._keras import keras
 from tf_dpbn.auditing import clipped_sums
 
-pytestmark = pytest.mark.filterwarnings("ignore::tf_dpbn.PrivacyWarning")
+pytestmark = [pytest.mark.both, pytest.mark.filterwarnings("ignore::tf_dpbn.PrivacyWarning")]
 X, Y = np.zeros((16, 3), "float32"), np.zeros(16, "int32")
 WAYS = [
     lambda model: model.fit(X, Y, batch_size=8, verbose=0),

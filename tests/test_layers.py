@@ -11,6 +11,8 @@ import tf_dpbn
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
 from tf_dpbn.normalization import GivenStatistics, PublicPass, current_scope
 
+pytestmark = pytest.mark.both
+
 Stock = keras.layers.BatchNormalization
 DPBN = tf_dpbn.DPBatchNormalization
 

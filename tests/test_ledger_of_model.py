@@ -75,6 +75,7 @@ def test_a_new_model_has_spent_nothing():
     assert model.epsilon(DELTA) == 0.0
 
 
+@pytest.mark.both
 def test_fits_are_recorded_by_their_sampling(trained):
     assert trained.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(4)])
 
@@ -192,6 +193,7 @@ def test_functions_that_tensorflow_runs_eagerly_are_refused(model):
     assert model.ledger.steps == 0
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("options", [{"steps_per_execution": 3}, {"run_eagerly": True}], ids=str)
 def test_every_step_counts_however_keras_runs_them(options):
     model = make_model(**options)
@@ -226,6 +228,7 @@ def test_batches_of_other_sizes_made_of_poisson_ones_are_checked_as_any_others(m
         fit(model, PLAN.poisson_dataset(X, Y).unbatch().batch(5, drop_remainder=True))
 
 
+@pytest.mark.both
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
 @pytest.mark.parametrize("options", [{}, {"jit_compile": True}], ids=str)
 def test_a_batch_beyond_the_end_of_the_data_is_no_step(options):

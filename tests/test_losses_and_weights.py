@@ -9,6 +9,8 @@ from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
 from tf_dpbn.sampling import poisson_dataset
 
+pytestmark = pytest.mark.both
+
 layers = keras.layers
 EXAMPLES, POSITIONS, CLASSES = 5, 4, 3
 WEIGHTS = np.array([1.0, 0.5, 2.0, 3.0, 0.25], "float32")

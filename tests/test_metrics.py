@@ -15,6 +15,8 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import _compiled, keras, update_compiled_metrics
 
+pytestmark = pytest.mark.both
+
 metrics, layers = keras.metrics, keras.layers
 REAL = np.array([True, False, True, True, False, False, True, True])
 ROWS, CLASSES = len(REAL), 3

@@ -13,6 +13,8 @@ from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.clipping import ENGINES
 from tf_dpbn.sampling import poisson_dataset
 
+pytestmark = pytest.mark.both
+
 layers = keras.layers
 EXAMPLES, EXPECTED, CLASSES, STEPS = 12, 4, 3, 4
 

@@ -15,6 +15,8 @@ from tf_dpbn import optimizers
 from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, raw, serialize
 from tf_dpbn.mechanisms import ClippedSum, NoisedGradients
 
+pytestmark = pytest.mark.both
+
 SGD = keras.optimizers.SGD
 
 
@@ -375,7 +377,10 @@ def test_microbatches_may_equal_the_batch_size():
     assert "num_microbatches" not in optimizer.get_config()
 
 
-@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras optimizers do not accumulate")
-def test_refuses_an_inner_optimizer_that_accumulates():
-    with pytest.raises(ValueError, match=r"the whole batch: DPModel.compile\(microbatch_size=...\)"):
-        helpers.dp_optimizer(inner=keras.optimizers.SGD(1.0, gradient_accumulation_steps=2))
+@pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras optimizers do neither")
+@pytest.mark.parametrize(
+    "option, remedy", [("gradient_accumulation_steps", "microbatch_size="), ("loss_scale_factor", "Pass loss_scale to")]
+)
+def test_refuses_an_inner_optimizer_that_accumulates_or_scales(option, remedy):
+    with pytest.raises(ValueError, match=f"`inner` must not.*{remedy}.*{option}=2"):
+        helpers.dp_optimizer(inner=keras.optimizers.SGD(1.0, **{option: 2}))

@@ -455,6 +455,8 @@ def test_an_exported_model_needs_tensorflow_alone_has_final_statistics_and_conve
 LOADS = """
 import sys
 import tf_dpbn  # alone, and before Keras
+
+pytestmark = pytest.mark.both
 assert "tensorflow" not in sys.modules
 keras = __import__(sys.argv[1])
 print(type(keras.models.load_model(sys.argv[2])).__module__)

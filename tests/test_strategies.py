@@ -63,6 +63,7 @@ def test_replicas_do_what_one_device_does():
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 cannot fit under MultiWorkerMirroredStrategy")
 def test_two_processes_train_to_the_ledger_of_one():
     script = str(ROOT / "examples" / "multi_worker.py")
@@ -75,6 +76,7 @@ def test_two_processes_train_to_the_ledger_of_one():
 
 
 @pytest.mark.slow
+@pytest.mark.both
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 cannot fit under MultiWorkerMirroredStrategy")
 def test_no_two_workers_count_the_same_example():
     """Seeds of their own, and one worker that looks at the data once more than the other."""

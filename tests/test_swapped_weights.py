@@ -9,6 +9,8 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn._keras import IS_KERAS_3, keras
 
+pytestmark = pytest.mark.both
+
 X, Y = helpers.images(16)
 
 
@@ -75,3 +77,19 @@ def test_checkpoints_of_swapped_weights_hold_their_statistics(tmp_path):
     before = np.asarray(model.predict(X, verbose=0))
     model.refresh_statistics()
     np.testing.assert_allclose(model.predict(X, verbose=0), before, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_after_single_steps_uses_statistics_of_the_weights():
+    model, _ = trained()
+    model.train_on_batch(X[:8], Y[:8])
+    found = model.evaluate(X, Y, verbose=0)
+    np.testing.assert_allclose(found, with_weights(model, [v.numpy() for v in model.trainable_variables]), rtol=1e-6)
+
+
+def test_averaged_weights_that_keras_writes_at_the_end_have_their_statistics_in_callbacks():
+    seen = []
+    reader = keras.callbacks.LambdaCallback(on_train_end=lambda logs: seen.append(float(np.sum(model(X)))))
+    model, _ = trained()
+    with pytest.warns(tf_dpbn.PrivacyWarning):
+        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[reader])
+    np.testing.assert_allclose(seen, [float(np.sum(model(X)))], rtol=1e-5)

@@ -280,7 +280,7 @@ def test_batches_of_no_and_of_one_example(engine):
         expected = clipped_sum(gradients_by_example(model, x, y, weights), 1.0)
         np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
         assert (np.linalg.norm(helpers.flat(found)) > 0) == bool(size)
-        assert int(result.not_finite) == 0
+        assert int(result.non_finite) == 0
 
 
 def test_an_example_with_a_non_finite_gradient_contributes_nothing_and_is_counted():
@@ -291,7 +291,7 @@ def test_an_example_with_a_non_finite_gradient_contributes_nothing_and_is_counte
     x[1], x[2] = np.nan, np.inf  # an example, and a row of padding, which is not counted
     found, result = helpers.clipped_sum_function(model)(x, y, weights)
     np.testing.assert_allclose(helpers.flat(found), helpers.flat(expected), atol=1e-6)
-    assert int(result.not_finite) == 1
+    assert int(result.non_finite) == 1
 
 
 def test_dropout_is_independent_across_examples_and_steps():

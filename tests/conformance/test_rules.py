@@ -286,7 +286,7 @@ def test_transposed_and_foreign_operands():
     "name, method",
     helpers.spread(["dense", "dense_rank_3", "conv2d_same", "conv2d_wide"], METHODS),
 )
-def test_examples_that_are_not_finite_contribute_nothing(name, method):
+def test_examples_that_are_non_finite_contribute_nothing(name, method):
     task, x, y = layer_task(name, 4)
     x[1].flat[0], y[2].flat[0] = np.inf, np.nan
     _, sums = norms_and_sums(BookKeepingEngine(norm_method=method), task, rows_of(x, y), 0.5)

@@ -50,7 +50,7 @@ class MicrobatchedEngine:
           l2_norm_clip: bound on the norm of each example's vector.
 
         Returns:
-          (sums, one float64 tensor a variable and then one a release; (loss, parts, y_pred, not_finite), each by row).
+          (sums, one float64 tensor a variable and then one a release; (loss, parts, y_pred, non_finite), each by row).
         """
         raise NotImplementedError
 
@@ -85,11 +85,11 @@ class MicrobatchedEngine:
         loss, parts, y_pred = tf.nest.map_structure(
             lambda values: tf.ensure_shape(values, [rows_of_batch, *values.shape[1:]]), by_products[:3]
         )
-        not_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
+        non_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
         clipped = [ClippedSum(tuple(sums[: len(task.variables)]), float(l2_norm_clip))]
         for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
             clipped.append(ClippedSum((total,), release.l2_norm_clip))
-        return tuple(clipped), BatchResult(loss, parts, y_pred, not_finite)
+        return tuple(clipped), BatchResult(loss, parts, y_pred, non_finite)
 
     def _slice_size(self, task: Task, rows: Any, count: Any, padded: bool) -> Any:
         limit = self._microbatch_size

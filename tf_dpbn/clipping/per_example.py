@@ -40,7 +40,7 @@ class PerExampleEngine(MicrobatchedEngine):
         return 4 * sum(v.shape.num_elements() for v in task.variables)
 
     def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
-        """Clips and sums one microbatch; also returns (loss, parts, y_pred, not_finite) by row."""
+        """Clips and sums one microbatch; also returns (loss, parts, y_pred, non_finite) by row."""
         results, gradients, cotangents = self._run(task, rows)
         gradients = _add_local_terms(task, gradients, cotangents)
         squared = tf.add_n([sum_of_squares(g) for g in gradients])
@@ -49,8 +49,8 @@ class PerExampleEngine(MicrobatchedEngine):
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = tuple(weighted_sum(weights, finite_only(finite, g)) for g in gradients)
         sums += residual_sums(task.releases, results.residuals, mask)
-        not_finite = tf.logical_and(mask, tf.logical_not(finite))
-        return sums, (results.loss, results.parts, results.y_pred, not_finite)
+        non_finite = tf.logical_and(mask, tf.logical_not(finite))
+        return sums, (results.loss, results.parts, results.y_pred, non_finite)
 
     def _run(self, task: Task, rows: Any) -> tuple[ExampleResult, list[tf.Tensor], list[tf.Tensor]]:
         """Runs and differentiates every row; all results gain a leading axis."""

@@ -68,13 +68,13 @@ class BatchResult:
       loss: float32 [batch].
       parts: float32 [batch] for each output.
       y_pred: nest of [batch, ...], or MaskedPredictions of such.
-      not_finite: int64 scalar, how many real examples were dropped because their gradient was non-finite.
+      non_finite: int64 scalar, how many real examples were dropped because their gradient was non-finite.
     """
 
     loss: tf.Tensor
     parts: tuple[tf.Tensor, ...]
     y_pred: Any
-    not_finite: tf.Tensor
+    non_finite: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def update_metrics(model: Any, batch: Batch, result: BatchResult, penalty: tf.Te
       result: losses and predictions of its rows.
       penalty: the regularizers' sum at the weights that made them, from before the update.
     """
-    model._record.non_finite.assign_add(result.not_finite)
+    model._record.non_finite.assign_add(result.non_finite)
     real = tf.ones_like(result.loss, tf.bool) if batch.mask is None else batch.mask
     count = tf.reduce_sum(tf.cast(real, tf.float32))
 
