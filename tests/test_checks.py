@@ -216,19 +216,6 @@ def test_refuses_to_train_without_a_loss(train, loss, named):
     assert model.ledger.steps == 0
 
 
-class OwnLoss(Subclassed):
-    def compute_loss(self, *args, **kwargs):
-        return 0.0
-
-
-@pytest.mark.parametrize("train", helpers.WAYS_TO_TRAIN)
-def test_refuses_a_loss_that_a_private_step_would_not_compute(train):
-    model = helpers.compiled(OwnLoss(layers.Dense(4)))
-    with pytest.raises(NotImplementedError, match="overrides compute_loss.*compile"):
-        helpers.WAYS_TO_TRAIN[train](model, *vectors())
-    assert model.ledger.steps == 0
-
-
 def test_refuses_to_fit_before_compile():
     with pytest.raises(RuntimeError, match="Call compile"):
         fit(network())

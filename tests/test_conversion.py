@@ -15,6 +15,7 @@ from tests import helpers, zoo
 from tf_dpbn._keras import IS_KERAS_3, BatchNormalizationBase, flatten_layers, keras
 from tf_dpbn.conversion import Finding, Findings
 
+pytestmark = pytest.mark.both
 layers = keras.layers
 register = keras.saving.register_keras_serializable(package="tests")
 IMAGE, SERIES, VECTOR = (6, 6, 2), (7, 4), (6,)
@@ -493,8 +494,6 @@ import sys
 sys.modules["tf_dpbn"] = None
 import numpy as np
 import tensorflow as tf
-
-pytestmark = pytest.mark.both
 model = tf.keras.models.load_model(sys.argv[1])
 data = np.load(sys.argv[2])
 np.testing.assert_allclose(model.predict(data["x"], verbose=0), data["y"], rtol=1e-5, atol=1e-5)

@@ -18,6 +18,7 @@ from tests import helpers, programs
 from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
 
+pytestmark = pytest.mark.both
 layers = keras.layers
 DELTA = 1e-3
 X, _ = helpers.images(16, (3,))
@@ -455,8 +456,6 @@ def test_an_exported_model_needs_tensorflow_alone_has_final_statistics_and_conve
 LOADS = """
 import sys
 import tf_dpbn  # alone, and before Keras
-
-pytestmark = pytest.mark.both
 assert "tensorflow" not in sys.modules
 keras = __import__(sys.argv[1])
 print(type(keras.models.load_model(sys.argv[2])).__module__)
