@@ -302,6 +302,12 @@ MUTANTS = (
         _selected(_LEDGER, "recorded_by"),
     ),
     Mutant(
+        "optimizers.py",
+        "with tf.control_dependencies(sums):",
+        "with tf.control_dependencies([]):",
+        _selected(_LEDGER, "beyond_the_end"),
+    ),
+    Mutant(
         "model/training_record.py",
         "steps - self._counted.get(multipliers, 0)",
         "steps",

@@ -123,7 +123,10 @@ def test_public_statistics_follow_the_weights():
         on_train_batch_begin=lambda *_: seen.append((moments()[0], model.layers[2].moving_mean.numpy()))
     )
     data = tf.data.Dataset.from_tensors((x, y, weight)).repeat(2)
-    model.fit(data, callbacks=[tfp.callback(public_batch=batch), look], verbose=0)
+    options = {"callbacks": [tfp.callback(public_batch=batch), look], "validation_data": helpers.images(3)}
+    logs = model.fit(data, verbose=0, **options).history
+    expected = float(np.mean(tfp.LOSS(helpers.images(3)[1], model(helpers.images(3)[0]))))
+    assert logs["val_loss"] == [pytest.approx(expected, rel=1e-4)]  # ordinary batches, without weights
     assert len(seen) == 2 and np.any(seen[0][0] != seen[1][0])
     for expected, found in [*seen, (moments()[0], model.layers[2].moving_mean)]:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
