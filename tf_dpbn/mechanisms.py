@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn import _validate
 
 # Squares of norms outside this range leave that of float32: clipping would then bound nothing.
-SMALLEST_CLIP, LARGEST_CLIP = 1e-10, 1e18
+_SMALLEST_CLIP, _LARGEST_CLIP = 1e-10, 1e18
 # Rounding may leave a clipped vector longer than its bound by less than this part of it; noise covers it. Sums add
 # nothing to it that grows with the batch: they are float64 (docs/privacy.md, "Floating point").
 ROUNDING = 1e-5
@@ -24,6 +25,15 @@ ROUNDING = 1e-5
 _MOST_COORDINATES = 2**30
 # Replicas change a variable alike; the first one's value is taken for all.
 SAME_ON_REPLICAS = tf.VariableAggregation.ONLY_FIRST_REPLICA
+
+
+def checked_clip(name: str, value: Any) -> float:
+    """Returns a bound on norms as a float, or raises ValueError unless squares of such norms are within float32."""
+    clip = _validate.positive(name, value, "1.0 is a common start.")
+    if not _SMALLEST_CLIP <= clip <= _LARGEST_CLIP:
+        requirement = f"lie in [{_SMALLEST_CLIP}, {_LARGEST_CLIP}]"
+        raise _validate.argument_error(name, value, requirement, "Squares of other norms leave float32.")
+    return clip
 
 
 def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:

@@ -17,11 +17,11 @@ from tf_dpbn._keras import IS_KERAS_3, apply_gradients, deserialize, keras, seri
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
 from tf_dpbn.mechanisms import (
     SAME_ON_REPLICAS,
-    SMALLEST_CLIP,
     ClippedSum,
     NoisedGradients,
     NoiseSource,
     add_gaussian_noise,
+    checked_clip,
 )
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
@@ -127,11 +127,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
-        self._l2_norm_clip = _validate.positive("l2_norm_clip", l2_norm_clip, "1.0 is a common start.")
-        if self._l2_norm_clip < SMALLEST_CLIP:
-            raise _validate.argument_error(
-                "l2_norm_clip", l2_norm_clip, f"be at least {SMALLEST_CLIP}", "Squares of smaller norms underflow."
-            )
+        self._l2_norm_clip = checked_clip("l2_norm_clip", l2_norm_clip)
         self._noise_multiplier = _validate.non_negative(
             "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."
         )

@@ -10,7 +10,7 @@ from tf_dpbn import _validate
 from tf_dpbn._keras import flatten_layers, keras, regularization_losses, steps_of_call, symbolic_inputs
 from tf_dpbn.conversion import validate
 from tf_dpbn.interop.row_loss import RowLoss
-from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
+from tf_dpbn.mechanisms import checked_clip
 from tf_dpbn.model.training_trace import trace_training_pass
 from tf_dpbn.normalization import DPBatchNormalization, NormalizationCall
 from tf_dpbn.optimizers import DPOptimizer
@@ -120,10 +120,7 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
             TypeError,
         )
     _validate.non_negative("noise_multiplier", float(optimizer._noise_multiplier))
-    if not SMALLEST_CLIP <= optimizer._l2_norm_clip <= LARGEST_CLIP:
-        requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
-        remedy = "Squares of other norms leave float32."
-        raise _validate.argument_error("l2_norm_clip", optimizer._l2_norm_clip, requirement, remedy)
+    checked_clip("l2_norm_clip", optimizer._l2_norm_clip)
     if optimizer._num_microbatches not in (None, rows):
         raise _validate.argument_error(
             "num_microbatches",

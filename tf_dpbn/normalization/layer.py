@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, UNFUSED, StoredBeside, is_shape_inference, keras, raw, stored_as
-from tf_dpbn.mechanisms import LARGEST_CLIP, SMALLEST_CLIP
+from tf_dpbn.mechanisms import checked_clip
 from tf_dpbn.normalization import moments
 from tf_dpbn.normalization.moments import LocalTerm
 
@@ -247,10 +247,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         _validate.one_of("statistics", statistics, STATISTICS_MODES)
         super().__init__(axis, _DEFAULT_MOMENTUM[statistics] if momentum is None else momentum, *args, **kwargs)
         self.statistics = statistics
-        self.statistics_clip = _validate.positive("statistics_clip", statistics_clip)
-        if not SMALLEST_CLIP <= self.statistics_clip <= LARGEST_CLIP:
-            requirement = f"lie in [{SMALLEST_CLIP}, {LARGEST_CLIP}]"
-            raise _validate.argument_error("statistics_clip", statistics_clip, requirement, "1.0 is the default.")
+        self.statistics_clip = checked_clip("statistics_clip", statistics_clip)
         # For calls outside of any scope; no part of the configuration, so that a copied or loaded layer has none.
         self.training_scope: StatisticsScope | None = None
 
