@@ -93,7 +93,7 @@ def run(network: str, image_size: int = 32, microbatch_size: int = 2) -> Row:
 def _train(model: Any, shape: tuple[int, ...], microbatch_size: int) -> list[float]:
     """Two steps on Poisson batches of about four; seconds of each."""
     examples, seconds = 16, []
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)  # other numbers than the public batch's
     x, y = rng.uniform(size=(examples, *shape)).astype("float32"), rng.integers(0, CLASSES, examples)
     plan = tf_dpbn.PrivacyPlan(noise_multiplier=1.0, delta=1e-3, num_examples=examples, expected_batch_size=4, epochs=1)
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(plan, l2_norm_clip=1.0, learning_rate=0.01)

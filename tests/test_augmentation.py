@@ -159,7 +159,7 @@ def test_losses_by_output_do_not_depend_on_the_number_of_copies():
     logged = []
     for copies in (1, 3):
         model = tf_dpbn.DPModel(inputs, outputs)  # of the same layers
-        optimizer = helpers.dp_optimizer(inner=keras.optimizers.SGD(0.0))
+        optimizer = helpers.dp_optimizer(inner=keras.optimizers.SGD(0.0), expected_batch_size=4)
         helpers.compiled(model, {"a": "mse", "b": "mse"}, optimizer, augmentation_multiplicity=copies)
         logged.append(model.train_on_batch(x if copies == 1 else np.repeat(x[:, None], copies, 1), y, return_dict=True))
     assert set(logged[0]) >= {"loss", "a_loss", "b_loss"}

@@ -628,3 +628,14 @@ def test_an_optimizer_that_trained_another_model_is_refused():
     helpers.compiled(model, optimizer=model.optimizer)  # its own
     with pytest.raises(ValueError, match=r"`optimizer` must not have trained another model.*from_config"):
         helpers.compiled(network(), optimizer=model.optimizer)
+
+
+def test_a_batch_without_weights_must_be_of_the_expected_size():
+    model = helpers.compiled(network(), stub=True)
+    x, y = vectors(BATCH - 2)
+    with pytest.raises(
+        ValueError, match=rf"expected_batch_size={BATCH}, .*train_on_batch\(\*batch\).*{BATCH - 2} rows"
+    ):
+        model.train_on_batch(x, y)
+    model.train_on_batch(x, y, np.ones(BATCH - 2, "float32"))
+    assert model.ledger.steps == 1

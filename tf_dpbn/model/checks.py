@@ -263,6 +263,22 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
         )
 
 
+def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
+    """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches.
+
+    Raises:
+      ValueError: with the number of rows.
+    """
+    rows = next((len(each) for each in tf.nest.flatten(x) if getattr(each, "shape", ())), None)
+    if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
+        raise _validate.argument_error(
+            "x",
+            f"{rows} rows and sample_weight=None",
+            f"have as many rows as expected_batch_size={optimizer.expected_batch_size:g}, or come with weights",
+            "Pass all of a batch from poisson_dataset: train_on_batch(*batch). With your own draws pass weights of 1.",
+        )
+
+
 def check_callbacks(callbacks: Any) -> None:
     """Warns of callbacks that steer training by un-noised logs."""
     for callback in tf.nest.flatten(callbacks or []):

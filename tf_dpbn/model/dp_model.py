@@ -274,20 +274,24 @@ class DPModel(keras.Model):
             finally:
                 self._record.open(optimizer)  # later steps are not on these batches
 
-    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.train_on_batch; the ledger records the step with sampling assumed.
+    def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """keras.Model.train_on_batch; the ledger records the step with sampling assumed, without a warning.
+
+        A batch of `poisson_dataset` is passed whole, `train_on_batch(*batch)`: its weights tell examples from padding.
 
         Raises:
+          ValueError: without weights, for another number of rows than expected_batch_size.
           NotImplementedError: on Keras 3 with several replicas, each of which Keras would give the whole batch.
           RuntimeError: by a callback of a running `fit`.
         """
-        with self._training("train_on_batch"):
+        with self._training("train_on_batch") as optimizer:
             with as_compiled(self):
                 checks.check_trainable(self)
                 checks.check_grouped_convolutions(self, is_compiled_whole(self))
             checks.check_single_batch(self.distribute_strategy)
             checks.check_workers(self.distribute_strategy, None, None)
-            return super().train_on_batch(*args, **kwargs)
+            checks.check_rows(x, sample_weight, optimizer)
+            return super().train_on_batch(x, y, sample_weight, *args, **kwargs)
 
     @contextlib.contextmanager
     def _training(self, method: str) -> Iterator[DPOptimizer]:

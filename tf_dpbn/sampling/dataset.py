@@ -138,7 +138,7 @@ def poisson_dataset(
 
 
 class PrivacyPlan(accounting.PrivacyPlan):
-    """`accounting.PrivacyPlan`, which see for the fields, with the datasets that it plans for."""
+    """A training run planned for a privacy budget, with its datasets; fields as in `accounting.PrivacyPlan`."""
 
     def poisson_dataset(self, x: Any, y: Any, sample_weight: Any = None, **options: Any) -> tf.data.Dataset:
         """Builds the plan's dataset of Poisson-sampled batches.
