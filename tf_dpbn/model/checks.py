@@ -269,7 +269,7 @@ def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
     Raises:
       ValueError: with the number of rows.
     """
-    rows = next((len(each) for each in tf.nest.flatten(x) if getattr(each, "shape", ())), None)
+    rows = next((each.shape[0] for each in tf.nest.flatten(x) if len(getattr(each, "shape", ()))), None)
     if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
         raise _validate.argument_error(
             "x",
