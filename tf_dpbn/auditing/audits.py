@@ -166,7 +166,7 @@ def audit_training(
       plan: for the examples and all canaries together: num_examples = examples + canaries.
       confidence: in (0, 1), of each of the two bounds.
       guesses: (k_plus, k_minus), see `one_run_audit`.
-      seed: for tests only: fixes the coins.
+      seed: for tests only: fixes the coins and which examples are drawn.
       **fit: further arguments of `model.fit`.
 
     Raises:
@@ -174,8 +174,7 @@ def audit_training(
       RuntimeError: several steps ran between two callbacks (steps_per_execution).
     """
     count, examples = (len(tf.nest.flatten(each)[0]) for each in (canary_x, x))
-    if seed is None:
-        seed = secrets.randbits(63)
+    draws, seed = seed, secrets.randbits(63) if seed is None else seed
     included = np.random.default_rng(seed).random(count) < 0.5
     weights = np.concatenate([np.ones(examples), included]).astype("float32")
     together = [tf.nest.map_structure(lambda a, b: np.concatenate([a, b]), *p) for p in ((x, canary_x), (y, canary_y))]
@@ -183,7 +182,7 @@ def audit_training(
     steps = model.private_steps
     fit = {"verbose": 0, "epochs": -(-plan.steps // plan.steps_per_epoch), **fit}  # type: ignore[operator]
     callbacks = [*fit.pop("callbacks", []), attacker]
-    dataset = plan.poisson_dataset(together[0], together[1], weights)
+    dataset = plan.poisson_dataset(together[0], together[1], weights, seed=draws)
     model.fit(dataset, callbacks=callbacks, **fit)
     if attacker.updates < model.private_steps - steps:
         raise RuntimeError("Several steps ran between two callbacks. Compile with steps_per_execution=1.")
