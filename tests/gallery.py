@@ -282,13 +282,13 @@ def _first_multiplier(multipliers: Any) -> float:
     return float(multipliers[0])
 
 
-def _local_terms_after_clipping(self: Any, weights: tf.Tensor, finite: Any) -> tf.Tensor:
+def _local_terms_after_clipping(self: Any, weights: tf.Tensor, operands: Any) -> tf.Tensor:
     """Clips the direct gradient's weights and adds the local terms unclipped."""
-    total = _product_sum(self, weights, finite)
-    for jacobian, cotangent in self._corrections:
-        missing = weighted_sum(1.0 - weights, contributions.finite_only(finite, cotangent))[None]
+    total = _product_sum(self, weights, operands)
+    for (jacobian, _), cotangent in zip(self._corrections, operands[2:], strict=True):
+        missing = weighted_sum(1.0 - weights, cotangent)[None]
         term = self._from_matrix(tf.cast(jacobian, tf.float64) * missing)
-        total += tf.reshape(term, self._shape)
+        total += tf.reshape(term, self.shape)
     return total
 
 
@@ -367,7 +367,7 @@ BUGS: dict[str, Bug] = {
     ),
     "mask of padding rows ignored": Bug(_everywhere(_of_all_rows(mechanisms.clip_weights)), _RELEASING, _SENSITIVITY),
     "NaN times a weight of zero kept in the sum": Bug(
-        ((contributions, "finite_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
+        ((book_keeping, "finite_only", lambda finite, values: values),), check_sensitivity, _SENSITIVITY
     ),
     "ghost norm without the products of different positions": Bug(
         ((contributions.Products, "squared_norms", _first_position_only),), _GRAM, _SENSITIVITY

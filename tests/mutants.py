@@ -30,7 +30,7 @@ _TIMEOUT = flags.DEFINE_integer(
 
 ROOT = pathlib.Path(__file__).parents[1]
 _REQUIRED = 0.9
-_RULES, _ENGINES = (f"tests/conformance/test_{name}.py" for name in ("rules", "engines"))
+_RULES, _ENGINES, _PROOF = (f"tests/conformance/test_{name}.py" for name in ("rules", "engines", "independence"))
 _MECHANISMS, _STATISTICS, _RELEASED = (
     f"tests/test_{n}.py" for n in ("mechanisms", "statistics", "released_statistics")
 )
@@ -125,8 +125,8 @@ MUTANTS = (
     ),
     Mutant(
         "clipping/contributions.py",
-        "weighted_sum(weights, finite_only(finite, cotangent))",
-        "weighted_sum(tf.ones_like(weights), finite_only(finite, cotangent))",
+        "weighted_sum(weights, cotangent)",
+        "weighted_sum(tf.ones_like(weights), cotangent)",
         _selected(_GALLERY, "right_library and gram"),
     ),
     Mutant(
@@ -164,6 +164,42 @@ MUTANTS = (
         "i * size, size, examples)",
         "i * size + 1, size, examples)",
         _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    ),
+    Mutant(
+        "clipping/independence.py",
+        "and size % (proof.rows * inner) == 0",
+        "and size >= inner",
+        _selected(_PROOF, "pairs_of_examples"),
+    ),
+    Mutant(
+        "clipping/independence.py",
+        "if state is None and not _is_alike(tensor, found.axis - rank):",
+        "if False:",
+        _selected(_PROOF, "place"),
+    ),
+    Mutant("clipping/independence.py", "if state.axis in found:", "if False:", _selected(_PROOF, "mean or maximum")),
+    Mutant("clipping/independence.py", "if axis == summed:", "if False:", _selected(_PROOF, "covariance or left")),
+    Mutant("clipping/independence.py", "or state.axis != 0:", "or False:", _selected(_PROOF, "convolution_over")),
+    Mutant("clipping/independence.py", 'if operation.get_attr("is_training") or', "if", _selected(_PROOF, "fused")),
+    Mutant("clipping/independence.py", "if names.count(label) > 1 or", "if", _selected(_PROOF, "einsum")),
+    Mutant("clipping/independence.py", "strides[k] == 1 and", "True and", _selected(_PROOF, "by_a_stride")),
+    Mutant(
+        "clipping/batch_trace.py",
+        "    check_same_operations(operations, one_more)",
+        "    pass",
+        _selected(_PROOF, "arithmetic"),
+    ),
+    Mutant(
+        "clipping/independence.py",
+        "if operation.op_def.is_stateful and",
+        "if False and",
+        _selected(_PROOF, "state"),
+    ),
+    Mutant(
+        "clipping/batch_trace.py",
+        "(products - mean * d_beta)",
+        "products",
+        _selected(_ENGINES, "microbatches_agree and twice and book_keeping"),
     ),
     Mutant(
         "clipping/per_example.py",

@@ -29,7 +29,7 @@ LEVELS = (
     ("clipping.vectorization", "normalization.local_terms"),
     ("clipping.rows", "normalization.public_pass"),
     ("normalization",),
-    ("clipping.task",),
+    ("clipping.independence", "clipping.task"),
     ("clipping.contributions",),
     ("clipping.rules.base",),
     (
@@ -41,7 +41,7 @@ LEVELS = (
     ),
     ("clipping.rules",),
     ("clipping.uses", "clipping.microbatches"),
-    ("clipping.per_example",),
+    ("clipping.batch_trace", "clipping.per_example"),
     ("clipping.book_keeping",),
     ("clipping",),
     ("optimizers",),

@@ -18,12 +18,13 @@ from tf_dpbn.clipping.book_keeping import BookKeepingEngine
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rules.base import NORM_METHODS
-from tf_dpbn.clipping.task import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
+from tf_dpbn.clipping.task import Batch, BatchPass, BatchResult, ExampleResult, MaskedPredictions, Task
 
 __all__ = [
     "ENGINES",
     "NORM_METHODS",
     "Batch",
+    "BatchPass",
     "BatchResult",
     "ExampleResult",
     "MaskedPredictions",

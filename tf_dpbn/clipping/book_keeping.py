@@ -2,8 +2,11 @@
 
 One forward pass and one backward pass give, for every example, the data that enters each kernel and the gradient of
 its result; no filter gradients are computed for the batch. Rules (clipping/rules) turn these into per-example norms and
-into the clipped sum. As in the generic engine an example runs as a batch of one and the runs are vectorized, so that no
-operation can see another example. Variables without a rule are differentiated directly, example by example.
+into the clipped sum.
+
+The examples run through the model as one batch, where `independence` proves that no operation lets one see another.
+Where it does not, an example runs as a batch of one and the runs are vectorized; there, variables without a rule are
+differentiated directly, example by example.
 
 Source: Bu et al. 2022, "Differentially Private Optimization on Large Model at Small Cost", arXiv 2210.00038 (the name
 and the idea of reweighted output gradients); docs/algorithm.md, section 4, for batch normalization.
@@ -12,16 +15,20 @@ and the idea of reweighted output gradients); docs/algorithm.md, section 4, for 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tf_dpbn import _graph, _validate
-from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, corrected
-from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
+from tf_dpbn._devices import has_accelerator
+from tf_dpbn.clipping.batch_trace import BatchTrace, Records
+from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, corrected, merged
+from tf_dpbn.clipping.independence import NotProvedError
+from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.per_example import PerExampleEngine
-from tf_dpbn.clipping.rows import densify, reshape_rows, unscaled, widen
+from tf_dpbn.clipping.rows import densify, finite_only, reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Task
 from tf_dpbn.clipping.uses import Use, find_uses
@@ -29,38 +36,31 @@ from tf_dpbn.clipping.vectorization import vectorize
 from tf_dpbn.mechanisms import clip_weights
 
 
-@dataclasses.dataclass
-class _Trace:
-    """What the trace of one example found.
-
-    Attributes:
-      uses: the operations with rules, in the order of their records.
-      direct: variables to differentiate directly.
-    """
-
-    uses: tuple[Use, ...] = ()
-    direct: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Vectors:
     """The corrected gradients of a microbatch, one vector a row, in whatever form is cheapest.
 
-    Attributes:
+    Args:
       contributions: each variable's part.
       uses: the operations that rules cover.
       results: (loss, parts, y_pred) by row.
       residuals: of the statistics, by release and row.
     """
 
-    contributions: Sequence[Contribution]
-    uses: tuple[Use, ...]
-    results: tuple[Any, Any, Any]
-    residuals: Sequence[tf.Tensor]
+    def __init__(
+        self,
+        contributions: Sequence[Contribution],
+        uses: tuple[Use, ...],
+        results: tuple[Any, Any, Any],
+        residuals: Sequence[tf.Tensor],
+    ) -> None:
+        self.contributions, self.uses, self.results, self.residuals = contributions, uses, results, residuals
+        self._small, together = merged(contributions)
+        self._parts = [each for i, each in enumerate(contributions) if i not in self._small]
+        self._parts += [] if together is None else [together]
 
     def squared_norms(self) -> tf.Tensor:
         """float32 [rows]; non-finite where the vector is."""
-        return tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in self.contributions])
+        return tf.add_n([tf.cast(each.squared_norms(), tf.float32) for each in self._parts])
 
     def weighted_sums(self, weights: tf.Tensor, finite: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """Sum over rows of weight times vector, one float64 tensor a variable.
@@ -69,11 +69,22 @@ class Vectors:
           weights: [rows], zero where a vector is non-finite.
           finite: bool [rows], which vectors are finite.
         """
+        operands = [each.operands for each in self._parts]
 
-        def sums(finite: tf.Tensor | None) -> list[tf.Tensor]:
-            return [each.weighted_sum(weights, finite) for each in self.contributions]
+        def finite_ones() -> Any:
+            return tf.nest.map_structure(lambda t: finite_only(finite, t), operands)
 
-        return tuple(tf.cond(tf.reduce_all(finite), lambda: sums(None), lambda: sums(finite)))
+        if has_accelerator():  # XLA fuses it with what reads it
+            operands = finite_ones()
+        else:
+            operands = tf.cond(tf.reduce_all(finite), lambda: operands, finite_ones)
+        sums = [each.weighted_sum(weights, o) for each, o in zip(self._parts, operands, strict=True)]
+        if self._small:
+            shapes = [self.contributions[i].shape for i in self._small]
+            parts = tf.split(sums.pop(), [math.prod(shape) for shape in shapes])
+            for i, part, shape in zip(self._small, parts, shapes, strict=True):
+                sums.insert(i, tf.reshape(part, shape))
+        return tuple(sums)
 
 
 class BookKeepingEngine(MicrobatchedEngine):
@@ -94,27 +105,39 @@ class BookKeepingEngine(MicrobatchedEngine):
         self._norm_method = _validate.one_of("norm_method", norm_method, NORM_METHODS)
         self._fallback = PerExampleEngine(microbatch_size, vectorize=False)
 
+    def prepared(self, task: Task) -> Task:
+        """See MicrobatchedEngine."""
+        return dataclasses.replace(task, batch_trace=BatchTrace(task))
+
     def bytes_per_example(self, task: Task, rows: Any) -> int:
         """The size of what is kept of one example: gradients, and the data and cotangents of each operation."""
-        trace = _Trace()
-        specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
-        tf.function(lambda row: _record(task, trace, *row[:-1]), autograph=False).get_concrete_function(specs)
+        count = min(rows[-1].shape[0] or task.expected_rows or FEWEST, FEWEST)
+        try:
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec([count, *t.shape[1:]], t.dtype), rows)
+            records = task.batch_trace.records(specs)
+        except NotProvedError:
+            count = 1
+            traced: list[Records] = []
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
+            tf.function(lambda row: _record(task, traced, row), autograph=False).get_concrete_function(specs)
+            (records,) = traced
         with_terms = {term.index for call in task.calls for term in call.local_terms}
-        numbers = sum(task.variables[i].shape.num_elements() for i in trace.direct)
-        for use in trace.uses:
-            numbers += sum(tensor.shape.num_elements() or 0 for tensor in (*use.inputs, use.output))
+        numbers = sum(task.variables[i].shape.num_elements() for i in records.whole)
+        for use in records.uses:
+            numbers += sum((tensor.shape.num_elements() or 0) // count for tensor in (*use.inputs, use.output))
             numbers += use.rule.numbers_kept(use.index in with_terms, self._norm_method)
         return 4 * numbers
 
     def vectors(self, task: Task, rows: Any) -> Vectors | None:
         """The rows' vectors, or None where examples cannot be vectorized; arguments as for `sum_slice`."""
-        trace = _Trace()
-        vectorized = vectorize(lambda row: _record(task, trace, *row[:-1]), rows)
-        if vectorized is None:
+        try:
+            records = (task.batch_trace or BatchTrace(task))(rows)
+        except NotProvedError as error:
+            tf.get_logger().info("Examples are vectorized one by one: %s.", error)
+            records = _trace_examples(task, rows)
+        if records is None:
             return None
-        loss, parts, y_pred, gradients, cotangents, records, residuals = vectorized(rows)
-        contributions = self._contributions(task, trace, gradients, cotangents, records)
-        return Vectors(contributions, trace.uses, (loss, parts, y_pred), residuals)
+        return Vectors(self._contributions(task, records), records.uses, records.results, records.residuals)
 
     def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
         """See MicrobatchedEngine."""
@@ -127,33 +150,40 @@ class BookKeepingEngine(MicrobatchedEngine):
         sums += residual_sums(task.releases, vectors.residuals, mask)
         return sums, (*vectors.results, tf.logical_and(mask, tf.logical_not(finite)))
 
-    def _contributions(
-        self, task: Task, trace: _Trace, gradients: Any, cotangents: Any, records: Any
-    ) -> list[Contribution]:
+    def _contributions(self, task: Task, records: Records) -> list[Contribution]:
         """Each variable's part of the vectors, in the order of the variables."""
         terms: dict[int, list[BoundTerm]] = {}
         for k, call in enumerate(task.calls):
             for term in call.local_terms:
-                terms.setdefault(term.index, []).append((term, cotangents[2 * k], cotangents[2 * k + 1]))
+                terms.setdefault(term.index, []).append((term, *records.cotangents[2 * k : 2 * k + 2]))
         found: list[Contribution] = []
         for i, variable in enumerate(task.variables):
-            shape, bound = variable.shape, terms.get(i, ())
-            used = [(use.rule, *record) for use, record in zip(trace.uses, records, strict=True) if use.index == i]
-            if len(used) == 1:
+            shape, bound, whole = variable.shape, terms.get(i, ()), list(records.whole.get(i, ()))
+            used = [(use.rule, *data) for use, data in zip(records.uses, records.data, strict=True) if use.index == i]
+            if len(used) == 1 and not whole:
                 ((rule, inputs, cotangent),) = used
                 found.append(rule.contribution(shape, inputs, cotangent, bound, self._norm_method))
                 continue
-            if used:  # the sum over uses, for each example
-                operands = [rule.join(rule.instantiate(inputs, cotangent)) for rule, inputs, cotangent in used]
-                whole = tf.add_n([reshape_rows(operand, shape) for operand in operands])
-            else:
-                whole = gradients[trace.direct.index(i)]
-            found.append(Kept(shape, corrected([whole], bound, shape)))
+            for rule, inputs, cotangent in used:  # the sum over uses, for each example
+                whole.append(reshape_rows(rule.join(rule.instantiate(inputs, cotangent)), shape))
+            if not whole:  # the loss does not depend on it
+                whole.append(tf.zeros([tf.shape(records.results[0])[0], *shape]))
+            found.append(Kept(shape, corrected([tf.add_n(whole)], bound, shape)))
         return found
 
 
-def _record(task: Task, trace: _Trace, x: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
-    """One example's loss and prediction, direct gradients, cotangents of statistics, records of uses, residuals."""
+def _trace_examples(task: Task, rows: Any) -> Records | None:
+    """The records of all rows, an example as a batch of one, vectorized; None where that is impossible."""
+    traced: list[Records] = []
+    vectorized = vectorize(lambda row: _record(task, traced, row), rows)
+    if vectorized is None:
+        return None
+    return traced[-1].with_tensors(vectorized(rows))
+
+
+def _record(task: Task, traced: list[Records], row: Any) -> Any:
+    """The tensors of one example's records; what else there is to know is appended to `traced`."""
+    x, y, weight, index, _ = row
     graph = tf.compat.v1.get_default_graph()
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         statistics = tf.nest.map_structure(tf.identity, task.statistics)
@@ -162,15 +192,18 @@ def _record(task: Task, trace: _Trace, x: Any, y: Any, weight: Any, index: tf.Te
         result = task.run_example(x, y, weight, index, statistics)
         scaled = task.loss_scale * widen(result.loss)
         operations = graph.get_operations()[before:]
-        uses, trace.direct = find_uses(operations, task.variables)
-    trace.uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
-    direct = [task.variables[i] for i in trace.direct]
-    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in trace.uses]]
+        uses, others = find_uses(operations, task.variables)
+    flat_uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
+    direct = [task.variables[i] for i in others]
+    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in flat_uses]]
     found = [unscaled(each, task.loss_scale) for each in _gradients(tape, operations, scaled, sources)]
-    first, last = len(direct), len(found) - len(trace.uses)
-    records = [(use.inputs, cotangent) for use, cotangent in zip(trace.uses, found[last:], strict=True)]
+    first, last = len(direct), len(found) - len(flat_uses)
+    data = [(use.inputs, cotangent) for use, cotangent in zip(flat_uses, found[last:], strict=True)]
     loss, parts = result.logged()
-    return loss, parts, result.y_pred, found[:first], found[first:last], records, result.residuals
+    whole = {i: [gradient] for i, gradient in zip(others, found[:first], strict=True)}
+    records = Records(flat_uses, data, whole, found[first:last], (loss, parts, result.y_pred), result.residuals)
+    traced.append(records)
+    return records.tensors()
 
 
 def _gradients(tape: tf.GradientTape, operations: Sequence[tf.Operation], target: tf.Tensor, sources: Any) -> list[Any]:

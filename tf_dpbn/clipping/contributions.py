@@ -7,12 +7,13 @@ numbers. Where the norm comes from inner products instead, rounding is bounded a
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.rows import by_row, finite_only, sum_of_squares, weighted_sum
+from tf_dpbn.clipping.rows import by_row, reshape_rows, sum_of_squares, weighted_sum
 from tf_dpbn.normalization import LocalTerm
 
 # (term, cotangents by mean and variance, [rows, channels] each)
@@ -20,22 +21,32 @@ BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]
 Pair = tuple[tf.Tensor, tf.Tensor]
 # Inner products are off by a few units in the last place of the product of the vectors' norms.
 _UNITS = 8.0
+# Variables of at most this many elements are worked on together.
+_SMALL = 4096
 
 
 class Contribution(abc.ABC):
-    """One variable's part of every example's vector."""
+    """One variable's part of every example's vector.
+
+    Attributes:
+      shape: of the variable.
+      operands: the tensors [rows, ...] that the weighted sum reads.
+    """
+
+    shape: Sequence[int]
+    operands: tuple[tf.Tensor, ...]
 
     @abc.abstractmethod
     def squared_norms(self) -> tf.Tensor:
         """[rows]; non-finite where a gradient is."""
 
     @abc.abstractmethod
-    def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
+    def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """Sum over rows of weight times gradient, float64, of the variable's shape.
 
         Args:
           weights: [rows], zero where a gradient is non-finite.
-          finite: bool [rows]; None where all gradients are finite.
+          operands: `operands`, with zeros in the rows of non-finite gradients.
         """
 
 
@@ -45,27 +56,31 @@ class Kept(Contribution):
     Args:
       shape: of the variable.
       blocks: tensors [rows, ...].
-      join: makes of blocks, [1, ...], one tensor with the variable's elements in their order.
+      join: makes of blocks, [1, ...], one tensor with the variable's elements in their order; None where one block does
+        so as it is.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
         blocks: Sequence[tf.Tensor],
-        join: Callable[[tuple[tf.Tensor, ...]], tf.Tensor] = lambda blocks: blocks[0],
+        join: Callable[[tuple[tf.Tensor, ...]], tf.Tensor] | None = None,
     ) -> None:
-        self._shape = shape
-        self._blocks = blocks
-        self._join = join
+        self.shape = shape
+        self.operands = tuple(blocks)
+        self.is_whole = join is None
+        self._join = join or (lambda blocks: blocks[0])
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`."""
-        return tf.add_n([sum_of_squares(block) for block in self._blocks])
+        return tf.add_n([sum_of_squares(block) for block in self.operands])
 
-    def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
+    def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """See `Contribution`."""
-        sums = tuple(weighted_sum(weights, finite_only(finite, block))[None] for block in self._blocks)
-        return tf.reshape(self._join(sums), self._shape)
+        sums = [weighted_sum(weights, block) for block in operands]
+        if not self.is_whole:
+            sums = [self._join(tuple(tf.expand_dims(each, 0) for each in sums))]
+        return tf.reshape(sums[0], self.shape)
 
 
 class Products(Contribution):
@@ -88,9 +103,10 @@ class Products(Contribution):
         corrections: Sequence[Pair],
         from_matrix: Callable[[tf.Tensor], tf.Tensor],
     ) -> None:
-        self._shape = shape
+        self.shape = shape
         self._a, self._g = matrices
         self._corrections = corrections
+        self.operands = (*matrices, *[cotangent for _, cotangent in corrections])
         self._from_matrix = from_matrix
 
     def squared_norms(self) -> tf.Tensor:
@@ -103,7 +119,7 @@ class Products(Contribution):
         scale = tf.sqrt(size)
         for k, (jacobian, cotangent) in enumerate(self._corrections):
             # <K[:, o], J[:, o]> = sum_t g_to (a_t . J[:, o])
-            inner = tf.reduce_sum(self._g * tf.matmul(self._a, tf.broadcast_to(jacobian, self._like(jacobian))), 2)
+            inner = tf.reduce_sum(self._g * self._times(jacobian), 2)
             squared += 2.0 * tf.reduce_sum(inner * cotangent[:, :, 0], [1, 2])
             for other, (jacobian_2, cotangent_2) in enumerate(self._corrections):
                 pairs = tf.reduce_sum(jacobian * jacobian_2, 2) * cotangent[:, :, 0] * cotangent_2[:, :, 0]
@@ -113,18 +129,23 @@ class Products(Contribution):
         rounding = _UNITS * np.finfo(squared.dtype.as_numpy_dtype).eps
         return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + rounding * tf.square(scale)
 
-    def _like(self, jacobian: tf.Tensor) -> tf.Tensor:
-        return tf.concat([tf.shape(self._a)[:1], tf.shape(jacobian)[1:]], 0)
+    def _times(self, jacobian: tf.Tensor) -> tf.Tensor:
+        """a_t . J[:, o], [rows, groups, positions, outputs]: in each group one product for all rows."""
+        product = tf.matmul(_positions_of_all_rows(self._a), jacobian[0])
+        groups, positions = self._a.shape[1:3]
+        if groups == 1:
+            return reshape_rows(product, [1, positions, product.shape[2]], self._a)
+        return tf.transpose(tf.reshape(product, [groups, -1, positions, product.shape[2]]), [1, 0, 2, 3])
 
-    def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
+    def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """See `Contribution`."""
         weights = tf.cast(weights, tf.float64)
-        a, g = (tf.cast(finite_only(finite, each), tf.float64) for each in (self._a, self._g))
+        a, g = (tf.cast(each, tf.float64) for each in operands[:2])
         left, right = (_positions_of_all_rows(t) for t in (a, by_row(weights, g) * g))
-        total = tf.matmul(left, right, transpose_a=True)[None]
-        for jacobian, cotangent in self._corrections:
-            total += tf.cast(jacobian, tf.float64) * weighted_sum(weights, finite_only(finite, cotangent))[None]
-        return tf.reshape(self._from_matrix(total), self._shape)
+        total = tf.matmul(left, right, transpose_a=True)
+        for (jacobian, _), cotangent in zip(self._corrections, operands[2:], strict=True):
+            total += tf.cast(jacobian[0], tf.float64) * weighted_sum(weights, cotangent)
+        return tf.reshape(self._from_matrix(tf.expand_dims(total, 0)), self.shape)
 
 
 class Lookups(Contribution):
@@ -137,21 +158,39 @@ class Lookups(Contribution):
     """
 
     def __init__(self, shape: Sequence[int], ids: tf.Tensor, values: tf.Tensor) -> None:
-        self._shape = shape
+        self.shape = shape
         self._ids = ids
-        self._values = values
+        self.operands = (values,)
 
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`."""
-        return sum_of_squares(self._values)
+        return sum_of_squares(self.operands[0])
 
-    def weighted_sum(self, weights: tf.Tensor, finite: tf.Tensor | None) -> tf.Tensor:
+    def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """See `Contribution`."""
-        values = finite_only(finite, self._values)
+        (values,) = operands
         weighted = tf.cast(tf.cast(by_row(weights, values), values.dtype) * values, tf.float64)
         entries = tf.reshape(weighted, [-1, values.shape[-1]])
-        summed = tf.math.unsorted_segment_sum(entries, tf.reshape(self._ids, [-1]), self._shape[0])
-        return tf.reshape(summed, self._shape)
+        summed = tf.math.unsorted_segment_sum(entries, tf.reshape(self._ids, [-1]), self.shape[0])
+        return tf.reshape(summed, self.shape)
+
+
+def merged(contributions: Sequence[Contribution]) -> tuple[list[int], Contribution | None]:
+    """Puts the parts of small variables, which are many, side by side.
+
+    Returns:
+      (the positions of what is put together, the part that they make; None where there are not several).
+    """
+
+    def is_small(each: Contribution) -> bool:
+        is_whole = isinstance(each, Kept) and each.is_whole and each.operands[0].dtype == tf.float32
+        return is_whole and math.prod(each.shape) <= _SMALL
+
+    small = [i for i, each in enumerate(contributions) if is_small(each)]
+    if len(small) < 2:
+        return [], None
+    flat = [reshape_rows(contributions[i].operands[0], [math.prod(contributions[i].shape)]) for i in small]
+    return small, Kept([sum(each.shape[1] for each in flat)], [tf.concat(flat, 1)])
 
 
 def corrected(
@@ -178,13 +217,12 @@ def corrected(
 def factors(terms: Sequence[BoundTerm], shape: Sequence[int], dtype: tf.DType) -> list[Pair]:
     """Pairs whose products add up to the local correction: Jacobian and cotangent, [rows or 1, *shape or ones]."""
 
-    def aligned(tensor: tf.Tensor) -> tf.Tensor:
-        """Gives [rows, ...] axes of one until its rank is that of [rows, *shape]."""
-        missing = len(shape) + 1 - tensor.shape.rank
-        return tf.reshape(tf.cast(tensor, dtype), tf.concat([tf.shape(tensor)[:1], [1] * missing, tensor.shape[1:]], 0))
+    def aligned(tensor: tf.Tensor, inner: Sequence[int], rows: int | None) -> tf.Tensor:
+        """Gives a tensor axes of one until its rank is that of [rows, *shape]."""
+        return reshape_rows(tf.cast(tensor, dtype), [*[1] * (len(shape) - len(inner)), *inner], tensor, rows)
 
     return [
-        (aligned(jacobian[None]), aligned(term.spread(cotangent)))
+        (aligned(jacobian, jacobian.shape, 1), aligned(cotangent, term.spread_shape, None))
         for term, *cotangents in terms
         for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True)
     ]

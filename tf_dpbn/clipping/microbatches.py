@@ -17,7 +17,7 @@ from tf_dpbn.normalization import StatisticsRelease
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
 # working set costs no time, but fewer than 64 examples at a time do.
 _CPU_MEMORY, _ACCELERATOR_MEMORY = 2**24, 2**30
-_FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
+FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
 # Slices of padding alone are skipped, so where a batch may hold padding they are kept small.
 _MOST_IF_PADDED = 128
 
@@ -36,6 +36,10 @@ class MicrobatchedEngine:
         if microbatch_size is not None:
             _validate.positive_int("microbatch_size", microbatch_size, "Leave it out to choose one.")
         self._microbatch_size = microbatch_size
+
+    def prepared(self, task: Task) -> Task:
+        """The task with what the engine needs to know of it for slices of any size."""
+        return task
 
     def bytes_per_example(self, task: Task, rows: Any) -> int:
         """How much memory one example of a microbatch takes, about."""
@@ -61,13 +65,12 @@ class MicrobatchedEngine:
           The sums, the gradient's with the sensitivity `l2_norm_clip` and then those of the task's releases; and the
           un-noised by-products.
         """
+        task = self.prepared(task)
         rows, count = to_rows(batch), _batch_size(batch)
         if not isinstance(count, int):  # may be 0, and a slice needs a row to read
             rows = tf.nest.map_structure(_with_spare_row, rows)
         size = self._slice_size(task, rows, count, batch.mask is not None)
         slices = _ceil_divide(count, size) if isinstance(count, int) else tf.maximum(1, _ceil_divide(count, size))
-        shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
-        sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
         if isinstance(slices, int) and slices == 1:
             sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
         else:
@@ -78,6 +81,8 @@ class MicrobatchedEngine:
             def clipped_slice(i: Any) -> Any:
                 return self.sum_slice(task, _take(rows, order, i * size, size, examples), l2_norm_clip)
 
+            shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
+            sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
             sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
             by_products = tf.nest.map_structure(lambda t: tf.gather(t, positions), by_products)
 
@@ -96,11 +101,11 @@ class MicrobatchedEngine:
         if limit is None:
             bytes_per_example = max(1, self.bytes_per_example(task, rows))
             memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
-            limit = max(1, min(_FEWEST, _MEMORY_OF_FEWEST // bytes_per_example), memory // bytes_per_example)
+            limit = max(1, min(FEWEST, _MEMORY_OF_FEWEST // bytes_per_example), memory // bytes_per_example)
             if padded and not has_accelerator():
                 limit = min(limit, _MOST_IF_PADDED)
         if not isinstance(count, int):
-            return tf.clip_by_value(count, 1, limit)
+            return limit if task.expected_rows is None else min(limit, task.expected_rows)
         count = max(1, count)
         # Slices of equal size, so that little filler is computed.
         return _ceil_divide(count, _ceil_divide(count, limit))

@@ -35,7 +35,7 @@ def densify(gradient: Any, like: tf.Tensor) -> tf.Tensor:
 
 def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     """Reshapes [rows] so that it broadcasts against `like`, [rows, ...]."""
-    return tf.reshape(vector, tf.concat([tf.shape(vector), tf.ones([like.shape.rank - 1], tf.int32)], 0))
+    return reshape_rows(vector, [1] * (like.shape.rank - 1))
 
 
 def finite_only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
@@ -98,8 +98,10 @@ def window_of(tensor: tf.Tensor, window: Sequence[slice]) -> tf.Tensor:
     return tensor[tuple(window) + (slice(None),) * (tensor.shape.rank - len(window))]
 
 
-def reshape_rows(tensor: tf.Tensor, shape: Sequence[int], like: tf.Tensor | None = None) -> tf.Tensor:
-    """Reshapes a tensor with as many rows as `like` (itself if None) to [rows, *shape]."""
+def reshape_rows(
+    tensor: tf.Tensor, shape: Sequence[int], like: tf.Tensor | None = None, rows: int | None = None
+) -> tf.Tensor:
+    """Reshapes a tensor to [rows, *shape], with as many rows as `like` (itself if None) where `rows` does not say."""
     like = tensor if like is None else like
-    rows = like.shape[0]
+    rows = like.shape[0] if rows is None else rows
     return tf.reshape(tensor, [tf.shape(like)[0] if rows is None else rows, *shape])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_dpbn.normalization import NormalizationCall, StatisticsRelease
+from tf_dpbn.normalization import NormalizationCall, Normalized, StatisticsRelease
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,19 @@ class ExampleResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchPass:
+    """What the forward pass of several examples at once yields, in the current graph.
+
+    Attributes:
+      y_pred: nest of predictions, [rows, ...].
+      normalized: for each of the task's calls, what was normalized.
+    """
+
+    y_pred: Any
+    normalized: Sequence[Normalized]
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchResult:
     """Private by-products of a clipped sum: for Keras' un-noised metrics, never for an update.
 
@@ -86,6 +99,12 @@ class Task:
         ExampleResult. It runs the model on a batch of one, so nothing in it can see another example.
       variables: the trainable variables.
       calls: the normalization calls in training; their statistics are public or released.
+      run_batch: maps (x, index, statistics) of several examples to a BatchPass, in which nothing but the model itself
+        could let one example see another; None where only `run_example` says what the model does.
+      example_loss: maps (y_pred, y, sample_weight, index) of one example, without batch axis, to (loss, parts, y_pred)
+        of its ExampleResult.
+      expected_rows: how many rows a batch has, about, where its shape does not say.
+      batch_trace: what an engine traced of `run_batch`.
       loss_scale: a power of two; losses are multiplied by it while they are differentiated, and gradients divided by
         it in float32, so that small gradients survive half precision.
     """
@@ -94,6 +113,10 @@ class Task:
     variables: tuple[tf.Variable, ...]
     calls: Sequence[NormalizationCall] = ()
     loss_scale: float = 1.0
+    run_batch: Callable[..., BatchPass] | None = None
+    example_loss: Callable[..., Any] | None = None
+    expected_rows: int | None = None
+    batch_trace: Any = None
 
     @property
     def statistics(self) -> tuple[tuple[tf.Tensor, tf.Tensor], ...]:

@@ -9,13 +9,13 @@ variable's gradient be computed directly: slower, never wrong.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn.clipping.rules import find_rule
-from tf_dpbn.clipping.rules.base import Rule
+from tf_dpbn.clipping.rules.base import Found, Rule
 
 # A variable may pass through these on its way to the operation that uses it; its elements keep their order.
 _VIEWS = frozenset(["Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"])
@@ -38,17 +38,21 @@ class Use:
     output: tf.Tensor
 
 
+FindRule = Callable[[tf.Operation, int, tf.TensorShape], Found]
+
+
 def find_uses(
-    operations: Iterable[tf.Operation], variables: Sequence[tf.Variable]
+    operations: Iterable[tf.Operation], variables: Sequence[tf.Variable], find: FindRule = find_rule
 ) -> tuple[dict[int, tuple[Use, ...]], tuple[int, ...]]:
     """Finds the uses of each variable among `operations`.
 
     Args:
       operations: of the current graph, a whole forward pass.
       variables: the trainable variables.
+      find: chooses the rule of a use, see `find_rule`.
 
     Returns:
-      (by variable that only operations with rules use, its uses; the other variables).
+      (by variable that only operations with rules use, or none at all, its uses; the other variables).
     """
     graph = tf.compat.v1.get_default_graph()
     handles = _graph.captured_variables(graph, variables)
@@ -58,30 +62,31 @@ def find_uses(
         for position, tensor in enumerate(operation.inputs):
             if id(tensor) in handles:
                 i = index[id(handles[id(tensor)])]
-                found[i] += _uses_of_handle(operation, position, i, variables[i].shape)
+                found[i] += _uses_of_handle(operation, position, i, variables[i].shape, find)
     known = {i: tuple(use for use in uses if use is not None) for i, uses in found.items() if None not in uses}
-    known = {i: uses for i, uses in known.items() if uses}
     return known, tuple(i for i in found if i not in known)
 
 
-def _uses_of_handle(operation: tf.Operation, position: int, index: int, shape: tf.TensorShape) -> list[Use | None]:
+def _uses_of_handle(
+    operation: tf.Operation, position: int, index: int, shape: tf.TensorShape, find: FindRule
+) -> list[Use | None]:
     """The uses of a variable by way of one operation on its handle; None for one without a rule."""
     if operation.type == "ReadVariableOp":
-        return _uses_of_value(operation.outputs[0], index, shape)
-    return [_use(operation, position, index, shape)]
+        return _uses_of_value(operation.outputs[0], index, shape, find)
+    return [_use(operation, position, index, shape, find)]
 
 
-def _uses_of_value(value: tf.Tensor, index: int, shape: tf.TensorShape) -> list[Use | None]:
+def _uses_of_value(value: tf.Tensor, index: int, shape: tf.TensorShape, find: FindRule) -> list[Use | None]:
     uses: list[Use | None] = []
     for consumer in value.consumers():
         positions = [position for position, tensor in enumerate(consumer.inputs) if tensor is value]
         if consumer.type in _VIEWS and positions == [0]:
-            uses += _uses_of_value(consumer.outputs[0], index, shape)
-        else:
-            uses += [_use(consumer, position, index, shape) for position in positions]
+            uses += _uses_of_value(consumer.outputs[0], index, shape, find)
+        elif consumer.type != "StopGradient":
+            uses += [_use(consumer, position, index, shape, find) for position in positions]
     return uses
 
 
-def _use(operation: tf.Operation, position: int, index: int, shape: tf.TensorShape) -> Use | None:
-    found = find_rule(operation, position, shape)
+def _use(operation: tf.Operation, position: int, index: int, shape: tf.TensorShape, find: FindRule) -> Use | None:
+    found = find(operation, position, shape)
     return None if found is None else Use(index, *found, operation.outputs[0])

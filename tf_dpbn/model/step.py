@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import tensorflow as tf
@@ -22,7 +23,7 @@ from tf_dpbn._keras import (
     update_compiled_metrics,
     with_masks,
 )
-from tf_dpbn.clipping import Batch, BatchResult, ExampleResult, MaskedPredictions, Task
+from tf_dpbn.clipping import Batch, BatchPass, BatchResult, ExampleResult, MaskedPredictions, Task
 from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import checks
 from tf_dpbn.model.training_trace import trace_structure
@@ -69,30 +70,51 @@ def task(model: Any, public: PublicForward) -> Task:
     seeds = draw_example_seeds(model)
     copies = model._dp_options["augmentation_multiplicity"]
 
-    def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
+    def loss_of(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], Any]:
+        """(loss, parts, prediction) of one example, from the predictions [copies, ...] for it."""
         y, weight = tf.nest.map_structure(lambda t: t[None], (y, weight))
         y = _with_class_where_unweighted(y, weight)
         scale, weight = _split_weight(weight)
-        if copies == 1:
-            x = tf.nest.map_structure(lambda t: t[None], x)
-        else:
+        if copies > 1:
             y = tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), y)
             weight = None if weight is None else tf.nest.map_structure(lambda t: tf.repeat(t, copies, 0), weight)
-        with (
-            GivenStatistics(public.calls, statistics) as given,
-            isolated_call(seeds, index, tracker_variables(model), model.weights) as scope,
-        ):
-            y_pred = call_model(model, x, training=True)
+        with isolated_call(seeds, index, tracker_variables(model), model.weights) as scope:
             loss, parts = compiled_data_loss(model, y, y_pred, weight, scope)
         masks = tf.nest.map_structure(lambda t: t[0], masks_of(y_pred))  # of copies alike: shapes are the same
         y_pred = tf.nest.map_structure(lambda t: tf.squeeze(t, 0) if copies == 1 else tf.reduce_mean(t, 0), y_pred)
         y_pred = MaskedPredictions(y_pred, masks) if tf.nest.flatten(masks) else y_pred
         parts = tuple(scale * tf.cast(part, tf.float32) for part in parts)
-        residuals = public.residuals(given, tf.nest.flatten(x))
-        return ExampleResult(scale * tf.cast(tf.reduce_mean(loss), tf.float32), parts, y_pred, residuals)
+        return scale * tf.cast(tf.reduce_mean(loss), tf.float32), parts, y_pred
+
+    def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
+        if copies == 1:
+            x = tf.nest.map_structure(lambda t: t[None], x)
+        with (
+            GivenStatistics(public.calls, statistics) as given,
+            isolated_call(seeds, index, tracker_variables(model), model.weights),
+        ):
+            y_pred = call_model(model, x, training=True)
+        return ExampleResult(*loss_of(y_pred, y, weight, index), public.residuals(given, tf.nest.flatten(x)))
+
+    def run_batch(x: Any, index: tf.Tensor, statistics: Any) -> BatchPass:
+        x = tf.nest.map_structure(_merge_copies if copies > 1 else tf.identity, x)
+        with (
+            GivenStatistics(public.calls, statistics, constants=True) as given,
+            isolated_call(seeds, index[0], tracker_variables(model), model.weights),
+        ):
+            y_pred = call_model(model, x, training=True)
+        return BatchPass(y_pred, given.normalized)
+
+    def example_loss(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
+        return loss_of(tf.nest.map_structure(lambda t: t[None] if copies == 1 else t, y_pred), y, weight, index)
 
     variables = tuple(raw(variable) for variable in model.trainable_variables)
-    return Task(run_example, variables, public.calls, _loss_scale(model))
+    expected = math.ceil(model.optimizer.expected_batch_size)
+    return Task(run_example, variables, public.calls, _loss_scale(model), run_batch, example_loss, expected)
+
+
+def _merge_copies(x: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
 
 
 def _loss_scale(model: Any) -> float:

@@ -119,6 +119,10 @@ class StatisticsScope:
         """Returns tensors (mean, variance) for one call of `layer`, or None for its moving statistics."""
         raise NotImplementedError
 
+    def normalize(self, layer: DPBatchNormalization, z: tf.Tensor, found: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        """Normalizes z, float32 or wider, by what `batch_statistics` returned."""
+        return moments.normalize(z, *found, layer.gamma, layer.beta, layer.epsilon, layer.channel_axes)
+
 
 def current_scope() -> StatisticsScope | None:
     """The innermost scope entered on this thread."""
@@ -157,20 +161,44 @@ class PublicPass(StatisticsScope):
         return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Normalized:
+    """One call of a DPBatchNormalization on private examples, whose scale and offset are constants.
+
+    Attributes:
+      inputs, outputs: z and what it was normalized to, in float32 or wider.
+      mean, variance: the statistics, of the shape of the channel axes.
+    """
+
+    inputs: tf.Tensor
+    outputs: tf.Tensor
+    mean: tf.Tensor
+    variance: tf.Tensor
+
+
 class GivenStatistics(StatisticsScope):
     """A forward pass in which the calls in training use the given statistics, in the order of the public pass.
 
     Args:
       calls: the calls of the public pass, for their layers.
       values: (mean, variance) of each of them.
+      constants: scale, offset and statistics get no gradient; who needs it takes it from `normalized`.
 
     Attributes:
       inputs: (input, mask or None) of each call, once it was made.
+      normalized: likewise.
     """
 
-    def __init__(self, calls: Sequence[NormalizationCall], values: Sequence[tuple[tf.Tensor, tf.Tensor]]) -> None:
+    def __init__(
+        self,
+        calls: Sequence[NormalizationCall],
+        values: Sequence[tuple[tf.Tensor, tf.Tensor]],
+        constants: bool = False,
+    ) -> None:
         self._remaining = list(zip([call.layer for call in calls], values, strict=True))
+        self._constants = constants
         self.inputs: list[tuple[tf.Tensor, Any]] = []
+        self.normalized: list[Normalized] = []
 
     def batch_statistics(self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool) -> Statistics:
         """Returns the next of the given statistics, for a call in training."""
@@ -183,6 +211,15 @@ class GivenStatistics(StatisticsScope):
             )
         self.inputs.append((inputs, mask))
         return self._remaining.pop(0)[1]
+
+    def normalize(self, layer: DPBatchNormalization, z: tf.Tensor, found: tuple[tf.Tensor, tf.Tensor]) -> tf.Tensor:
+        """See StatisticsScope."""
+        if not self._constants:
+            return super().normalize(layer, z, found)
+        gamma, beta = (None if each is None else tf.stop_gradient(each) for each in (layer.gamma, layer.beta))
+        out = moments.normalize(z, *found, gamma, beta, layer.epsilon, layer.channel_axes)
+        self.normalized.append(Normalized(z, out, *found))
+        return out
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
@@ -379,11 +416,10 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
         if is_shape_inference():
             scope = None  # no call of the pass: a Sequential or functional network is being built within it
         found = scope.batch_statistics(self, inputs, mask, training) if scope else None
-        if found is None:
+        if scope is None or found is None:
             return super().call(inputs, training=False)
         z = moments.widen(tf.convert_to_tensor(inputs))
-        out = moments.normalize(z, *found, self.gamma, self.beta, self.epsilon, self.channel_axes)
-        return tf.cast(out, self.compute_dtype)
+        return tf.cast(scope.normalize(self, z, found), self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

@@ -34,6 +34,12 @@ _KERNEL_OPERATIONS: dict[str, tuple[int, ...]] = {
 }
 # Those of them whose first axis of data and output are the examples.
 _LINEAR_IN_ROWS = frozenset(["MatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative"])
+# Those of the linear ones whose filter gradient is an operation of its own, and which that is; "" for a product.
+_FILTER_GRADIENTS = {
+    "Conv2D": "Conv2DBackpropFilter",
+    "DepthwiseConv2dNative": "DepthwiseConv2dNativeBackpropFilter",
+    "MatMul": "",
+}
 _ADDITIONS = frozenset(["Add", "AddV2", "BiasAdd", "Identity"])
 _REARRANGEMENTS = frozenset(["Reshape", "Squeeze", "ExpandDims"])
 # Each output channel depends on the same input channel only; the channel axis stays where it is.
@@ -64,11 +70,14 @@ def with_local_terms(
         released mean by channel of what the kernel layer is fed with: a tensor or variable.
     """
     graph = PassGraph(inputs, variables)
+    producers = [graph.find_producer(call.inputs, call.layer.channel_axes) for call in calls]
+    pairs = zip(producers, calls, strict=True)
+    public = {k: pair for k, pair in enumerate(pairs) if pair[0] is not None and pair[1].layer.statistics != "noised"}
+    terms = dict(zip(public, _terms_of_public(list(public.values())), strict=True))
     found = []
-    for call in calls:
-        producer = graph.find_producer(call.inputs, call.layer.channel_axes)
-        if producer is not None and call.layer.statistics != "noised":
-            call = dataclasses.replace(call, local_terms=_terms_of_public(producer, call))
+    for k, (call, producer) in enumerate(zip(calls, producers, strict=True)):
+        if k in terms:
+            call = dataclasses.replace(call, local_terms=terms[k])
         elif producer is not None and producer.is_linear and not call.masked:
             mean = input_mean(call, math.prod(_channel_shape(producer)))
             call = dataclasses.replace(call, local_terms=_terms_of_released(producer, call, mean), input_mean=mean)
@@ -83,8 +92,9 @@ def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: Any) 
     first part takes from an example's gradient what changes the kernel's length, which normalization undoes. Likewise
     pbar's part along K_o is set to what the released mean of the outputs says.
     """
-    d_means = _mean_of_linear(producer, tf.reshape(tf.convert_to_tensor(mean), _channel_shape(producer)))
     *biases, kernel = producer.parameters
+    output = _mean_of_linear(producer, tf.reshape(tf.convert_to_tensor(mean), _channel_shape(producer)))
+    d_means = [*[tf.ones_like(bias.read) for bias in biases], *tf.gradients(output, [kernel.read])]
     read, rank = kernel.read, kernel.read.shape.rank
     axes = [k for k in range(rank) if k - rank not in kernel.channel_axes]
     squares = tf.reduce_sum(tf.square(read), axes, keepdims=True)
@@ -108,19 +118,96 @@ def _channel_shape(producer: _Producer) -> list[int]:
     return [size if k == axis else 1 for k, size in enumerate(data.shape.as_list())]
 
 
-def _terms_of_public(producer: _Producer, call: NormalizationCall) -> tuple[LocalTerm, ...]:
-    """Both Jacobians from the public pass; those by anchored statistics by the chain rule."""
-    reads = [parameter.read for parameter in producer.parameters]
-    stop = [producer.frozen_input]
+def _terms_of_public(found: Sequence[tuple[Any, NormalizationCall]]) -> list[tuple[LocalTerm, ...]]:
+    """Both Jacobians of each call from the public pass; those by anchored statistics by the chain rule."""
     # Mean and variance of channel o involve only channel o of each parameter, so the gradient of their sum over
     # channels holds every entry of the Jacobian.
-    if producer.is_linear and not call.masked:
-        d_means = _mean_of_linear(producer, tf.reduce_mean(producer.frozen_input, 0, keepdims=True))
-    else:
-        d_means = tf.gradients(tf.reduce_sum(call.public_mean), reads, stop_gradients=stop)
-    d_variances = tf.gradients(tf.reduce_sum(call.public_variance), reads, stop_gradients=stop)
-    terms = _local_terms(producer, d_means, d_variances)
-    return terms if call.layer.statistics == "public" else tuple(_anchored_term(term, call) for term in terms)
+    jacobians: list[Any] = [_of_linear(*each) if _is_in_closed_form(*each) else None for each in found]
+    others = [k for k, each in enumerate(jacobians) if each is None]
+    producers = [found[k][0] for k in others]
+    d_means = _gradients_by_parameters(producers, [tf.reduce_sum(found[k][1].public_mean) for k in others])
+    d_variances = _gradients_by_parameters(producers, [tf.reduce_sum(found[k][1].public_variance) for k in others])
+    for k, *of_moments in zip(others, d_means, d_variances, strict=True):
+        jacobians[k] = of_moments
+    terms = []
+    for k, (producer, call) in enumerate(found):
+        of_call = _local_terms(producer, *jacobians[k])
+        if call.layer.statistics == "anchored":
+            of_call = tuple(_anchored_term(term, call) for term in of_call)
+        elif k not in others:
+            of_call = (*of_call[:-1], dataclasses.replace(of_call[-1], alike=True))
+        terms.append(of_call)
+    return terms
+
+
+def _is_in_closed_form(producer: _Producer, call: NormalizationCall) -> bool:
+    return producer.is_linear and not call.masked and producer.operation.type in _FILTER_GRADIENTS
+
+
+def _of_linear(producer: _Producer, call: NormalizationCall) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """d mean and d variance where the normalization's input is operation(data) + biases.
+
+    The mean of the outputs is that of the mean input, so that one example takes the place of the whole batch; and the
+    derivative of the variance by an output is 2 (z - mu) / count.
+    """
+    *biases, _ = producer.parameters
+    operation = producer.operation
+    outputs = operation.outputs[0].shape.as_list()
+    channel = _channel_axis_of_kernel_operation(operation)
+    z = widen(call.inputs)
+    shape = [size if k == call.layer.channel_axes[0] % z.shape.rank else 1 for k, size in enumerate(z.shape.as_list())]
+    count = z.shape.num_elements() // outputs[channel]
+    centered = (z - tf.reshape(tf.cast(call.public_mean, z.dtype), shape)) * (2.0 / count)
+    kept = tf.cast(tf.reshape(centered, outputs), operation.outputs[0].dtype)
+    mean_input = tf.reduce_mean(producer.frozen_input, 0, keepdims=True)
+    ones = tf.fill([1, *outputs[1:]], tf.cast(outputs[channel] / math.prod(outputs[1:]), kept.dtype))
+    d_mean, d_variance = (
+        _filter_gradient(producer, data, cotangent)
+        for data, cotangent in ((mean_input, ones), (producer.frozen_input, kept))
+    )
+    of_biases = [bias.read for bias in biases]
+    return [*map(tf.ones_like, of_biases), d_mean], [*map(tf.zeros_like, of_biases), d_variance]
+
+
+def _filter_gradient(producer: _Producer, data: tf.Tensor, cotangent: tf.Tensor) -> tf.Tensor:
+    """The gradient by the kernel operation's kernel, for other data and the given one by the operation's output.
+
+    A convolution of one tap a side that strides only leaves out positions, and they are left out before it: oneDNN's
+    kernel for it writes beyond its memory where there are fewer examples than threads, as one (TensorFlow 2.21).
+    """
+    operation = producer.operation
+    kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
+    if operation.type == "MatMul":
+        return tf.reshape(tf.matmul(data, cotangent, transpose_a=True), kernel.shape)
+    names = ("strides", "padding", "explicit_paddings", "data_format", "dilations")
+    attributes = {name: operation.get_attr(name) for name in names}
+    if kernel.shape[:2] == [1, 1] and operation.get_attr("padding") != b"EXPLICIT":
+        strides = attributes["strides"]
+        if max(strides) > 1:
+            data = data[tuple(slice(None, None, stride) for stride in strides)]
+            attributes["strides"] = [1, 1, 1, 1]
+    gradient = getattr(tf.raw_ops, _FILTER_GRADIENTS[operation.type])
+    return gradient(input=data, filter_sizes=kernel.shape.as_list(), out_backprop=cotangent, **attributes)
+
+
+def _gradients_by_parameters(producers: Sequence[_Producer], targets: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
+    """The gradient of each target, a scalar, by its producer's parameters, the producer's data held constant.
+
+    As few calls of tf.gradients as possible take as many targets at once as do not get in each other's way, as each
+    call walks through the whole graph behind a parameter.
+    """
+    found: dict[int, list[tf.Tensor]] = {}
+    while len(found) < len(producers):
+        group: list[int] = []
+        for k, each in enumerate(producers):
+            if k not in found and all(each.is_apart_from(producers[other]) for other in group):
+                group.append(k)
+        reads = [[parameter.read for parameter in producers[k].parameters] for k in group]
+        flat = tf.nest.flatten(reads)
+        stop = [producers[k].frozen_input for k in group]
+        gradients = tf.gradients([targets[k] for k in group], flat, stop_gradients=stop)
+        found.update(zip(group, tf.nest.pack_sequence_as(reads, gradients), strict=True))
+    return [found[k] for k in range(len(producers))]
 
 
 def _anchored_term(term: LocalTerm, call: NormalizationCall) -> LocalTerm:
@@ -136,8 +223,8 @@ def _local_terms(producer: _Producer, d_means: list[tf.Tensor], d_variances: lis
     return tuple(LocalTerm(each.index, each.channel_axes, *of_moments) for each, *of_moments in jacobians)
 
 
-def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tensor]:
-    """d mean / d parameter where the normalization's input is operation(data) + biases.
+def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
+    """The mean, summed over channels, where the normalization's input is operation(data) + biases, without the biases.
 
     The mean of the outputs is then that of the mean input, so that one example takes the place of the whole batch.
 
@@ -150,9 +237,7 @@ def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> list[tf.Tenso
     mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), [None, *producer.frozen_input.shape[1:]])
     output = _call_on_mean(producer, mean_input)
     axis = _channel_axis_of_kernel_operation(producer.operation)
-    mean = tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis])
-    *biases, kernel = [parameter.read for parameter in producer.parameters]
-    return [*[tf.ones_like(bias) for bias in biases], *tf.gradients(tf.reduce_sum(mean), [kernel])]
+    return tf.reduce_sum(tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis]))
 
 
 def _call_on_mean(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
@@ -187,12 +272,19 @@ class _Producer:
       parameters: trainable variables on the way, the operation's kernel last.
       frozen_input: the operation's data.
       is_linear: the normalization's input is operation(data) plus biases, up to a rearrangement of positions.
+      path: ids of the tensors from the operation to the normalization.
     """
 
     operation: tf.Operation
     parameters: tuple[_Parameter, ...]
     frozen_input: tf.Tensor
     is_linear: bool
+    path: frozenset[int]
+
+    def is_apart_from(self, other: _Producer) -> bool:
+        """Whether neither has a parameter of the other, nor is fed from within it."""
+        shared = {each.index for each in self.parameters} & {each.index for each in other.parameters}
+        return not shared and id(self.frozen_input) not in other.path and id(other.frozen_input) not in self.path
 
 
 class PassGraph:
@@ -225,8 +317,10 @@ class PassGraph:
         axis = channel_axes[0] % z.shape.rank
         channels = z.shape[axis]
         parameters: list[_Parameter] = []
+        path = set()
         is_linear = True
         while True:
+            path.add(id(z))
             operation = z.op
             data = [tensor for tensor in operation.inputs if id(tensor) in self._data]
             if len(data) != 1:
@@ -236,7 +330,7 @@ class PassGraph:
                 if kernel is None:
                     return None
                 is_linear = is_linear and operation.type in _LINEAR_IN_ROWS
-                return _Producer(operation, (*parameters, kernel), data[0], is_linear)
+                return _Producer(operation, (*parameters, kernel), data[0], is_linear, frozenset(path))
             stacked = _stacked_element(operation)
             if stacked is not None:
                 z = stacked

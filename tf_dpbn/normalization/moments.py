@@ -21,12 +21,14 @@ class LocalTerm:
       channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
       d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
       d_variance: d variance_o / d variable[.., o], likewise.
+      alike: d_mean is the same for all o of a group, as where the normalization's input is linear in the variable.
     """
 
     index: int
     channel_axes: tuple[int, ...]
     d_mean: tf.Tensor
     d_variance: tf.Tensor
+    alike: bool = False
 
     def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
         """pbar (x) c_mu + V * c_v for each of a batch of cotangents.
@@ -42,10 +44,17 @@ class LocalTerm:
 
     def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
         """Reshapes [..., channels] so that it broadcasts against the variable."""
-        shape = [1] * self.d_mean.shape.rank
+        leading = cotangent.shape[:-1]
+        rows = leading if leading.is_fully_defined() else tf.shape(cotangent)[:-1]
+        return tf.reshape(cotangent, tf.concat([rows, self.spread_shape], 0))
+
+    @property
+    def spread_shape(self) -> list[int]:
+        """The shape of the variable with all axes but the channels of size one."""
+        shape = [1] * self.d_variance.shape.rank
         for axis in self.channel_axes:
-            shape[axis] = self.d_mean.shape[axis]
-        return tf.reshape(cotangent, tf.concat([tf.shape(cotangent)[:-1], shape], 0))
+            shape[axis] = self.d_variance.shape[axis]
+        return shape
 
 
 def _reduction_axes(rank: int, axes: Sequence[int]) -> list[int]:
@@ -94,7 +103,10 @@ def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tenso
     Not by a tf.custom_gradient, which TensorFlow keeps for the life of the process with the graph around it.
     """
     mean = tf.reduce_sum(z, reduce, keepdims=True)
-    count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
+    if z.shape.is_fully_defined():
+        count = z.shape.num_elements() / mean.shape.num_elements()
+    else:
+        count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
     mean /= count
     # Moving the mean does not change the variance, to first order.
     squares = tf.math.squared_difference(z, tf.stop_gradient(mean))
@@ -124,9 +136,12 @@ def normalize(
       axes: the channel axes.
     """
     shape = _broadcast_shape(z.shape.rank, axes, mean)
+    is_last = all(size == 1 for size in shape[:-1]) and mean.shape.rank == 1
 
     def fit(statistic: tf.Tensor | None) -> tf.Tensor | None:
-        return None if statistic is None else tf.reshape(tf.cast(statistic, z.dtype), shape)
+        if statistic is None or is_last:
+            return None if statistic is None else tf.cast(statistic, z.dtype)
+        return tf.reshape(tf.cast(statistic, z.dtype), shape)
 
     return tf.nn.batch_normalization(z, fit(mean), fit(variance), fit(beta), fit(gamma), epsilon)
 

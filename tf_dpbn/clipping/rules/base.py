@@ -51,6 +51,11 @@ class Rule(abc.ABC):
         """The inverse of `split`: [rows, *shape]."""
         return blocks[0]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one block, the operand itself."""
+        return type(self).join is Rule.join
+
     def contribution(
         self, shape: Shape, inputs: Inputs, cotangent: tf.Tensor, terms: Sequence[BoundTerm], norm_method: str
     ) -> Contribution:
@@ -63,7 +68,8 @@ class Rule(abc.ABC):
           norm_method: one of NORM_METHODS, where the rule has a choice.
         """
         del norm_method
-        return Kept(shape, corrected(self.instantiate(inputs, cotangent), terms, self.shape, self.split), self.join)
+        blocks = corrected(self.instantiate(inputs, cotangent), terms, self.shape, self.split)
+        return Kept(shape, blocks, None if self.is_whole else self.join)
 
     def numbers_kept(self, has_terms: bool, norm_method: str) -> int:
         """How many numbers an example's contribution holds beside the operation's inputs and cotangent."""
@@ -109,10 +115,19 @@ class MatrixRule(Rule):
         """See `Rule`; products are formed only where that is cheaper."""
         if not self._prefers_products(bool(terms), norm_method):
             return super().contribution(shape, inputs, cotangent, terms, norm_method)
-        matrices = self.matrices(inputs, cotangent)
-        pairs = factors(terms, self.shape, matrices[0].dtype)
+        a, g = self.matrices(inputs, cotangent)
+        pairs = factors(terms, self.shape, a.dtype)
         corrections = [(self.to_matrix(jacobian), self.to_matrix(c)) for jacobian, c in pairs]
-        return Products(shape, matrices, corrections, self.from_matrix)
+        left, right = [a], [g]
+        for k in reversed(range(len(terms))):
+            if terms[k][0].alike:  # pbar (x) c_mu is one more position
+                jacobian, c = corrections.pop(2 * k)
+                row = tf.reshape(jacobian[..., 0], [1, self.groups, 1, self.inputs])
+                left.append(tf.broadcast_to(row, tf.concat([tf.shape(a)[:1], row.shape[1:]], 0)))
+                right.append(c)
+        if len(left) > 1:
+            a, g = tf.concat(left, 2), tf.concat(right, 2)
+        return Products(shape, (a, g), corrections, self.from_matrix)
 
     def numbers_kept(self, has_terms: bool, norm_method: str) -> int:
         """See `Rule`."""

@@ -1,0 +1,219 @@
+"""What book-keeping needs of a microbatch, from one pass of all its examples through the model.
+
+The pass is an ordinary one of a batch, in TensorFlow's ordinary kernels. Its graph, forward and backward, is proved to
+keep examples apart (`independence`), or the caller is told that it is not. Only the loss is vectorized over examples:
+a loss averages over whatever batch it is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dpbn._keras import masks_of, raw
+from tf_dpbn.clipping.independence import NotProvedError, Proof, check_no_state, check_same_operations
+from tf_dpbn.clipping.rows import unscaled, widen
+from tf_dpbn.clipping.rules import find_rule
+from tf_dpbn.clipping.rules.base import Found
+from tf_dpbn.clipping.task import BatchPass, Task
+from tf_dpbn.clipping.uses import Use, find_uses
+from tf_dpbn.clipping.vectorization import vectorize
+from tf_dpbn.normalization import Normalized, moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """What a pass leaves behind of each example; tensors are [rows, ...], or without that axis for one example.
+
+    Attributes:
+      uses: the operations that rules cover.
+      data: for each of them (inputs, cotangent), see `rules.base.Rule`.
+      whole: by variable gradients that were computed as such; they are added to those of its uses.
+      cotangents: derivatives of the loss by mean and variance of each normalization call, [rows, channels].
+      results: (loss, parts, y_pred).
+      residuals: of the statistics, by release.
+    """
+
+    uses: tuple[Use, ...]
+    data: Sequence[Any]
+    whole: Mapping[int, Sequence[tf.Tensor]]
+    cotangents: Sequence[tf.Tensor]
+    results: tuple[Any, Any, Any]
+    residuals: Sequence[tf.Tensor]
+
+    def tensors(self) -> Any:
+        """All but the uses, as a nest."""
+        return self.data, self.whole, self.cotangents, self.results, self.residuals
+
+    def with_tensors(self, tensors: Any) -> Records:
+        """The same of other tensors."""
+        return Records(self.uses, *tensors)
+
+
+class BatchTrace:
+    """Runs several examples of a task through the model at once; traced once for each number of rows.
+
+    Args:
+      task: the model.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._records: dict[int, Records] = {}
+        self._function = tf.function(self._run, autograph=False)
+
+    def _run(self, rows: Any) -> Any:
+        records = _record(self._task, rows)
+        self._records[rows[-1].shape[0]] = records
+        return records.tensors()
+
+    def records(self, rows: Any) -> Records:
+        """The records, without values, of as many examples as `rows` has: (x, y, weight, index, mask).
+
+        Raises:
+          NotProvedError: if it is not proved that examples stay apart.
+        """
+        if self._task.run_batch is None:
+            raise NotProvedError("the model is known by one example only")
+        if self._task.releases:
+            raise NotProvedError("statistics are released")
+        count = rows[-1].shape[0]
+        if count not in self._records:
+            self._function.get_concrete_function(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), rows))
+        return self._records[count]
+
+    def __call__(self, rows: Any) -> Records:
+        """The records of rows; arguments and errors as for `records`."""
+        return self.records(rows).with_tensors(self._function(rows))
+
+
+def _record(task: Task, rows: Any) -> Records:
+    x, y, weight, index, _ = rows
+    proof = Proof(tf.nest.flatten((x, y, weight)), index.shape[0])
+    result, operations = _forward(task, x, index)
+    check_no_state(proof, operations)
+    one_more: list[Any] = []
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec([proof.rows + 1, *t.shape[1:]], t.dtype), (x, index))
+    tf.function(lambda *rows: one_more.extend(_forward(task, *rows)[1]), autograph=False).get_concrete_function(*specs)
+    check_same_operations(operations, one_more)
+    uses, others = find_uses(operations, task.variables, lambda *use: _find_rule(proof, *use))
+    if others:
+        raise NotProvedError(f"there is no rule for a use of {task.variables[others[0]].name!r}")
+    if len(result.normalized) != len(task.calls):
+        raise NotProvedError("normalizations were left out")
+    loss, parts, y_pred, derivatives = _losses(task, proof, result, rows)
+    flat = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
+    sources = [*[use.output for use in flat], *[each.outputs for each in result.normalized]]
+    predictions = tf.nest.flatten(result.y_pred)
+    found = [
+        tf.zeros([proof.rows, *proof.row_shape(source)], source.dtype) if gradient is None else proof.by_row(gradient)
+        for gradient, source in zip(tf.gradients(predictions, sources, derivatives), sources, strict=True)
+    ]
+    found = [unscaled(each, task.loss_scale) for each in found]
+    data = [(use.inputs, cotangent) for use, cotangent in zip(flat, found[: len(flat)], strict=True)]
+    whole: dict[int, list[tf.Tensor]] = {}
+    cotangents: list[tf.Tensor] = []
+    index_of = {id(variable): i for i, variable in enumerate(task.variables)}
+    for call, normalized, cotangent in zip(task.calls, result.normalized, found[len(flat) :], strict=True):
+        layer = call.layer
+        d_gamma, d_beta = _scale_and_offset(proof, normalized, cotangent, layer.channel_axes, layer.epsilon)
+        for variable, gradient in ((layer.gamma, d_gamma), (layer.beta, d_beta)):
+            i = None if variable is None else index_of.get(id(raw(variable)))
+            if i is not None:
+                whole.setdefault(i, []).append(tf.reshape(gradient, [proof.rows, *task.variables[i].shape]))
+        gamma = 1.0 if layer.gamma is None else tf.cast(tf.reshape(raw(layer.gamma), [-1]), d_gamma.dtype)
+        variance = tf.reshape(normalized.variance, [-1])
+        cotangents += moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
+    return Records(flat, data, whole, cotangents, (loss, parts, y_pred), ())
+
+
+def _forward(task: Task, x: Any, index: tf.Tensor) -> tuple[BatchPass, list[tf.Operation]]:
+    """The pass of examples through the model, and its operations."""
+    graph = tf.compat.v1.get_default_graph()
+    before = len(graph.get_operations())
+    result = task.run_batch(x, index, task.statistics)  # type: ignore[misc]
+    return result, graph.get_operations()[before:]
+
+
+def _losses(task: Task, proof: Proof, result: BatchPass, rows: Any) -> tuple[Any, Any, Any, list[tf.Tensor]]:
+    """Losses, their parts and predictions by row, and the derivatives of the losses by the model's predictions."""
+    _, y, weight, index, _ = rows
+    if tf.nest.flatten(masks_of(result.y_pred)):
+        raise NotProvedError("predictions carry masks")
+    predictions = tf.nest.flatten(result.y_pred)
+    for each in predictions:
+        state = proof.rows_of(each)
+        if state.axis or state.outer != 1:
+            raise NotProvedError("the first axis of a prediction is not that of the examples")
+
+    def differentiate(row: Any) -> Any:
+        given, *rest = row
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(tf.nest.flatten(given))
+            loss, parts, y_pred = task.example_loss(given, *rest)  # type: ignore[misc]
+            scaled = task.loss_scale * widen(loss)
+        derivatives = tape.gradient(scaled, tf.nest.flatten(given), unconnected_gradients="zero")
+        loss, parts = tf.cast(loss, tf.float32), tuple(tf.cast(part, tf.float32) for part in parts)
+        return loss, parts, y_pred, derivatives
+
+    copies = [proof.rows_of(each).inner for each in predictions]
+    given = [
+        each if number == 1 else tf.reshape(each, [proof.rows, number, *each.shape[1:]])
+        for each, number in zip(predictions, copies, strict=True)
+    ]
+    by_row = (tf.nest.pack_sequence_as(result.y_pred, given), y, weight, index)
+    vectorized = vectorize(differentiate, by_row)
+    if vectorized is None:
+        raise NotProvedError("the loss cannot be vectorized")
+    loss, parts, y_pred, derivatives = vectorized(by_row)
+    derivatives = [tf.reshape(d, each.shape) for d, each in zip(derivatives, predictions, strict=True)]
+    for derivative, each in zip(derivatives, predictions, strict=True):
+        proof.assume(derivative, proof.rows_of(each))
+    return loss, parts, y_pred, derivatives
+
+
+def _scale_and_offset(
+    proof: Proof, normalized: Normalized, cotangent: tf.Tensor, axes: Sequence[int], epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Gradients by scale and offset, [rows, channels] each; sum_t g_t (z_t - mu) r and sum_t g_t."""
+    z, rank = proof.by_row(normalized.inputs), normalized.inputs.shape.rank
+    channels = [1 + axis % rank for axis in axes]
+    others = [axis for axis in range(1, rank + 1) if axis not in channels]
+    d_beta = tf.reshape(tf.reduce_sum(cotangent, others), [proof.rows, -1])
+    products = tf.reshape(tf.reduce_sum(cotangent * z, others), [proof.rows, -1])
+    mean, variance = (tf.reshape(each, [-1]) for each in (normalized.mean, normalized.variance))
+    return (products - mean * d_beta) * tf.math.rsqrt(variance + epsilon), d_beta
+
+
+class _RowTensor:
+    """How a rule sees a tensor of the batch: with the shape that it would have for one example."""
+
+    def __init__(self, proof: Proof, tensor: tf.Tensor) -> None:
+        self.tensor = tensor
+        self.shape = proof.row_shape(tensor)
+        self.dtype = tensor.dtype
+
+
+class _RowOperation:
+    """How a rule sees an operation on the batch: as it would be for one example."""
+
+    def __init__(self, proof: Proof, operation: tf.Operation) -> None:
+        self.type, self.get_attr = operation.type, operation.get_attr
+
+        def seen(tensor: tf.Tensor) -> Any:
+            return _RowTensor(proof, tensor) if proof.is_rows(tensor) else tensor
+
+        self.inputs = [seen(tensor) for tensor in operation.inputs]
+        self.outputs = [seen(operation.outputs[0])]
+
+
+def _find_rule(proof: Proof, operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
+    if not proof.is_rows(operation.outputs[0]):
+        return None
+    found = find_rule(_RowOperation(proof, operation), position, shape)
+    if found is None or not all(isinstance(each, _RowTensor) for each in found[1]):
+        return None
+    return found[0], tuple(proof.by_row(each.tensor) for each in found[1])
