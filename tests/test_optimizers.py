@@ -123,7 +123,7 @@ REFUSED = {
     "stateless_apply": lambda o, g, v: o.stateless_apply([], g, v),
     "update_step": lambda o, g, v: o.update_step(g[0], v[0], 0.1),
 }
-TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel"
+TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel.*tf_dpbn.convert"
 
 
 @pytest.mark.parametrize("optimizer", ["generic", "adam"])

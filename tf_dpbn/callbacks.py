@@ -138,11 +138,12 @@ class PrivacyBudget(keras.callbacks.Callback):
     def _require_room(self) -> None:
         model = self.model
         if model.private_steps + steps_of_call(model) > self._last_allowed_step():
+            delta = _default_delta(model, self._delta)
             raise _validate.argument_error(
                 "epsilon",
                 self._epsilon,
-                f"leave room for another step after {model.ledger.steps} steps, at "
-                f"delta={_default_delta(model, self._delta):g} and noise multiplier "
-                f"{model._record.next_step.effective_noise_multiplier:g}",
-                "Train with more noise, or stop here.",
+                f"leave room for another step after {model.ledger.steps} steps, which have cost "
+                f"{model.epsilon(delta, self._accountant):.4g} at delta {delta:g}: another one, with noise multiplier "
+                f"{model._record.next_step.effective_noise_multiplier:g}, would exceed it",
+                "Stop here, compile with more noise, or allow a larger epsilon.",
             )

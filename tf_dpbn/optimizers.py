@@ -42,7 +42,8 @@ _PARAMETER_KINDS = (
 _MOST_RELEASES = 1024
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
-    "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
+    "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model (tf_dpbn.convert makes one of yours), or use an "
+    "ordinary optimizer."
 )
 
 

@@ -51,8 +51,9 @@ def check_layers(model: Any) -> None:
     for layer in stock_normalizations(model):
         raise ValueError(
             f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
-            "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, or freeze it "
-            f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
+            "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, as "
+            "tf_dpbn.convert(model) does, or freeze it with trainable=False so that it uses its moving statistics. "
+            f"Received: layer={layer!r}"
         )
     for layer in flatten_layers(model):
         if isinstance(getattr(layer, "_record", None), TrainingRecord):
@@ -171,13 +172,14 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
         )
 
 
-def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
+def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str = "y") -> None:
     """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 
     Args:
       model: compiled; integers are checked for one output of known shape with a sparse categorical loss of Keras'.
       labels: array of labels, or nest of arrays.
       sample_weight: array or None; where it is 0, and for the loss' `ignore_class`, any integer will do.
+      name: the argument that holds the labels.
 
     Raises:
       ValueError: with the smallest or largest label, or for strings.
@@ -187,7 +189,7 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
     are_strings = any(_holds_strings(each) for each in arrays)
     if are_strings and all(is_keras_loss(loss) for loss in losses):
         raise _validate.argument_error(
-            "y",
+            name,
             "strings",
             "hold numbers, which the compiled loss takes",
             "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1.",
@@ -202,7 +204,7 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
     for label in (int(values.min()), int(values.max())) if values.size else ():
         if not 0 <= label < classes:
             raise _validate.argument_error(
-                "y",
+                name,
                 label,
                 f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
                 "Correct the labels or give the last layer more units.",
@@ -370,10 +372,13 @@ def check_plan(
         return  # without a computation, which takes seconds with PLD
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
+        noise, planned_noise = record.effective_noise_multiplier, whole.effective_noise_multiplier
+        remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
+        if noise < planned_noise:
+            remedy = f"The optimizer has noise multiplier {noise:.4g}, not {planned_noise:.4g}: build both from one plan."
         warnings.warn(
             f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
-            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. Train for "
-            f"fewer epochs, make a new plan, or stop in time with callbacks.PrivacyBudget({planned:.4g}).",
+            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. {remedy}",
             PrivacyWarning,
             stacklevel=4,
         )

@@ -129,8 +129,8 @@ class DPModel(keras.Model):
                 "optimizer",
                 optimizer,
                 "be a DPOptimizer",
-                "Wrap yours: tf_dpbn.optimizers.DPOptimizer(inner, l2_norm_clip=1.0, noise_multiplier=1.1, "
-                "expected_batch_size=256).",
+                "Wrap yours: tf_dpbn.optimizers.DPOptimizer.from_plan(plan, inner, l2_norm_clip=1.0), or DPOptimizer("
+                "inner, l2_norm_clip=1.0, noise_multiplier=1.1, expected_batch_size=256, num_examples=60_000).",
                 TypeError,
             )
         self._refuse_while_training("compile")
@@ -349,6 +349,9 @@ class DPModel(keras.Model):
         labels = source.labels if source else y
         if labels is not None:
             checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
+        held_out = options.get("validation_data")
+        if isinstance(held_out, (tuple, list)) and len(held_out) > 1:
+            checks.check_labels(self, *held_out[1:3], name="validation_data")
         checks.check_callbacks(options["callbacks"])
         next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
         if source is not None and source.plan is not None:
