@@ -170,7 +170,7 @@ def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step(mo
 
 def test_an_optimizer_of_another_plan_than_the_data_is_named(model):
     optimizer = helpers.dp_optimizer(noise_multiplier=0.5 * PLAN.noise_multiplier, expected_batch_size=4)
-    with pytest.warns(tf_dpbn.PrivacyWarning, match="The optimizer has noise multiplier .* build both from one plan"):
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="The optimizer's noise multiplier is .* build both from one plan"):
         fit(make_model(optimizer))
 
 

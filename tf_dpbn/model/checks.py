@@ -375,7 +375,9 @@ def check_plan(
         noise, planned_noise = record.effective_noise_multiplier, whole.effective_noise_multiplier
         remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
         if noise < planned_noise:
-            remedy = f"The optimizer has noise multiplier {noise:.4g}, not {planned_noise:.4g}: build both from one plan."
+            remedy = (
+                f"The optimizer's noise multiplier is {noise:.4g}, not {planned_noise:.4g}: build both from one plan."
+            )
         warnings.warn(
             f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
             f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. {remedy}",
