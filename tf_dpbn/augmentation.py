@@ -68,9 +68,8 @@ def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
     graph = tf.function(augment, autograph=False).get_concrete_function(specs).graph
     changes = _graph.state_changes(graph)
     if changes:
-        raise _validate.argument_error(
-            "augment", changes[0].type, "keep no state, and run no Python code", "State would couple private examples."
-        )
+        requirement = "keep no state, and run no Python code"
+        raise _validate.argument_error("augment", changes[0].type, requirement, "State would couple private examples.")
     if _graph.has_segment_sums(graph):
         made = tf.map_fn(augment, repeated, fn_output_signature=specs)
     else:
@@ -78,9 +77,8 @@ def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
 
     def split(copy: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         if copy.dtype != row.dtype or copy.shape[1:] != row.shape[1:]:
-            raise _validate.argument_error(
-                "augment", f"{copy.dtype.name} {copy.shape[1:]}", f"return {row.dtype.name} {row.shape[1:]}, as it got"
-            )
+            requirement = f"return {row.dtype.name} {row.shape[1:]}, as it got"
+            raise _validate.argument_error("augment", f"{copy.dtype.name} {copy.shape[1:]}", requirement)
         return tf.reshape(copy, [-1, multiplicity, *row.shape[1:]])
 
     return tf.nest.map_structure(split, made, rows)

@@ -11,21 +11,16 @@ from tf_dpbn.model import DPModel
 
 def _require_dp_model(callback: Any, model: Any) -> None:
     if not isinstance(model, DPModel):
-        raise _validate.argument_error(
-            "model", type(model).__name__, f"be a DPModel for {type(callback).__name__}", kind=TypeError
-        )
+        requirement = f"be a DPModel for {type(callback).__name__}"
+        raise _validate.argument_error("model", type(model).__name__, requirement, kind=TypeError)
 
 
 def _default_delta(model: DPModel, delta: float | None) -> float:
     """The given delta, or the optimizer's, which it has from its PrivacyPlan."""
     delta = model.optimizer.delta if delta is None else delta
     if delta is None:
-        raise _validate.argument_error(
-            "delta",
-            None,
-            "be given where the optimizer does not come from a PrivacyPlan",
-            "Choose it well below 1 / number of examples.",
-        )
+        requirement = "be given where the optimizer does not come from a PrivacyPlan"
+        raise _validate.argument_error("delta", None, requirement, "Choose it well below 1 / number of examples.")
     return delta
 
 
@@ -139,11 +134,10 @@ class PrivacyBudget(keras.callbacks.Callback):
         model = self.model
         if model.private_steps + steps_of_call(model) > self._last_allowed_step():
             delta = _default_delta(model, self._delta)
-            raise _validate.argument_error(
-                "epsilon",
-                self._epsilon,
+            requirement = (
                 f"leave room for another step after {model.ledger.steps} steps, which have cost "
                 f"{model.epsilon(delta, self._accountant):.4g} at delta {delta:g}: another one, with noise multiplier "
-                f"{model._record.next_step.effective_noise_multiplier:g}, would exceed it",
-                "Stop here, compile with more noise, or allow a larger epsilon.",
+                f"{model._record.next_step.effective_noise_multiplier:g}, would exceed it"
             )
+            remedy = "Stop here, compile with more noise, or allow a larger epsilon."
+            raise _validate.argument_error("epsilon", self._epsilon, requirement, remedy)

@@ -112,19 +112,14 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if isinstance(inner, (DPOptimizer, keras.mixed_precision.LossScaleOptimizer)):
             raise _validate.argument_error("inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps.")
         if getattr(inner, "gradient_accumulation_steps", None):
-            raise _validate.argument_error(
-                "inner",
-                f"gradient_accumulation_steps={inner.gradient_accumulation_steps}",
-                "not accumulate gradients itself: each would carry noise of its own",
-                "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes.",
-            )
+            received = f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+            requirement = "not accumulate gradients itself: each would carry noise of its own"
+            remedy = "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes."
+            raise _validate.argument_error("inner", received, requirement, remedy)
         if getattr(inner, "loss_scale_factor", None):
-            raise _validate.argument_error(
-                "inner",
-                f"loss_scale_factor={inner.loss_scale_factor}",
-                "not divide gradients by a loss scale",
-                "Pass loss_scale to DPModel.compile, which scales losses before gradients are clipped.",
-            )
+            requirement = "not divide gradients by a loss scale"
+            remedy = "Pass loss_scale to DPModel.compile, which scales losses before gradients are clipped."
+            raise _validate.argument_error("inner", f"loss_scale_factor={inner.loss_scale_factor}", requirement, remedy)
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
@@ -141,12 +136,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if num_examples is not None:
             self._num_examples = _validate.positive_int("num_examples", num_examples)
             if self._expected_batch_size > self._num_examples:
-                raise _validate.argument_error(
-                    "expected_batch_size",
-                    expected_batch_size,
-                    f"not exceed num_examples={num_examples}",
-                    "A batch is drawn from the data set.",
-                )
+                requirement = f"not exceed num_examples={num_examples}"
+                remedy = "A batch is drawn from the data set."
+                raise _validate.argument_error("expected_batch_size", expected_batch_size, requirement, remedy)
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._statistics_fraction = _validate.open_probability("statistics_fraction", statistics_fraction)
         self._noise_source = NoiseSource(noise_seed)
@@ -362,13 +354,12 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
             if expected_batch_size is None:
                 expected_batch_size = num_microbatches
             if expected_batch_size != num_microbatches:
-                raise _validate.argument_error(
-                    "num_microbatches",
-                    num_microbatches,
-                    f"equal expected_batch_size={expected_batch_size}",
+                requirement = f"equal expected_batch_size={expected_batch_size}"
+                remedy = (
                     "Every example is clipped on its own here; clipping means of several examples would double the "
-                    "sensitivity. To save memory pass microbatch_size to DPModel.compile.",
+                    "sensitivity. To save memory pass microbatch_size to DPModel.compile."
                 )
+                raise _validate.argument_error("num_microbatches", num_microbatches, requirement, remedy)
         inner = self.inner_class(*inner_args, **inner_kwargs)
         super().__init__(
             inner,
@@ -461,9 +452,8 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
 def _decided_by_plan(plan: Any, others: str, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an optimizer that a plan decides, none of which may be given."""
     if not isinstance(plan, PrivacyPlan):
-        raise _validate.argument_error(
-            "plan", plan, "be a PrivacyPlan", f"It comes first: from_plan(plan, {others}).", TypeError
-        )
+        remedy = f"It comes first: from_plan(plan, {others})."
+        raise _validate.argument_error("plan", plan, "be a PrivacyPlan", remedy, TypeError)
     decided = {
         "noise_multiplier": plan.noise_multiplier,
         "expected_batch_size": plan.expected_batch_size,

@@ -209,9 +209,8 @@ def _parts(name: str, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     columns = np.asarray(scores, np.float64)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or len(columns) < 4 or np.isnan(columns).any():
-        raise _validate.argument_error(
-            name, columns.shape, "hold at least 4 runs of [attacks] scores, none of them NaN"
-        )
+        requirement = "hold at least 4 runs of [attacks] scores, none of them NaN"
+        raise _validate.argument_error(name, columns.shape, requirement)
     choosing = max(1, int(_CHOOSING * len(columns)))
     return columns[:choosing], columns[choosing:]
 

@@ -71,8 +71,7 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Raises:
       NotImplementedError: on Keras 3, which tensorflow-privacy does not support.
-      ValueError: for an argument out of range; and at the start of training, for what `interop.checks`
-        refuses.
+      ValueError: for an argument out of range; and at the start of training, for what `interop.checks` refuses.
       RuntimeError: in training under a global seed, or beside another StatisticsCallback.
 
     Source: docs/algorithm.md, sections 3a, 5 and 6; docs/privacy.md.
@@ -258,19 +257,12 @@ class StatisticsCallback(keras.callbacks.Callback):
                 raise _validate.argument_error("noise_multiplier", gradient, f"be at least {planned!r}", remedy)
             each = others[0] if others else None
         if releases and each is None:
-            raise _validate.argument_error(
-                "statistics_noise_multiplier",
-                None,
-                'be given for layers with statistics="noised"',
-                "Or build the callback with StatisticsCallback.from_plan.",
-            )
+            requirement = 'be given for layers with statistics="noised"'
+            remedy = "Or build the callback with StatisticsCallback.from_plan."
+            raise _validate.argument_error("statistics_noise_multiplier", None, requirement, remedy)
         if releases < len(calls) and self._public_batch is None:
-            raise _validate.argument_error(
-                "public_batch",
-                None,
-                'be given for layers with statistics="public"',
-                "It must not be private; tf_dpbn.public_data makes synthetic ones.",
-            )
+            remedy = "It must not be private; tf_dpbn.public_data makes synthetic ones."
+            raise _validate.argument_error("public_batch", None, 'be given for layers with statistics="public"', remedy)
         if gradient == 0.0 or each == 0.0 and releases:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
         return gradient, float(each or 0.0)

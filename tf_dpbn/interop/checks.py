@@ -39,19 +39,12 @@ def check_model(model: Any) -> None:
         )
     for layer in flatten_layers(model):
         if isinstance(layer, DPBatchNormalization) and layer.statistics == "anchored":
-            raise _validate.argument_error(
-                "statistics",
-                layer.statistics,
-                f'be "public" or "noised" for layer {layer.name!r} in a stock model',
-                "Choose one of these, or train a tf_dpbn.DPModel.",
-            )
+            requirement = f'be "public" or "noised" for layer {layer.name!r} in a stock model'
+            remedy = "Choose one of these, or train a tf_dpbn.DPModel."
+            raise _validate.argument_error("statistics", layer.statistics, requirement, remedy)
         if layer.weights and layer.compute_dtype != "float32":
-            raise _validate.argument_error(
-                "dtype",
-                layer.compute_dtype,
-                f"be float32 for layer {layer.name!r}",
-                "tensorflow-privacy's optimizers clip in float32; for half precision train a tf_dpbn.DPModel.",
-            )
+            remedy = "tensorflow-privacy's optimizers clip in float32; for half precision train a tf_dpbn.DPModel."
+            raise _validate.argument_error("dtype", layer.compute_dtype, f"be float32 for layer {layer.name!r}", remedy)
     if regularization_losses(model):
         # They would be added to the loss of every row, padding included: an example that takes the place of padding
         # would then move the clipped sum by twice the clip norm.
@@ -71,12 +64,9 @@ def _check_step(model: Any) -> None:
         own = getattr(type(model), name) is not getattr(keras.Model, name)
         patched = name in vars(model) and not isinstance(vars(model)[name], RowLoss)
         if own or patched:
-            raise _validate.argument_error(
-                "model",
-                f"{type(model).__name__} with a `{name}` of its own",
-                "train by the step of tf.keras.Model",
-                "Leave it out, or train a tf_dpbn.DPModel.",
-            )
+            received = f"{type(model).__name__} with a `{name}` of its own"
+            requirement = "train by the step of tf.keras.Model"
+            raise _validate.argument_error("model", received, requirement, "Leave it out, or train a tf_dpbn.DPModel.")
 
 
 def check_seed() -> None:
@@ -111,23 +101,18 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
     known = all(hasattr(optimizer, name) for name in _ATTRIBUTES)
     accumulates = hasattr(optimizer, "gradient_accumulation_steps")
     if isinstance(optimizer, DPOptimizer) or not known or accumulates:
-        raise _validate.argument_error(
-            "optimizer",
-            f"{type(optimizer).__module__}.{type(optimizer).__name__}",
-            f"be tensorflow-privacy's {_NAMES}",
+        received = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
+        remedy = (
             "Any other trains without privacy or is not known to clip every row by itself; with tf_dpbn.optimizers "
-            "train a tf_dpbn.DPModel, which needs no StatisticsCallback.",
-            TypeError,
+            "train a tf_dpbn.DPModel, which needs no StatisticsCallback."
         )
+        raise _validate.argument_error("optimizer", received, f"be tensorflow-privacy's {_NAMES}", remedy, TypeError)
     _validate.non_negative("noise_multiplier", float(optimizer._noise_multiplier))
     checked_clip("l2_norm_clip", optimizer._l2_norm_clip)
     if optimizer._num_microbatches not in (None, rows):
-        raise _validate.argument_error(
-            "num_microbatches",
-            optimizer._num_microbatches,
-            f"be None or the number of rows of each batch, {rows}",
-            "Fewer clip means of several examples, which doubles the sensitivity.",
-        )
+        requirement = f"be None or the number of rows of each batch, {rows}"
+        remedy = "Fewer clip means of several examples, which doubles the sensitivity."
+        raise _validate.argument_error("num_microbatches", optimizer._num_microbatches, requirement, remedy)
 
 
 def check_compilation(model: Any) -> None:
@@ -139,19 +124,16 @@ def check_compilation(model: Any) -> None:
     for loss in tf.nest.flatten(model.loss):
         reduction = getattr(loss, "reduction", None)
         if reduction != "none":
-            raise _validate.argument_error(
-                "loss",
-                loss if reduction is None else f"{type(loss).__name__}(reduction={reduction!r})",
-                "be a tf.keras.losses.Loss with reduction=tf.keras.losses.Reduction.NONE",
-                "The optimizer clips the gradient of each row's loss, and needs it as a vector.",
-            )
+            received = loss if reduction is None else f"{type(loss).__name__}(reduction={reduction!r})"
+            requirement = "be a tf.keras.losses.Loss with reduction=tf.keras.losses.Reduction.NONE"
+            remedy = "The optimizer clips the gradient of each row's loss, and needs it as a vector."
+            raise _validate.argument_error("loss", received, requirement, remedy)
     if getattr(model, "_jit_compile", None):
         raise _validate.argument_error("jit_compile", True, "be False", "XLA leaves out the checks of each step.")
     stride = steps_of_call(model)
     if stride != 1:
-        raise _validate.argument_error(
-            "steps_per_execution", stride, "be 1", "Statistics are brought up to the weights before each step."
-        )
+        remedy = "Statistics are brought up to the weights before each step."
+        raise _validate.argument_error("steps_per_execution", stride, "be 1", remedy)
 
 
 def training_calls(model: Any) -> list[NormalizationCall]:
@@ -162,21 +144,18 @@ def training_calls(model: Any) -> list[NormalizationCall]:
         examples in its first axis.
     """
     if not getattr(model, "inputs", None):
-        raise _validate.argument_error(
-            "model",
-            model.name,
-            "know the shape of its inputs before training",
-            "Build it as tf.keras.Model(inputs, outputs), or as tf.keras.Sequential that begins with tf.keras.Input.",
+        remedy = (
+            "Build it as tf.keras.Model(inputs, outputs), or as tf.keras.Sequential that begins with tf.keras.Input."
         )
+        raise _validate.argument_error("model", model.name, "know the shape of its inputs before training", remedy)
     rows = tf.nest.flatten(model.inputs)[0].shape[0] or _ROWS
     specs = tf.nest.map_structure(
         lambda t: tf.TensorSpec([rows, *t.shape[1:]], tf.as_dtype(t.dtype)), symbolic_inputs(model)
     )
     calls = trace_training_pass(model, specs).scope.calls
     if not calls:
-        raise _validate.argument_error(
-            "model", model.name, "have a DPBatchNormalization in training", "Without one it needs no callback."
-        )
+        requirement = "have a DPBatchNormalization in training"
+        raise _validate.argument_error("model", model.name, requirement, "Without one it needs no callback.")
     for call in calls:
         if call.inputs.shape[0] not in (None, rows):
             raise ValueError(

@@ -68,12 +68,9 @@ class RowLoss:
     def _weights(self, sample_weight: Any) -> tf.Tensor:
         if sample_weight is None:
             if self._padded:
-                raise _validate.argument_error(
-                    "sample_weight",
-                    None,
-                    f"tell padding from the examples expected among the {self._rows} rows of a batch",
-                    "Train on plan.poisson_dataset(x, y), whose batches carry it.",
-                )
+                requirement = f"tell padding from the examples expected among the {self._rows} rows of a batch"
+                remedy = "Train on plan.poisson_dataset(x, y), whose batches carry it."
+                raise _validate.argument_error("sample_weight", None, requirement, remedy)
             warnings.warn(
                 "The batches do not come from PrivacyPlan.poisson_dataset. The reported epsilon assumes Poisson "
                 "sampling, which shuffled or fixed-order batches do not satisfy.",
@@ -83,9 +80,8 @@ class RowLoss:
             return tf.ones([self._rows])
         shapes = [tuple(each.shape) for each in tf.nest.flatten(sample_weight)]
         if len(shapes) != 1 or any(size != 1 for size in shapes[0][1:]):
-            raise _validate.argument_error(
-                "sample_weight", shapes, "have one number a row", "For weights by position train a tf_dpbn.DPModel."
-            )
+            remedy = "For weights by position train a tf_dpbn.DPModel."
+            raise _validate.argument_error("sample_weight", shapes, "have one number a row", remedy)
         return tf.reshape(tf.cast(tf.nest.flatten(sample_weight)[0], tf.float32), [-1])
 
     def _track(self, losses: tf.Tensor, parts: tuple[tf.Tensor, ...], weight: tf.Tensor) -> None:

@@ -154,12 +154,9 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
             f"Use one of these. Received: {type(strategy).__name__}"
         )
     if not optimizer.is_built_in(strategy):
-        raise _validate.argument_error(
-            "optimizer",
-            type(optimizer).__name__,
-            "be built, with the optimizer it wraps, in the same strategy's scope as the model",
-            "Build all of them within `with strategy.scope():`, so that all replicas draw the same noise.",
-        )
+        requirement = "be built, with the optimizer it wraps, in the same strategy's scope as the model"
+        remedy = "Build all of them within `with strategy.scope():`, so that all replicas draw the same noise."
+        raise _validate.argument_error("optimizer", type(optimizer).__name__, requirement, remedy)
     if IS_KERAS_3 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise NotImplementedError(
             "Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (github.com/keras-team/keras/issues/20585). Set "
@@ -188,12 +185,8 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str =
     arrays = tf.nest.flatten(labels)
     are_strings = any(_holds_strings(each) for each in arrays)
     if are_strings and all(is_keras_loss(loss) for loss in losses):
-        raise _validate.argument_error(
-            name,
-            "strings",
-            "hold numbers, which the compiled loss takes",
-            "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1.",
-        )
+        remedy = "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1."
+        raise _validate.argument_error(name, "strings", "hold numbers, which the compiled loss takes", remedy)
     shape = getattr(model, "output_shape", None)
     if len(losses) != 1 or not is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
         return
@@ -203,12 +196,9 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str =
     values = values[_counting(values, sample_weight) & (values != ignored_class(losses[0]))]
     for label in (int(values.min()), int(values.max())) if values.size else ():
         if not 0 <= label < classes:
-            raise _validate.argument_error(
-                name,
-                label,
-                f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
-                "Correct the labels or give the last layer more units.",
-            )
+            requirement = f"hold labels from 0 to {classes - 1}, the classes that the model predicts"
+            remedy = "Correct the labels or give the last layer more units."
+            raise _validate.argument_error(name, label, requirement, remedy)
 
 
 def _holds_strings(labels: Any) -> bool:
@@ -249,20 +239,16 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
         examples = round(len(arrays[0]) * (1.0 - held_out)) if arrays else None
         if optimizer.num_examples is not None and examples is not None:
             if abs(examples - optimizer.num_examples) > 1:
-                raise _validate.argument_error(
-                    "num_examples",
-                    optimizer.num_examples,
-                    f"equal the number of training examples, {examples}",
-                    "Epsilon depends on it.",
-                )
+                requirement = f"equal the number of training examples, {examples}"
+                remedy = "Epsilon depends on it."
+                raise _validate.argument_error("num_examples", optimizer.num_examples, requirement, remedy)
     if size is not None and size != optimizer.expected_batch_size:
-        raise _validate.argument_error(
-            "expected_batch_size",
-            optimizer.expected_batch_size,
-            f"equal the size of the batches, {size}",
+        requirement = f"equal the size of the batches, {size}"
+        remedy = (
             "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
-            "data set from PrivacyPlan.poisson_dataset.",
+            "data set from PrivacyPlan.poisson_dataset."
         )
+        raise _validate.argument_error("expected_batch_size", optimizer.expected_batch_size, requirement, remedy)
 
 
 def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
@@ -302,24 +288,17 @@ def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: i
       ValueError: naming both numbers.
     """
     if batches.rows % replicas:
-        raise _validate.argument_error(
-            "x",
-            f"a Poisson data set of {batches.rows} rows",
-            f"have equally many rows for each of the {replicas} replicas",
-            "Build it within `with strategy.scope():`, or choose another max_batch_size.",
-        )
+        requirement = f"have equally many rows for each of the {replicas} replicas"
+        remedy = "Build it within `with strategy.scope():`, or choose another max_batch_size."
+        raise _validate.argument_error("x", f"a Poisson data set of {batches.rows} rows", requirement, remedy)
     pairs = [
         ("expected_batch_size", optimizer.expected_batch_size, batches.expected_batch_size),
         ("num_examples", optimizer.num_examples or batches.num_examples, batches.num_examples),
     ]
     for name, given, drawn in pairs:
         if abs(given - drawn) > 1e-6 * drawn:
-            raise _validate.argument_error(
-                name,
-                given,
-                f"equal that of the Poisson data set, {drawn:g}",
-                "Build optimizer and data set from the same PrivacyPlan.",
-            )
+            remedy = "Build optimizer and data set from the same PrivacyPlan."
+            raise _validate.argument_error(name, given, f"equal that of the Poisson data set, {drawn:g}", remedy)
 
 
 def check_public_rows(public_batch: Any, training: Any) -> None:
@@ -336,14 +315,13 @@ def check_public_rows(public_batch: Any, training: Any) -> None:
     arrays = [each for each in tf.nest.flatten(training) if hasattr(each, "shape") and hasattr(each, "__array__")]
     found = public_data.count_common_rows(public, arrays)
     if found:
-        raise _validate.argument_error(
-            "public_batch",
-            f"{found} of {len(public[0])} rows that are rows of the training data",
-            "not contain private examples",
+        received = f"{found} of {len(public[0])} rows that are rows of the training data"
+        remedy = (
             "It is stored with the model in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; "
             "only if these rows are public, or coincide by chance, set_public_batch(..., "
-            "may_contain_training_rows=True).",
+            "may_contain_training_rows=True)."
         )
+        raise _validate.argument_error("public_batch", received, "not contain private examples", remedy)
 
 
 def check_plan(
@@ -410,12 +388,8 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
     for name, ours in (("x, y", source.draws.digest), ("public_batch", sampling.digest_of(arrays))):
         total = strategy.reduce("SUM", strategy.run(functools.partial(tf.constant, ours, tf.int64)), axis=None)
         if int(total) != ours * strategy.num_replicas_in_sync:
-            raise _validate.argument_error(
-                name,
-                "other values than on another worker",
-                "be the same on all workers, in the same order",
-                "Use one seed.",
-            )
+            requirement = "be the same on all workers, in the same order"
+            raise _validate.argument_error(name, "other values than on another worker", requirement, "Use one seed.")
 
 
 def check_overrides(model: Any, private: type) -> None:
@@ -484,12 +458,9 @@ def check_multiplicity(made: int, averaged: int) -> None:
       ValueError: naming both numbers.
     """
     if made != averaged:
-        raise _validate.argument_error(
-            "augmentation_multiplicity",
-            averaged,
-            f"equal that of the Poisson data set, {made}",
-            "Pass the same augmentation_multiplicity to compile and to poisson_dataset.",
-        )
+        requirement = f"equal that of the Poisson data set, {made}"
+        remedy = "Pass the same augmentation_multiplicity to compile and to poisson_dataset."
+        raise _validate.argument_error("augmentation_multiplicity", averaged, requirement, remedy)
 
 
 def check_copies(x: Any, multiplicity: int) -> None:
@@ -500,12 +471,11 @@ def check_copies(x: Any, multiplicity: int) -> None:
     """
     for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
         if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
-            raise _validate.argument_error(
-                "x",
-                tensor.shape,
-                f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile",
-                "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs.",
+            requirement = (
+                f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile"
             )
+            remedy = "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs."
+            raise _validate.argument_error("x", tensor.shape, requirement, remedy)
 
 
 def check_reduction(loss: Any) -> None:
@@ -516,6 +486,5 @@ def check_reduction(loss: Any) -> None:
     """
     for each in tf.nest.flatten(loss):
         if getattr(each, "reduction", None) == "sum":
-            raise _validate.argument_error(
-                "loss", each, "not add up the batch (reduction='sum')", "An example's copies are averaged over."
-            )
+            requirement = "not add up the batch (reduction='sum')"
+            raise _validate.argument_error("loss", each, requirement, "An example's copies are averaged over.")

@@ -125,14 +125,11 @@ class DPModel(keras.Model):
           RuntimeError: by a callback of a running `fit`.
         """
         if not isinstance(optimizer, DPOptimizer):
-            raise _validate.argument_error(
-                "optimizer",
-                optimizer,
-                "be a DPOptimizer",
+            remedy = (
                 "Wrap yours: tf_dpbn.optimizers.DPOptimizer.from_plan(plan, inner, l2_norm_clip=1.0), or DPOptimizer("
-                "inner, l2_norm_clip=1.0, noise_multiplier=1.1, expected_batch_size=256, num_examples=60_000).",
-                TypeError,
+                "inner, l2_norm_clip=1.0, noise_multiplier=1.1, expected_batch_size=256, num_examples=60_000)."
             )
+            raise _validate.argument_error("optimizer", optimizer, "be a DPOptimizer", remedy, TypeError)
         self._refuse_while_training("compile")
         self._private_optimizer = None  # a model whose `compile` fails does not train
         checks.check_overrides(self, DPModel)

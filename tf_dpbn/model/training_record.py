@@ -79,12 +79,9 @@ class TrainingRecord(tf.train.experimental.PythonState):
           ValueError: with the remedy.
         """
         if optimizer is not self._optimizer and optimizer.counted_steps():
-            raise _validate.argument_error(
-                "optimizer",
-                type(optimizer).__name__,
-                "not have trained another model, whose steps it has counted",
-                "Build a new one: type(optimizer).from_config(optimizer.get_config()).",
-            )
+            requirement = "not have trained another model, whose steps it has counted"
+            remedy = "Build a new one: type(optimizer).from_config(optimizer.get_config())."
+            raise _validate.argument_error("optimizer", type(optimizer).__name__, requirement, remedy)
 
     def ledger(self) -> Ledger:
         """Everything that ran, the running steps included."""

@@ -23,21 +23,15 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
     """
     classes = sorted(class_weight)
     if not classes or classes != list(range(len(classes))):
-        raise _validate.argument_error(
-            "class_weight", class_weight, "give a weight to every class from 0 up", "Use 1.0 for the others."
-        )
+        requirement = "give a weight to every class from 0 up"
+        raise _validate.argument_error("class_weight", class_weight, requirement, "Use 1.0 for the others.")
     labels = dataset.element_spec[1]
     if tf.nest.is_nested(labels):
-        raise _validate.argument_error(
-            "class_weight", class_weight, "be left out for several outputs", "Use sample weights."
-        )
+        requirement = "be left out for several outputs"
+        raise _validate.argument_error("class_weight", class_weight, requirement, "Use sample weights.")
     if labels.shape.rank not in (1, 2):
-        raise _validate.argument_error(
-            "class_weight",
-            class_weight,
-            f"be left out for labels of shape {labels.shape}",
-            "Use sample weights.",
-        )
+        requirement = f"be left out for labels of shape {labels.shape}"
+        raise _validate.argument_error("class_weight", class_weight, requirement, "Use sample weights.")
     table = tf.constant([float(class_weight[k]) for k in classes])
 
     def weigh(x: Any, y: tf.Tensor, weight: Any = None) -> tuple[Any, tf.Tensor, tf.Tensor]:

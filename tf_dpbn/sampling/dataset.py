@@ -70,8 +70,7 @@ def poisson_dataset(
       sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. An
         example of weight 0 counts as padding.
       expected_batch_size: mean number B of examples in a batch; the sampling probability is B / N.
-      max_batch_size: rows M of every batch, at least B; see
-        `accounting.default_max_batch_size`.
+      max_batch_size: rows M of every batch, at least B; see `accounting.default_max_batch_size`.
       steps_per_epoch: draws in one iteration; None takes ceil(N / B).
       augment: maps one example's inputs to augmented ones of the same shapes, at random; see `augmentation`.
         It is called for one example at a time and must keep no state.
@@ -84,8 +83,7 @@ def poisson_dataset(
       weight 0. The weight is float32 [M] or [M, ...].
 
     Raises:
-      ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or
-        a bad count or seed.
+      ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or a bad count or seed.
       TypeError: `x`, `y` or `sample_weight` holds something that is no dense array.
     """
     data = _as_arrays("x", x), _as_arrays("y", y)
