@@ -20,12 +20,7 @@ class PrivacyWarning(UserWarning):
 
 
 def calibrate_noise_multiplier(
-    *,
-    target_epsilon: float,
-    delta: float,
-    sampling_probability: float,
-    steps: int,
-    accountant: str = "rdp",
+    *, target_epsilon: float, delta: float, sampling_probability: float, steps: int, accountant: str = "rdp"
 ) -> float:
     """Returns the smallest effective noise multiplier that meets the target, to 1e-5 relative.
 
@@ -218,10 +213,7 @@ class PrivacyPlan:
         assert self.steps is not None  # given, or filled in above
         if self.max_batch_size is None:
             rows = default_max_batch_size(
-                num_examples=self.num_examples,
-                sampling_probability=q,
-                steps=self.steps,
-                delta=self.delta,
+                num_examples=self.num_examples, sampling_probability=q, steps=self.steps, delta=self.delta
             )
             self._put("max_batch_size", max(rows, self.expected_batch_size))
         # Computed as Ledger does, so that calibration and ledger agree to the last bit.

@@ -48,10 +48,7 @@ def tensorflow_privacy_epsilons(
     return TensorFlowPrivacyEpsilons(*(epsilon_of_events((event,), delta, "rdp") for event in (once, poisson)))
 
 
-_COVERED = (
-    "the final weights and every checkpoint of them",
-    "the normalization statistics stored with them",
-)
+_COVERED = ("the final weights and every checkpoint of them", "the normalization statistics stored with them")
 _NOT_COVERED = (
     "loss and metrics logged in training, which carry no noise",
     "counters for debugging",

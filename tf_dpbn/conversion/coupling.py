@@ -23,11 +23,7 @@ _STEADY_RUNS = 4
 
 
 def make_batch(model: Any) -> Any:
-    """A batch of random floats in [0, 1), or of zeros and ones, for a model that knows its inputs.
-
-    Raises:
-      ValueError: for unknown shapes, or inputs that are not numbers.
-    """
+    """A batch of random floats in [0, 1), or of zeros and ones, for a model that knows its inputs."""
     if not getattr(model, "inputs", None):
         raise ValueError(
             f"Model {model.name!r} does not know the shape of its input. Pass `x`, a few examples. Received: x=None"
@@ -50,11 +46,7 @@ def make_batch(model: Any) -> Any:
 
 
 def first_rows(x: Any) -> Any:
-    """At most eight examples of a batch.
-
-    Raises:
-      ValueError: for fewer than two.
-    """
+    """At most eight examples of a batch."""
     x = tf.nest.map_structure(lambda t: np.asarray(t)[:_MOST_ROWS], x)
     rows = {len(t) for t in tf.nest.flatten(x)}
     if len(rows) != 1 or rows.pop() < 2:

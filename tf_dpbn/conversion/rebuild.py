@@ -48,12 +48,7 @@ class Rebuilder:
         self._scope = {_REFERENCE: type(_REFERENCE, (), {"from_config": find})}
 
     def rebuild(self, model: Any, functional: type, sequential: type) -> Any:
-        """A new model of one of the given classes, with the weights and trainable flags of `model`.
-
-        Raises:
-          TypeError: for a model that is no graph of layers, with the remedy.
-          ValueError: for a layer that cannot be rebuilt.
-        """
+        """A new model of one of the given classes, with the weights and trainable flags of `model`."""
         new = self._model(model, functional, sequential)
         pairs = [(model, new)]
         for old_layer, new_layer in self._pairs:

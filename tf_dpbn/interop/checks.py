@@ -24,12 +24,7 @@ _ROWS = 1009
 
 
 def check_model(model: Any) -> None:
-    """Refuses models that couple rows, or whose normalizations an outside train step cannot serve.
-
-    Raises:
-      ValueError: naming the layer, or what the model lacks.
-      NotImplementedError: for several replicas.
-    """
+    """Refuses models that couple rows, or whose normalizations an outside train step cannot serve."""
     _check_step(model)
     replicas = model.distribute_strategy.num_replicas_in_sync
     if replicas > 1:
@@ -70,11 +65,7 @@ def _check_step(model: Any) -> None:
 
 
 def check_seed() -> None:
-    """Refuses a global seed: the gradient's noise obeys it, and would be drawn again in every `fit`.
-
-    Raises:
-      RuntimeError: with the remedy.
-    """
+    """Refuses a global seed: the gradient's noise obeys it, and would be drawn again in every `fit`."""
     seeds = tf.compat.v1.get_seed(None)
     if seeds != (None, None):
         raise RuntimeError(
@@ -90,11 +81,6 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
     Args:
       optimizer: of the compiled model, or None.
       rows: of each batch.
-
-    Raises:
-      RuntimeError: for a model that is not compiled.
-      TypeError: for other optimizers.
-      ValueError: for microbatches of several rows.
     """
     if optimizer is None:
         raise RuntimeError("Call compile(optimizer=..., loss=...) before training.")
@@ -116,11 +102,7 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
 
 
 def check_compilation(model: Any) -> None:
-    """Refuses losses that are not the loss of each row, and train functions in which checks would not run.
-
-    Raises:
-      ValueError: naming the argument of `compile`.
-    """
+    """Refuses losses that are not the loss of each row, and train functions in which checks would not run."""
     for loss in tf.nest.flatten(model.loss):
         reduction = getattr(loss, "reduction", None)
         if reduction != "none":
@@ -137,12 +119,7 @@ def check_compilation(model: Any) -> None:
 
 
 def training_calls(model: Any) -> list[NormalizationCall]:
-    """The calls of DPBatchNormalization in training, in order, from a trace that runs nothing.
-
-    Raises:
-      ValueError: if the model does not know its inputs, if there is no such call, or if one of them does not see
-        examples in its first axis.
-    """
+    """The calls of DPBatchNormalization in training, in order, from a trace that runs nothing."""
     if not getattr(model, "inputs", None):
         remedy = (
             "Build it as tf.keras.Model(inputs, outputs), or as tf.keras.Sequential that begins with tf.keras.Input."

@@ -13,11 +13,7 @@ from tf_dpbn.accounting import PrivacyWarning
 
 
 def check_rows(tensor: tf.Tensor, rows: int) -> list[tf.Operation]:
-    """Operations that fail where the first axis of a tensor is not the rows of a batch.
-
-    Raises:
-      ValueError: where its shape tells.
-    """
+    """Operations that fail where the first axis of a tensor is not the rows of a batch."""
     message = (
         "`max_batch_size` must equal the rows of each batch, padding included, and be the first axis in every layer. "
         "Train on plan.poisson_dataset(x, y), or on batches of one size (drop_remainder=True). "
@@ -45,11 +41,7 @@ class RowLoss:
         self._model, self._rows, self._padded = model, rows, padded
 
     def __call__(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
-        """The weighted loss of each row, [rows]; updates the model's trackers by the mean of real rows.
-
-        Raises:
-          ValueError: for weights that are not one number a row, or that are missing where padding is expected.
-        """
+        """The weighted loss of each row, [rows]; updates the model's trackers by the mean of real rows."""
         weight = self._weights(sample_weight)
         with tf.control_dependencies([op for each in tf.nest.flatten(y_pred) for op in check_rows(each, self._rows)]):
             y, y_pred, weight = tf.nest.map_structure(tf.identity, (y, y_pred, weight))

@@ -43,11 +43,7 @@ def stock_normalizations(model: Any) -> list[Any]:
 
 
 def check_layers(model: Any) -> None:
-    """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add when called.
-
-    Raises:
-      ValueError: naming the layer.
-    """
+    """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add."""
     for layer in stock_normalizations(model):
         raise ValueError(
             f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
@@ -66,11 +62,7 @@ def check_layers(model: Any) -> None:
 
 
 def check_functions() -> None:
-    """Refuses a step in Python, operation by operation: gradients through statistics are read off the step's graph.
-
-    Raises:
-      RuntimeError: if TensorFlow is told to run functions eagerly.
-    """
+    """Refuses a step in Python, operation by operation: gradients through statistics are read off the step's graph."""
     if tf.config.functions_run_eagerly():
         raise RuntimeError(
             "A private step must be traced. Call tf.config.run_functions_eagerly(False) before training; with "
@@ -79,11 +71,7 @@ def check_functions() -> None:
 
 
 def refuse_call_time_loss(layer: Any) -> None:
-    """Refuses a layer that adds losses while it is called.
-
-    Raises:
-      ValueError: naming it.
-    """
+    """Refuses a layer that adds losses while it is called."""
     raise ValueError(
         f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can "
         "depend on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, "
@@ -95,13 +83,6 @@ def check_grouped_convolutions(model: Any, compiled: bool) -> None:
     """Refuses grouped convolutions where TensorFlow has no kernel for their gradients.
 
     Stock Keras has these convolutions alone compiled by XLA, which vectorizing over examples undoes.
-
-    Args:
-      model: any Keras model.
-      compiled: whether XLA compiles the whole step.
-
-    Raises:
-      NotImplementedError: naming the layer.
     """
     for layer in [] if compiled else flatten_layers(model):
         rank = next((rank for rank, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
@@ -141,12 +122,7 @@ _REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirrored
 
 
 def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run_eagerly: bool) -> None:
-    """Refuses what several replicas cannot do alike.
-
-    Raises:
-      NotImplementedError: for a strategy without mirrored variables, or eager steps on several replicas.
-      ValueError: for an optimizer that was built in another scope than the model.
-    """
+    """Refuses what several replicas cannot do alike."""
     single = isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__.startswith("_Default")
     if not single and not isinstance(strategy, _REPLICATED):
         raise NotImplementedError(
@@ -172,14 +148,8 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
 def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str = "y") -> None:
     """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 
-    Args:
-      model: compiled; integers are checked for one output of known shape with a sparse categorical loss of Keras'.
-      labels: array of labels, or nest of arrays.
-      sample_weight: array or None; where it is 0, and for the loss' `ignore_class`, any integer will do.
-      name: the argument that holds the labels.
-
-    Raises:
-      ValueError: with the smallest or largest label, or for strings.
+    Integers are checked for one output of known shape with a sparse categorical loss of Keras'. Where `sample_weight`
+    is 0, and for the loss' `ignore_class`, any will do.
     """
     losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if loss is not None]
     arrays = tf.nest.flatten(labels)
@@ -219,29 +189,19 @@ def _counting(labels: np.ndarray, sample_weight: Any) -> np.ndarray:
 
 
 def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer) -> None:
-    """Refuses batches whose size contradicts the sampling rate that the accounting assumes.
-
-    Args:
-      x: what `fit` got: arrays, or a data set that is not from the Poisson sampler.
-      batch_size: the batch size given to `fit`, or None for Keras' default of 32.
-      held_out: validation_split.
-      optimizer: the optimizer.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses batches, of arrays or of another sampler, whose size contradicts the sampling rate of the accounting."""
     if isinstance(x, tf.data.Dataset):
         size = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list()
         size = size[0] if size else None
     else:
         arrays = [each for each in tf.nest.flatten(x) if hasattr(each, "shape")]
-        size = (batch_size or 32) if arrays else None
+        size = (batch_size or 32) if arrays else None  # Keras' default
         examples = round(len(arrays[0]) * (1.0 - held_out)) if arrays else None
-        if optimizer.num_examples is not None and examples is not None:
-            if abs(examples - optimizer.num_examples) > 1:
-                requirement = f"equal the number of training examples, {examples}"
-                remedy = "Epsilon depends on it."
-                raise _validate.argument_error("num_examples", optimizer.num_examples, requirement, remedy)
+        if None not in (optimizer.num_examples, examples) and abs(examples - optimizer.num_examples) > 1:
+            requirement = f"equal the number of training examples, {examples}"
+            raise _validate.argument_error(
+                "num_examples", optimizer.num_examples, requirement, "Epsilon depends on it."
+            )
     if size is not None and size != optimizer.expected_batch_size:
         requirement = f"equal the size of the batches, {size}"
         remedy = (
@@ -252,11 +212,7 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
 
 
 def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
-    """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches.
-
-    Raises:
-      ValueError: with the number of rows.
-    """
+    """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches."""
     rows = next((each.shape[0] for each in tf.nest.flatten(x) if len(getattr(each, "shape", ()))), None)
     if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
         raise _validate.argument_error(
@@ -282,11 +238,7 @@ def check_callbacks(callbacks: Any) -> None:
 
 
 def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: int) -> None:
-    """Refuses a data set of draws that the optimizer's denominator, accounting or replicas do not fit.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses a data set of draws that the optimizer's denominator, accounting or replicas do not fit."""
     if batches.rows % replicas:
         requirement = f"have equally many rows for each of the {replicas} replicas"
         remedy = "Build it within `with strategy.scope():`, or choose another max_batch_size."
@@ -302,15 +254,7 @@ def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: i
 
 
 def check_public_rows(public_batch: Any, training: Any) -> None:
-    """Refuses a public batch with rows of the training data, which would have no privacy.
-
-    Args:
-      public_batch: nest of tensors.
-      training: inputs as the user gave them: nest of arrays or tensors, of others nothing is known.
-
-    Raises:
-      ValueError: with the number of such rows.
-    """
+    """Refuses a public batch with rows of the training data (arrays or tensors), which would have no privacy."""
     public = [np.asarray(each) for each in tf.nest.flatten(public_batch)]
     arrays = [each for each in tf.nest.flatten(training) if hasattr(each, "shape") and hasattr(each, "__array__")]
     found = public_data.count_common_rows(public, arrays)
@@ -329,13 +273,14 @@ def check_plan(
 ) -> None:
     """Warns of a `fit` that would go beyond the plan of its data set, counting what ran before.
 
+    With a PrivacyBudget among the callbacks, which stops in time, there is nothing to warn of, and with
+    BackupAndRestore it is not known yet with which epoch training goes on.
+
     Args:
-      plan: of the data set.
-      draws: of the data set.
+      plan, draws: of the data set.
       ledger: what ran.
       record: the step that runs next.
-      options: arguments of `fit`. With a PrivacyBudget among the callbacks, which stops in time, there is nothing to
-        warn of, and with BackupAndRestore it is not known yet with which epoch training goes on.
+      options: arguments of `fit`.
     """
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
     resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
@@ -365,16 +310,7 @@ def check_plan(
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:
-    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in their data.
-
-    Args:
-      strategy: the model's.
-      source: of the data set, or None if it is not from the Poisson sampler.
-      public_batch: nest of arrays or tensors, or None.
-
-    Raises:
-      ValueError: on every worker.
-    """
+    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in their data."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
     if source is None or source.draws is None:
@@ -393,15 +329,7 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
 
 
 def check_overrides(model: Any, private: type) -> None:
-    """Refuses models that take steps, or compute losses, in a method of their own.
-
-    Args:
-      model: the model.
-      private: DPModel.
-
-    Raises:
-      NotImplementedError: naming the method.
-    """
+    """Refuses models that take steps (other than `private`'s), or compute losses, in a method of their own."""
     for method, owner, remedy in (
         ("train_step", private, "which is the private step itself. Put what it does into layers, losses or callbacks"),
         ("compute_loss", keras.Model, "which a private step does not call. Give the loss to compile(loss=...)"),
@@ -411,11 +339,7 @@ def check_overrides(model: Any, private: type) -> None:
 
 
 def check_loss(model: Any) -> None:
-    """Refuses to train a model that was compiled without a loss.
-
-    Raises:
-      ValueError: without a loss.
-    """
+    """Refuses to train a model that was compiled without a loss."""
     if all(each is None for each in tf.nest.flatten(model.loss)):
         raise ValueError(
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
@@ -424,11 +348,7 @@ def check_loss(model: Any) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing.
-
-    Raises:
-      ValueError: where there are no trainable weights.
-    """
+    """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing."""
     has_weights = model.weights or symbolic_outputs(model) is not None  # a subclass may be called built without
     if model.built and has_weights and not model.trainable_variables:
         raise ValueError(
@@ -438,11 +358,7 @@ def check_trainable(model: Any) -> None:
 
 
 def check_single_batch(strategy: tf.distribute.Strategy) -> None:
-    """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each.
-
-    Raises:
-      NotImplementedError: on Keras 3 with several replicas.
-    """
+    """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each."""
     if IS_KERAS_3 and strategy.num_replicas_in_sync > 1:
         raise NotImplementedError(
             f"`train_on_batch` cannot be used on {strategy.num_replicas_in_sync} replicas: Keras 3 gives each of them "
@@ -452,11 +368,7 @@ def check_single_batch(strategy: tf.distribute.Strategy) -> None:
 
 
 def check_multiplicity(made: int, averaged: int) -> None:
-    """Refuses a data set with another number of augmented copies than the model averages over.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses a data set with another number of augmented copies than the model averages over."""
     if made != averaged:
         requirement = f"equal that of the Poisson data set, {made}"
         remedy = "Pass the same augmentation_multiplicity to compile and to poisson_dataset."
@@ -464,11 +376,7 @@ def check_multiplicity(made: int, averaged: int) -> None:
 
 
 def check_copies(x: Any, multiplicity: int) -> None:
-    """Refuses inputs that do not hold the augmented copies that the model averages over.
-
-    Raises:
-      ValueError: with the shape.
-    """
+    """Refuses inputs that do not hold the augmented copies that the model averages over."""
     for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
         if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
             requirement = (
@@ -479,11 +387,7 @@ def check_copies(x: Any, multiplicity: int) -> None:
 
 
 def check_reduction(loss: Any) -> None:
-    """Refuses losses that add up a batch, where the mean over an example's copies is meant.
-
-    Raises:
-      ValueError: with the loss.
-    """
+    """Refuses losses that add up a batch, where the mean over an example's copies is meant."""
     for each in tf.nest.flatten(loss):
         if getattr(each, "reduction", None) == "sum":
             requirement = "not add up the batch (reduction='sum')"

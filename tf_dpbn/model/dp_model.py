@@ -347,8 +347,8 @@ class DPModel(keras.Model):
         if labels is not None:
             checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
         held_out = options.get("validation_data")
-        if isinstance(held_out, (tuple, list)) and len(held_out) > 1:
-            checks.check_labels(self, *held_out[1:3], name="validation_data")
+        if isinstance(held_out, (tuple, list)) and len(held_out) > 1 and held_out[1] is not None:
+            checks.check_labels(self, held_out[1], held_out[2] if len(held_out) > 2 else None, "validation_data")
         checks.check_callbacks(options["callbacks"])
         next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
         if source is not None and source.plan is not None:

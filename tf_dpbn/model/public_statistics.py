@@ -9,14 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import public_data
-from tf_dpbn._keras import (
-    as_compiled,
-    call_model,
-    clear_call_time_losses,
-    flatten_layers,
-    keras,
-    symbolic_outputs,
-)
+from tf_dpbn._keras import as_compiled, call_model, clear_call_time_losses, flatten_layers, keras, symbolic_outputs
 from tf_dpbn.model.training_trace import Structure, trace_training_pass
 from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_moving_statistics
 
@@ -104,11 +97,7 @@ class PublicStatistics:
         return True
 
     def require_batch(self) -> Any:
-        """The batch.
-
-        Raises:
-          ValueError: if there is none.
-        """
+        """The batch, which there must be."""
         if self.batch is None:
             shape = getattr(self._model, "input_shape", None)
             shape = shape[1:] if isinstance(shape, tuple) and shape[:1] == (None,) else "(height, width, channels)"

@@ -73,11 +73,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
         return self.next_step
 
     def check_optimizer(self, optimizer: DPOptimizer) -> None:
-        """Refuses an optimizer that has counted another model's steps.
-
-        Raises:
-          ValueError: with the remedy.
-        """
+        """Refuses an optimizer that has counted another model's steps."""
         if optimizer is not self._optimizer and optimizer.counted_steps():
             requirement = "not have trained another model, whose steps it has counted"
             remedy = "Build a new one: type(optimizer).from_config(optimizer.get_config())."
