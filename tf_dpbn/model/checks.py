@@ -197,11 +197,10 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
         arrays = [each for each in tf.nest.flatten(x) if hasattr(each, "shape")]
         size = (batch_size or 32) if arrays else None  # Keras' default
         examples = round(len(arrays[0]) * (1.0 - held_out)) if arrays else None
-        if None not in (optimizer.num_examples, examples) and abs(examples - optimizer.num_examples) > 1:
+        expected = optimizer.num_examples
+        if expected is not None and examples is not None and abs(examples - expected) > 1:
             requirement = f"equal the number of training examples, {examples}"
-            raise _validate.argument_error(
-                "num_examples", optimizer.num_examples, requirement, "Epsilon depends on it."
-            )
+            raise _validate.argument_error("num_examples", expected, requirement, "Epsilon depends on it.")
     if size is not None and size != optimizer.expected_batch_size:
         requirement = f"equal the size of the batches, {size}"
         remedy = (
@@ -310,7 +309,7 @@ def check_plan(
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:
-    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in their data."""
+    """Refuses workers that draw for themselves, so that an example could enter a step twice, or hold other data."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
     if source is None or source.draws is None:
@@ -379,9 +378,7 @@ def check_copies(x: Any, multiplicity: int) -> None:
     """Refuses inputs that do not hold the augmented copies that the model averages over."""
     for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
         if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
-            requirement = (
-                f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile"
-            )
+            requirement = f"have shape [batch, {multiplicity}, ...], as augmentation_multiplicity asks for"
             remedy = "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs."
             raise _validate.argument_error("x", tensor.shape, requirement, remedy)
 
