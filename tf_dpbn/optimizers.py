@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn._keras import IS_KERAS_3, apply_gradients, deserialize, keras, serialize
+from tf_dpbn._keras import IS_KERAS_3, apply_gradients, keras
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
 from tf_dpbn.mechanisms import (
     SAME_ON_REPLICAS,
@@ -312,12 +312,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, the inner optimizer serialized; never a noise seed."""
-        return {"inner": serialize(self.inner), **self._privacy_config(), "name": self.name}
+        return {"inner": keras.saving.serialize_keras_object(self.inner), **self._privacy_config(), "name": self.name}
 
     @classmethod
     def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
         """Builds an optimizer from `get_config`."""
-        return cls(**{**config, "inner": deserialize(config["inner"], custom_objects)})
+        inner = keras.saving.deserialize_keras_object(config["inner"], custom_objects=custom_objects)
+        return cls(**{**config, "inner": inner})
 
 
 class _VectorizedDPKerasOptimizer(DPOptimizer):

@@ -11,7 +11,6 @@ import numpy as np
 
 from tf_dpbn._keras import (
     BatchNormalizationBase,
-    build_like,
     copy_trainable_flags,
     flatten_layers,
     is_functional,
@@ -19,7 +18,6 @@ from tf_dpbn._keras import (
     own_variables,
     rebuild_functional,
     sequential_input,
-    serialize,
 )
 
 # What both kinds of batch normalization have, as far as center and scale provide for it.
@@ -136,7 +134,7 @@ class Rebuilder:
             layer = inside.get(inner.get("name", ""))
             new = self._replaced(layer)
             if new is not None:
-                return serialize(new)
+                return keras.saving.serialize_keras_object(new)
             if layer is not None and self._is_by_reference(layer):
                 self._live.append(self._make(layer))
                 return {
@@ -169,8 +167,8 @@ class Rebuilder:
         """The pairs of a layer and of what is inside it; those of a nested model are known one by one."""
         if isinstance(old, keras.Model):
             return [(old, new)]
-        if old.built:
-            build_like(new, old)
+        if old.built and not new.built:
+            new.build_from_config(old.get_build_config())
         ours, theirs = [old, *flatten_layers(old)], [new, *flatten_layers(new)]
         if [layer.name for layer in ours] != [layer.name for layer in theirs]:
             raise ValueError(

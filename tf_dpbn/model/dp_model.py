@@ -20,7 +20,6 @@ from tf_dpbn._keras import (
     as_compiled,
     build_compiled,
     count_of,
-    deserialize,
     flatten_layers,
     is_compiled_whole,
     is_functional_signature,
@@ -168,7 +167,7 @@ class DPModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles from `get_compile_config`."""
-        self.compile(**deserialize(config))
+        self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
