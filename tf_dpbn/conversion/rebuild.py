@@ -36,8 +36,7 @@ class Rebuilder:
     """
 
     def __init__(self, replacement: Callable[[Any], Any], what: str) -> None:
-        self._replacement = replacement
-        self._what = what
+        self._replacement, self._what = replacement, what
         self._new: dict[int, Any] = {}
         self._pairs: list[tuple[Any, Any]] = []
         self._live: list[Any] = []
@@ -70,8 +69,8 @@ class Rebuilder:
         if not isinstance(model, keras.Sequential) and not is_functional(model):
             raise TypeError(
                 f"Model {model.name!r} is subclassed (class {name}): what its `call` does cannot be {self._what}. "
-                "Functional and Sequential models can. Derive the class from tf_dpbn.DPModel and use "
-                f"tf_dpbn.DPBatchNormalization in it; `export` makes a SavedModel of it. Received: model={model!r}"
+                "Derive the class from tf_dpbn.DPModel and use tf_dpbn.DPBatchNormalization in it; `export` makes a "
+                f"SavedModel of it. Received: model={model!r}"
             )
         own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
         if own:
@@ -137,12 +136,8 @@ class Rebuilder:
                 return keras.saving.serialize_keras_object(new)
             if layer is not None and self._is_by_reference(layer):
                 self._live.append(self._make(layer))
-                return {
-                    "class_name": _REFERENCE,
-                    "config": {"index": len(self._live) - 1},
-                    "module": None,
-                    "registered_name": _REFERENCE,
-                }
+                index = {"index": len(self._live) - 1}
+                return {"class_name": _REFERENCE, "config": index, "module": None, "registered_name": _REFERENCE}
         return {key: self._replace_in_config(value, inside) for key, value in config.items()}
 
     def _is_by_reference(self, layer: Any) -> bool:
@@ -159,8 +154,7 @@ class Rebuilder:
                 raise ValueError(
                     f"Layer {old.name!r} (class {type(old).__name__}) makes the {type(layer).__name__} {layer.name!r} "
                     f"itself, so that it cannot be {self._what}. Let its constructor take the normalization layer and "
-                    "keep it in `get_config`, or build the model from layers instead. "
-                    f"Received: layer={old!r}"
+                    f"keep it in `get_config`, or build the model from layers instead. Received: layer={old!r}"
                 )
 
     def _inside(self, old: Any, new: Any) -> list[tuple[Any, Any]]:
@@ -185,10 +179,8 @@ class Rebuilder:
                 if getattr(old, name) is not None:
                     getattr(new, name).assign(getattr(old, name))
             return
-        pairs = [(old, new)]
-        if hasattr(old, "released_averages"):
-            pairs.append((old.released_averages, new.released_averages))
-        for source, target in pairs:
+        names = ["released_averages"] if hasattr(old, "released_averages") else []
+        for source, target in [(old, new), *((getattr(old, name), getattr(new, name)) for name in names)]:
             store: dict[str, Any] = {}
             source.save_own_variables(store)
             target.load_own_variables({key: np.asarray(value) for key, value in store.items()})

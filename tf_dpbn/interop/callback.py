@@ -115,12 +115,7 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     @classmethod
     def from_plan(cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None) -> _Self:
-        """Builds the callback for training on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`.
-
-        Args:
-          plan: the plan.
-          public_batch: as in the constructor.
-        """
+        """Builds the callback to train on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`."""
         callback = cls(
             max_batch_size=plan.max_batch_size,  # type: ignore[arg-type]
             expected_batch_size=plan.expected_batch_size,
@@ -179,11 +174,7 @@ class StatisticsCallback(keras.callbacks.Callback):
     # ------------------------------------------------------------------ Keras' hooks
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Checks all that can be checked, and has the step traced anew, so that it is what is checked.
-
-        Raises:
-          TypeError, ValueError, RuntimeError, NotImplementedError: see `interop.checks`.
-        """
+        """Checks all that can be checked, and has the step traced anew, so that it is what is checked."""
         model = self.model
         checks.check_optimizer(model.optimizer, self._rows)
         checks.check_compilation(model)
@@ -204,15 +195,20 @@ class StatisticsCallback(keras.callbacks.Callback):
         model.make_train_function(force=True)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Counts one step, brings the statistics up to the weights, and lets that step train.
-
-        Raises:
-          RuntimeError: under a global seed, or if another StatisticsCallback serves the layers.
-        """
+        """Counts one step, brings the statistics up to the weights, and lets that step train."""
         checks.check_seed()
         if any(layer.training_scope is not self._scope for layer in self._normalizations):
             raise RuntimeError("Two callbacks serve the normalizations. Pass one StatisticsCallback to each `fit`.")
-        self._ledger.record(self._one_step())
+        # Only batches full of examples are never cut; a callback cannot see where batches come from.
+        never_cut = self._plan is None and self._rows == self._expected
+        step = StepRecord(
+            sampling_probability=self._expected / self._num_examples,
+            noise_multipliers=self._noise,
+            steps=1,
+            num_examples=self._num_examples,
+            max_batch_size=None if never_cut else self._rows,
+        )
+        self._ledger.record(step)
         self._scope.before_step()
         self._scope.allow_step()
 
@@ -266,14 +262,3 @@ class StatisticsCallback(keras.callbacks.Callback):
         if gradient == 0.0 or each == 0.0 and releases:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
         return gradient, float(each or 0.0)
-
-    def _one_step(self) -> StepRecord:
-        """Only batches full of examples are never cut; a callback cannot see where batches come from."""
-        never_cut = self._plan is None and self._rows == self._expected
-        return StepRecord(
-            sampling_probability=self._expected / self._num_examples,
-            noise_multipliers=self._noise,
-            steps=1,
-            num_examples=self._num_examples,
-            max_batch_size=None if never_cut else self._rows,
-        )

@@ -29,8 +29,8 @@ def check_model(model: Any) -> None:
     replicas = model.distribute_strategy.num_replicas_in_sync
     if replicas > 1:
         raise NotImplementedError(
-            "tensorflow-privacy's vectorized optimizers add noise on each replica, which is not counted. Train on one "
-            f"device, or a tf_dpbn.DPModel on several. Received: {replicas} replicas"
+            "tensorflow-privacy's optimizers add noise on each replica, which is not counted. Train on one device, or "
+            f"a tf_dpbn.DPModel on several. Received: {replicas} replicas"
         )
     for layer in flatten_layers(model):
         if isinstance(layer, DPBatchNormalization) and layer.statistics == "anchored":
@@ -76,12 +76,7 @@ def check_seed() -> None:
 
 
 def check_optimizer(optimizer: Any, rows: int) -> None:
-    """Refuses optimizers that do not clip every row and add noise once.
-
-    Args:
-      optimizer: of the compiled model, or None.
-      rows: of each batch.
-    """
+    """Refuses optimizers that do not clip every one of `rows` rows and add noise once."""
     if optimizer is None:
         raise RuntimeError("Call compile(optimizer=..., loss=...) before training.")
     known = all(hasattr(optimizer, name) for name in _ATTRIBUTES)
@@ -89,8 +84,7 @@ def check_optimizer(optimizer: Any, rows: int) -> None:
     if isinstance(optimizer, DPOptimizer) or not known or accumulates:
         received = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         remedy = (
-            "Any other trains without privacy or is not known to clip every row by itself; with tf_dpbn.optimizers "
-            "train a tf_dpbn.DPModel, which needs no StatisticsCallback."
+            "Others are not known to clip every row by itself; those of tf_dpbn.optimizers train a tf_dpbn.DPModel."
         )
         raise _validate.argument_error("optimizer", received, f"be tensorflow-privacy's {_NAMES}", remedy, TypeError)
     _validate.non_negative("noise_multiplier", float(optimizer._noise_multiplier))
@@ -112,8 +106,7 @@ def check_compilation(model: Any) -> None:
             raise _validate.argument_error("loss", received, requirement, remedy)
     if getattr(model, "_jit_compile", None):
         raise _validate.argument_error("jit_compile", True, "be False", "XLA leaves out the checks of each step.")
-    stride = steps_of_call(model)
-    if stride != 1:
+    if (stride := steps_of_call(model)) != 1:
         remedy = "Statistics are brought up to the weights before each step."
         raise _validate.argument_error("steps_per_execution", stride, "be 1", remedy)
 
@@ -121,9 +114,7 @@ def check_compilation(model: Any) -> None:
 def training_calls(model: Any) -> list[NormalizationCall]:
     """The calls of DPBatchNormalization in training, in order, from a trace that runs nothing."""
     if not getattr(model, "inputs", None):
-        remedy = (
-            "Build it as tf.keras.Model(inputs, outputs), or as tf.keras.Sequential that begins with tf.keras.Input."
-        )
+        remedy = "Build it as tf.keras.Model(inputs, outputs), or as a Sequential that begins with tf.keras.Input."
         raise _validate.argument_error("model", model.name, "know the shape of its inputs before training", remedy)
     rows = tf.nest.flatten(model.inputs)[0].shape[0] or _ROWS
     specs = tf.nest.map_structure(

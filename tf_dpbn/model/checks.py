@@ -46,10 +46,9 @@ def check_layers(model: Any) -> None:
     """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add."""
     for layer in stock_normalizations(model):
         raise ValueError(
-            f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
-            "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, as "
-            "tf_dpbn.convert(model) does, or freeze it with trainable=False so that it uses its moving statistics. "
-            f"Received: layer={layer!r}"
+            f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private examples, "
+            "which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, as tf_dpbn.convert(model) "
+            f"does, or freeze it with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
         )
     for layer in flatten_layers(model):
         if isinstance(getattr(layer, "_record", None), TrainingRecord):
