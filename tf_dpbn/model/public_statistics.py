@@ -43,10 +43,7 @@ def with_refreshes(callbacks: Any) -> list[Any]:
 
 
 class PublicStatistics:
-    """The public batch of a model, and the moving statistics that it gives.
-
-    Args:
-      model: a DPModel.
+    """The public batch of a DPModel, and the moving statistics that it gives.
 
     Attributes:
       batch: nest of tensors, or None.
@@ -159,12 +156,7 @@ def trace_in_replica(model: Any, function: Callable[..., Any], *specs: Any) -> N
 def trace_outputs(model: Any, x: Any) -> Any:
     """Creates all variables of a model, of layers in training only and in inference only too.
 
-    Args:
-      model: a DPModel.
-      x: nest of TensorSpecs, a batch without augmented copies.
-
-    Returns:
-      Nest of TensorSpecs, what the model returns in training.
+    Takes the specs of a batch without augmented copies, and returns those of what the model returns in training.
     """
     found = []
 

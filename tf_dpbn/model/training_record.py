@@ -55,9 +55,6 @@ class TrainingRecord(tf.train.experimental.PythonState):
           optimizer: whose steps are counted.
           batches: the distribution of the batches; None takes the optimizer's.
           sampling: "poisson" if they are known to be drawn so, or "assumed".
-
-        Returns:
-          `next_step`.
         """
         self._close()
         if optimizer is not self._optimizer:
@@ -124,11 +121,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
         return json.dumps({"runs": runs, "released_means": self.released_means.values()})
 
     def deserialize(self, text: str | bytes) -> None:
-        """Takes over a saved ledger; steps that ran here or elsewhere stay recorded.
-
-        Steps that another object took are added. Of those that were taken by the same one, this or another, the file
-        and this model may hold different states; the longer stays.
-        """
+        """Merges a saved ledger, and takes its released means; steps that ran here or elsewhere stay recorded."""
         saved = json.loads(text)
         self.released_means.load(saved["released_means"])
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})

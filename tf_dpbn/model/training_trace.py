@@ -34,7 +34,7 @@ _LARGEST_ROW = 2**20  # such outputs are pictures, not embeddings
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What a trace of the model's training pass shows.
+    """What the step has to know of the model's training pass.
 
     Attributes:
       active: the normalization calls that are in training (see `normalization.PublicPass`).
@@ -48,15 +48,9 @@ class Structure:
 
 
 def trace_structure(model: Any, x: Any, y: Any) -> Structure:
-    """Traces the model's training pass once, without running it, and checks what it does.
+    """Traces a compiled model's training pass on a batch (nests of tensors or specs), without running it.
 
-    Args:
-      model: a compiled model.
-      x, y: nests of tensors or TensorSpecs, a batch.
-
-    Raises:
-      ValueError: if a layer's state depends on the examples, a layer adds a loss during its call, or the loss compares
-        examples.
+    Refuses state that depends on the examples, losses that layers add, and a loss that compares examples.
     """
     specs = []
 
@@ -102,7 +96,7 @@ class TrainingTrace:
       scope: the normalization calls.
       layers_with_losses: layers that added a loss while they were called.
       changes_from_data: state changes that depend on the examples.
-      has_state: whether there are other state changes than those of random generators.
+      has_state: whether there are others than those of random generators.
     """
 
     scope: PublicPass
@@ -114,14 +108,7 @@ class TrainingTrace:
 def trace_training_pass(
     model: Any, x: Any, y: Any = (), then: Callable[[Any, Any], Any] = lambda y_pred, y: ()
 ) -> TrainingTrace:
-    """Traces the model's training pass, without running it.
-
-    Args:
-      model: a model, compiled or not.
-      x: nest of tensors or TensorSpecs, a batch.
-      y: passed to `then`.
-      then: what else belongs to the pass, from (predictions, y).
-    """
+    """Traces the training pass of any model on a batch; `then` is what else belongs to it, from (predictions, y)."""
     scope = PublicPass()
 
     def forward(x: Any, y: Any) -> Any:
@@ -161,9 +148,9 @@ def _reason_of_change(operation: Any, changed: Sequence[Any], names: Sequence[st
     parts = [f"{v.name!r} of layer {name!r}" for v, name in zip(changed, names, strict=True)]
     what = ", ".join(parts) or f"outside the model's weights (operation {operation.type} {operation.name!r})"
     return (
-        f"The model or its loss updates state {what} during training from the examples, un-noised: that "
-        "couples private examples. Use a layer or loss without such state (for a recurrent layer: "
-        f"stateful=False, use_cudnn='auto'), or freeze it. Received: {operation.type}"
+        f"The model or its loss updates state {what} during training from the examples, un-noised: that couples "
+        "private examples. Use a layer or loss without such state (for a recurrent layer: stateful=False, "
+        f"use_cudnn='auto'), or freeze it. Received: {operation.type}"
     )
 
 
@@ -171,31 +158,23 @@ def check_rows_alone(model: Any, y: Any, y_pred: Any) -> None:
     """Refuses a loss that compares the rows of a batch: of one example alone it is the same whatever is predicted.
 
     A loss whose value on a batch is merely not the mean of its values on the rows (Dice of a whole batch) is taken
-    example by example. Nothing is refused where the loss cannot be computed on made-up numbers.
-
-    Args:
-      model: compiled, its loss built.
-      y, y_pred: nests of what has shapes [batch, ...] and types.
-
-    Raises:
-      ValueError: naming the loss.
+    example by example. Nothing is refused where the loss cannot be computed on made-up numbers. `y` and `y_pred` are
+    nests of what has shapes [batch, ...] and types.
     """
     for fractions in (True, False):
         try:
             y_made, one, other = _made_up(y, 0, fractions), _made_up(y_pred, 1, True), _made_up(y_pred, 2, True)
-            pairs_rows = _depends_on_predictions(model, y_made, one, other) and not any(
-                _depends_on_predictions(model, *(_row(each, row) for each in (y_made, one, other)))
-                for row in range(_ROWS)
-            )
+            rows = [tf.nest.map_structure(lambda t, i=i: t[i : i + 1], (y_made, one, other)) for i in range(_ROWS)]
+            alone = any(_depends_on_predictions(model, *row) for row in rows)
+            pairs_rows = not alone and _depends_on_predictions(model, y_made, one, other)
         except Exception:  # whatever a loss of the user's raises on numbers that it was not made for
             continue
         if pairs_rows:
             raise ValueError(
                 f"`loss` must depend on one example at a time: for each of {_ROWS} made-up rows alone it is the same "
-                "(or not a number) whatever is predicted, and for all of them together it is not. What is clipped is "
-                "the gradient of one example, so a loss that pairs the rows of a batch (in-batch contrastive, triplet) "
-                "would learn nothing and spend privacy. Make the pair or triplet one example: a model that takes its "
-                f"members as several inputs, and a loss of what it returns for them. Received: loss={model.loss!r}"
+                "(or not a number) whatever is predicted, so a private step would learn nothing. Make the pair or "
+                "triplet one example: a model that takes its members as several inputs, and a loss of what it returns "
+                f"for them. Received: loss={model.loss!r}"
             )
 
 
@@ -212,10 +191,6 @@ def _made_up(like: Any, seed: int, fractions: bool) -> Any:
         return tf.cast(np.broadcast_to((np.arange(_ROWS) % 2).reshape(-1, *[1] * (len(shape) - 1)), shape), t.dtype)
 
     return tf.nest.map_structure(made, like)
-
-
-def _row(tensors: Any, row: int) -> Any:
-    return tf.nest.map_structure(lambda t: t[row : row + 1], tensors)
 
 
 def _depends_on_predictions(model: Any, y: Any, one: Any, other: Any) -> bool:
