@@ -54,9 +54,7 @@ def calibrate_noise_multiplier(
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
             remedy = f"{accountant.upper()} accounting shows no epsilon below {least:.3g} here, whatever the noise. "
-            remedy += (
-                "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or take fewer steps."
-            )
+            remedy += "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or train less."
             raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
     lower = upper / factor
     while epsilon(lower) <= target:
@@ -166,11 +164,12 @@ class PrivacyPlan:
         missing = [name for name in ("noise_multiplier", "steps", "max_batch_size") if getattr(self, name) is None]
         self._check()
         if self.delta >= 1.0 / self.num_examples:
-            message = (
-                f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: "
-                "that allows publishing a random example outright. Choose a smaller delta."
+            warnings.warn(
+                f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: that allows publishing "
+                "a random example outright. Choose a smaller delta.",
+                PrivacyWarning,
+                stacklevel=3,
             )
-            warnings.warn(message, PrivacyWarning, stacklevel=3)
         self._fill()
         self._put("_filled", tuple((name, getattr(self, name)) for name in missing))
 
@@ -223,14 +222,14 @@ class PrivacyPlan:
             remedy = "Leave it out to have it chosen."
             raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
         if self.target_epsilon is not None:
-            noise_multiplier = calibrate_noise_multiplier(
+            found = calibrate_noise_multiplier(
                 target_epsilon=self.target_epsilon,
                 delta=self.delta - truncation,
                 sampling_probability=q,
                 steps=self.steps,
                 accountant=self.accountant,
             )
-            self._put("noise_multiplier", noise_multiplier)
+            self._put("noise_multiplier", found)
 
     @property
     def sampling_probability(self) -> float:

@@ -24,12 +24,9 @@ def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
 
 
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
-    """A function (x, y, weights) -> the clipped sums that a train step of `model` would release, without noise.
+    """A function (x, y, weights) -> the clipped sums that a step of a compiled model would release, without noise.
 
     At the current weights. The sums are private; they are for audits and tests.
-
-    Args:
-      model: compiled.
     """
     require_full_float32()
     sensitivities: list[float] = []

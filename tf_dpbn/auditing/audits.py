@@ -254,9 +254,7 @@ def membership_inference(
       model: compiled, of one output; any Keras model. Its claim is that of its ledger, if it is a DPModel.
       x, y: nests of arrays [examples, ...].
       member: bool [examples], which of them were trained on; some of each.
-      delta: in (0, 1).
-      confidence: in (0, 1).
-      false_positive_rate: in (0, 1).
+      delta, confidence, false_positive_rate: in (0, 1).
       guesses: (k_plus, k_minus), see `one_run_audit`.
 
     Raises:

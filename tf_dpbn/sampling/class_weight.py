@@ -14,8 +14,8 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
     """Multiplies each example's weight by that of its class.
 
     Args:
-      dataset: yields (x, y) or (x, y, weight); y holds class numbers [batch] or [batch, 1], or
-        one-hot rows; weight is [batch, ...].
+      dataset: yields (x, y) or (x, y, weight); y holds class numbers [batch] or [batch, 1], or one-hot rows; weight is
+        [batch, ...].
       class_weight: weight of each class, for classes 0 to K - 1.
 
     Raises:
@@ -35,11 +35,8 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
     table = tf.constant([float(class_weight[k]) for k in classes])
 
     def weigh(x: Any, y: tf.Tensor, weight: Any = None) -> tuple[Any, tf.Tensor, tf.Tensor]:
-        if y.shape.rank == 2 and y.shape[-1] != 1:
-            number = tf.argmax(y, -1)
-        else:
-            number = tf.cast(tf.reshape(y, [-1]), tf.int64)
-        factor = tf.gather(table, number)
+        is_one_hot = y.shape.rank == 2 and y.shape[-1] != 1
+        factor = tf.gather(table, tf.argmax(y, -1) if is_one_hot else tf.cast(tf.reshape(y, [-1]), tf.int64))
         if weight is None:
             return x, y, factor
         factor = tf.reshape(factor, [-1] + [1] * (weight.shape.rank - 1))

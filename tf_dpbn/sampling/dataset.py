@@ -58,29 +58,28 @@ def poisson_dataset(
     """Builds a dataset of Poisson-sampled batches of one fixed shape.
 
     Build it within the scope of the distribution strategy it is for, if any. Every iteration over the dataset makes
-    fresh draws. The dataset carries what it is, readable by
-    `source_of`, and so does one derived from it by `prefetch` or `with_options`. Others (cache, map, repeat) do not,
-    since their distribution may be another: `DPModel.fit` takes them with a warning.
+    fresh draws. The dataset carries what it is, readable by `source_of`, and so does one derived from it by `prefetch`
+    or `with_options`. Others (cache, map, repeat) do not, since their distribution may be another: `DPModel.fit` takes
+    them with a warning.
 
     Args:
-      x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become
-        tuples. Rows of numeric numpy arrays, memory-mapped ones included, are read as they are drawn, without a copy
-        of the whole: do not change the arrays while you train.
+      x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become tuples. Rows of numeric
+        numpy arrays, memory-mapped ones included, are read as they are drawn, without a copy of the whole: do not
+        change the arrays while you train.
       y: labels, likewise.
-      sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. An
-        example of weight 0 counts as padding.
+      sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. Weight 0 is padding.
       expected_batch_size: mean number B of examples in a batch; the sampling probability is B / N.
       max_batch_size: rows M of every batch, at least B; see `accounting.default_max_batch_size`.
       steps_per_epoch: draws in one iteration; None takes ceil(N / B).
-      augment: maps one example's inputs to augmented ones of the same shapes, at random; see `augmentation`.
-        It is called for one example at a time and must keep no state.
+      augment: maps one example's inputs to augmented ones of the same shapes, at random, without state; see
+        `augmentation`.
       augmentation_multiplicity: how many augmented copies K of each example to make; the number given to
         `DPModel.compile`. With K > 1 inputs are [M, K, ...].
       seed: whole number that fixes the draws of all iterations, in order; see `poisson_indices`.
 
     Returns:
-      A dataset of (x, y, weight) with rows [M, ...]. Padding rows are zeros (empty strings) with
-      weight 0. The weight is float32 [M] or [M, ...].
+      A dataset of (x, y, weight) with rows [M, ...]; the weight is float32 [M] or [M, ...]. Padding rows are zeros
+      (empty strings) with weight 0.
 
     Raises:
       ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or a bad count or seed.
@@ -96,13 +95,11 @@ def poisson_dataset(
         requirement = f"be at least `expected_batch_size`, {expected}"
         remedy = "`accounting.default_max_batch_size` gives one that draws seldom exceed."
         raise _validate.argument_error("max_batch_size", max_batch_size, requirement, remedy)
-    if steps_per_epoch is None:
-        steps_per_epoch = math.ceil(num_examples / expected)
     sampling = PoissonSampling(
         num_examples=num_examples,
         sampling_probability=expected / num_examples,
         max_batch_size=max_batch_size,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=math.ceil(num_examples / expected) if steps_per_epoch is None else steps_per_epoch,
         replicas=tf.distribute.get_strategy().num_replicas_in_sync,
     )
     multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
@@ -142,9 +139,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
-          x: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
-          y: likewise.
-          sample_weight: likewise, or None.
+          x, y, sample_weight: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
           **options: `augment`, `augmentation_multiplicity` and `seed`, as for `sampling.poisson_dataset`; leave the
             seed out when training for privacy.
 
@@ -152,8 +147,8 @@ class PrivacyPlan(accounting.PrivacyPlan):
           A dataset of `steps_per_epoch` draws (x, y, weight) of `max_batch_size` rows.
 
         Raises:
-          ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have
-            `num_examples` examples: the plan's epsilon would be that of another data set.
+          ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have `num_examples` examples:
+            the plan's epsilon would be that of another data set.
         """
         length = _common_length(_as_arrays("x", x), _as_arrays("y", y))
         if length != self.num_examples:
@@ -199,14 +194,11 @@ def source_behind(dataset: Any) -> PoissonSource | None:
 
 
 def real_example_mask(sample_weight: Any) -> tf.Tensor:
-    """Tells examples from padding by their weights.
-
-    Args:
-      sample_weight: tensor [batch] or [batch, ...].
+    """Tells examples from padding by their weights, [batch] or [batch, ...].
 
     Returns:
-      A bool tensor [batch]: False where the weight is exactly 0, in all places of the row if it
-      has several. NaN counts as an example.
+      A bool tensor [batch]: False where the weight is exactly 0, in all places of the row if it has several. NaN counts
+      as an example.
 
     Raises:
       ValueError: `sample_weight` has no batch dimension.
@@ -224,11 +216,8 @@ def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDr
     iterations = itertools.count()
 
     def epoch() -> Iterator[np.ndarray]:
-        if shared is None:
-            seeds = seed_sequence(seed, next(iterations))
-        else:
-            seeds = seed_sequence(shared.seed, *shared.stream())
-        rng = np.random.default_rng(seeds)
+        stream = (seed, next(iterations)) if shared is None else (shared.seed, *shared.stream())
+        rng = np.random.default_rng(seed_sequence(*stream))
         for indices, _ in itertools.islice(draws(sampling, rng), sampling.steps_per_epoch):
             yield indices
 
@@ -238,11 +227,7 @@ def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDr
 
 
 class _RowGatherer:
-    """Makes an index vector the batch of these rows of numpy arrays and tensors.
-
-    Args:
-      data: nest of them, [N, ...]; it is there as long as this object, which the dataset has to keep.
-    """
+    """Makes an index vector the batch of these rows of a nest of numpy arrays and tensors, which it keeps alive."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -295,9 +280,8 @@ def _as_arrays(name: str, nest: Any) -> Any:
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
     if hasattr(nest, "columns") and hasattr(nest, "dtypes"):
         nest = _frame_values(name, nest)
-    remedy = "Give dense arrays of numbers or strings, all with the examples in front."
+    remedy, kind = "Give dense arrays of numbers or strings, all with the examples in front.", type(nest).__name__
     if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
-        kind = type(nest).__name__
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError)
     if isinstance(nest, np.ndarray) and nest.ndim and nest.dtype.kind in "fiub" and nest.dtype.itemsize <= 8:
         return np.asarray(nest)
@@ -305,7 +289,6 @@ def _as_arrays(name: str, nest: Any) -> Any:
         with tf.device("CPU:0"):  # the whole data set need not fit into an accelerator
             tensor = tf.convert_to_tensor(nest)
     except (TypeError, ValueError) as error:
-        kind = type(nest).__name__
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError) from error
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
@@ -335,8 +318,7 @@ def _common_length(*nests: Any) -> int:
     """Returns the number of examples that all arrays of `nests` have."""
     lengths = [int(array.shape[0]) for array in tf.nest.flatten(nests)]
     if not lengths or len(set(lengths)) != 1 or lengths[0] == 0:
-        requirement = "all have the same number of examples, at least 1"
-        raise _validate.argument_error("x, y", lengths, requirement)
+        raise _validate.argument_error("x, y", lengths, "all have the same number of examples, at least 1")
     return lengths[0]
 
 
@@ -345,8 +327,7 @@ def _weights(sample_weight: Any, num_examples: int) -> np.ndarray:
     weights = np.ones(num_examples) if sample_weight is None else np.asarray(sample_weight)
     if weights.dtype.kind not in "fiub":
         requirement = "be one array of real numbers"
-        kind = weights.dtype
-        raise _validate.argument_error("sample_weight.dtype", kind, requirement, "", TypeError)
+        raise _validate.argument_error("sample_weight.dtype", weights.dtype, requirement, kind=TypeError)
     if weights.ndim == 0 or weights.shape[0] != num_examples:
         requirement = f"have one row for each of the {num_examples} examples"
         raise _validate.argument_error("sample_weight.shape", weights.shape, requirement)
