@@ -33,12 +33,6 @@ _PRIVACY_ARGUMENTS = (
     "delta",
     "statistics_fraction",
 )
-_PARAMETER_KINDS = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.VAR_POSITIONAL,
-    inspect.Parameter.KEYWORD_ONLY,
-    inspect.Parameter.VAR_KEYWORD,
-)
 _MOST_RELEASES = 1024
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
@@ -124,14 +118,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
         self._l2_norm_clip = checked_clip("l2_norm_clip", l2_norm_clip)
-        self._noise_multiplier = _validate.non_negative(
-            "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."
-        )
-        self._expected_batch_size = _validate.positive(
-            "expected_batch_size",
-            expected_batch_size,
-            "Pass the expected number of examples in a batch, or build the optimizer with from_plan.",
-        )
+        remedy = "Use a PrivacyPlan to compute it from a target epsilon."
+        self._noise_multiplier = _validate.non_negative("noise_multiplier", noise_multiplier, remedy)
+        remedy = "Pass the expected number of examples in a batch, or build the optimizer with from_plan."
+        self._expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size, remedy)
         self._num_examples = None
         if num_examples is not None:
             self._num_examples = _validate.positive_int("num_examples", num_examples)
@@ -245,11 +235,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         return {self.noise_multipliers(releases): steps for releases, steps in counts if steps}
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
-        """Lets the inner optimizer apply noised gradients to `variables`.
-
-        Raises:
-          TypeError: for ordinary gradients.
-        """
+        """Lets the inner optimizer apply noised gradients to `variables`; refuses ordinary ones."""
         if not isinstance(gradients, NoisedGradients):
             raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
         tensors = _of_first_replica(gradients.tensors)
@@ -329,13 +315,10 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the inner optimizer's arguments in the class' signature."""
         super().__init_subclass__(**kwargs)
-        kinds: dict[Any, list[inspect.Parameter]] = {kind: [] for kind in _PARAMETER_KINDS}
         own = inspect.signature(_VectorizedDPKerasOptimizer.__init__).parameters.values()
         inner = inspect.signature(cls.inner_class).parameters.values()
-        for parameter in [*list(own)[1:], *inner]:
-            if parameter.name not in ("inner_args", "inner_kwargs"):
-                kinds[parameter.kind].append(parameter)
-        cls.__signature__ = inspect.Signature([each for kind in kinds.values() for each in kind])
+        shown = [each for each in [*list(own)[1:], *inner] if each.name not in ("inner_args", "inner_kwargs")]
+        cls.__signature__ = inspect.Signature(sorted(shown, key=lambda each: each.kind))
 
     def __init__(
         self,
@@ -352,27 +335,14 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     ) -> None:
         if num_microbatches is not None:
             _validate.positive_int("num_microbatches", num_microbatches)
-            if expected_batch_size is None:
-                expected_batch_size = num_microbatches
+            expected_batch_size = num_microbatches if expected_batch_size is None else expected_batch_size
             if expected_batch_size != num_microbatches:
                 requirement = f"equal expected_batch_size={expected_batch_size}"
-                remedy = (
-                    "Every example is clipped on its own here; clipping means of several examples would double the "
-                    "sensitivity. To save memory pass microbatch_size to DPModel.compile."
-                )
+                remedy = "Every example is clipped on its own. To save memory pass microbatch_size to DPModel.compile."
                 raise _validate.argument_error("num_microbatches", num_microbatches, requirement, remedy)
         inner = self.inner_class(*inner_args, **inner_kwargs)
-        super().__init__(
-            inner,
-            l2_norm_clip,
-            noise_multiplier,
-            expected_batch_size,
-            num_examples,
-            delta,
-            statistics_fraction,
-            noise_seed,
-            name=inner.name,
-        )
+        privacy = (l2_norm_clip, noise_multiplier, expected_batch_size, num_examples, delta, statistics_fraction)
+        super().__init__(inner, *privacy, noise_seed, name=inner.name)
 
     @classmethod
     def from_plan(  # type: ignore[override]
@@ -400,9 +370,8 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
         """Builds an optimizer from `get_config`."""
         privacy = {argument: config[argument] for argument in _PRIVACY_ARGUMENTS if argument in config}
-        rest = {k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS}
         # The inner class reads its own configuration (learning rate schedules, say), so it is built first.
-        inner = cls.inner_class.from_config(rest)
+        inner = cls.inner_class.from_config({k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS})
         optimizer = cls.__new__(cls)
         DPOptimizer.__init__(optimizer, inner, **privacy, name=config.get("name"))
         return optimizer

@@ -213,9 +213,9 @@ class DPModel(keras.Model):
         """As in Keras; only what it makes may call `train_step`, and it multiplies in full float32."""
         before = self.train_function
         super().make_train_function(force)
-        if self.train_function is before:
-            return before
         function = self.train_function
+        if function is before:
+            return before
 
         def train_function(*args: Any, **kwargs: Any) -> Any:
             require_full_float32()
@@ -357,22 +357,19 @@ class DPModel(keras.Model):
     def _create_variables(self, x: Any, y: Any) -> None:
         """Creates, as far as can be, the variables that a step would otherwise create, and be traced twice for.
 
-        A model that is not functional is traced for that, once after each `compile`; on several replicas it is left to
-        the step.
-
-        Args:
-          x, y: specs of a batch, or None if they are not known.
+        A model that is not functional is traced for that on the specs of a batch, if they are known, once after each
+        `compile`; on several replicas it is left to the step.
         """
         y_pred = symbolic_outputs(self)
         is_functional = y_pred is not None
-        if (
-            x is not None
-            and not self._is_prepared
-            and (is_functional or self.distribute_strategy.num_replicas_in_sync == 1)
-        ):
+        can_trace = is_functional or self.distribute_strategy.num_replicas_in_sync == 1
+        if x is not None and not self._is_prepared and can_trace:
             checks.check_layers(self)
             if not is_functional:
-                y_pred = trace_outputs(self, self._without_copies(x))
+                one = x  # without the axis of augmented copies
+                if self._dp_options["augmentation_multiplicity"] > 1:
+                    one = tf.nest.map_structure(lambda t: tf.TensorSpec([t.shape[0], *t.shape[2:]], t.dtype), x)
+                y_pred = trace_outputs(self, one)
                 checks.check_trainable(self)
             with self.distribute_strategy.scope():
                 build_compiled(self, y, y_pred)
@@ -386,12 +383,6 @@ class DPModel(keras.Model):
             # The means of what kernel layers are fed with take a trace to find; the graph is of no further use.
             trace_in_replica(self, lambda x, y: step.public_forward(self, Batch(x, y, None, None)), x, y)
         self._is_prepared = x is not None
-
-    def _without_copies(self, x: Any) -> Any:
-        """Specs of a batch without the axis of augmented copies."""
-        if self._dp_options["augmentation_multiplicity"] == 1:
-            return x
-        return tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
 
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
