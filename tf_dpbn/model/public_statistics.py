@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import public_data
+from tf_dpbn import _validate, public_data
 from tf_dpbn._keras import as_compiled, call_model, clear_call_time_losses, flatten_layers, keras, symbolic_outputs
 from tf_dpbn.model.training_trace import Structure, trace_training_pass
 from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_moving_statistics
@@ -65,10 +65,8 @@ class PublicStatistics:
         if getattr(self._model, "inputs", None):
             specs = tf.nest.flatten(self._model.inputs)
             if len(specs) != len(arrays):
-                raise ValueError(
-                    f"`public_batch` must have one array for each of the model's {len(specs)} inputs. "
-                    f"Received: {len(arrays)} arrays"
-                )
+                requirement = f"have one array for each of the model's {len(specs)} inputs"
+                raise _validate.argument_error("public_batch", f"{len(arrays)} arrays", requirement)
         names = ["public_batch"] if len(arrays) == 1 else [f"public_batch[{i}]" for i in range(len(arrays))]
         checked = [
             public_data.validate_batch(
@@ -84,10 +82,8 @@ class PublicStatistics:
         if len(sizes) > 1:
             raise ValueError(f"`public_batch` must have equally many rows everywhere. Received: {sorted(sizes)}")
         self.may_contain_training_rows = may_contain_training_rows
-        old = tf.nest.flatten(self.batch)
-        if len(old) == len(checked) and all(
-            a is not None and np.array_equal(a, b) for a, b in zip(old, checked, strict=True)
-        ):
+        old = [] if self.batch is None else tf.nest.flatten(self.batch)
+        if len(old) == len(checked) and all(map(np.array_equal, old, checked)):
             return False
         self.batch = tf.nest.pack_sequence_as(batch, [tf.convert_to_tensor(array) for array in checked])
         self._refresh = None, None
