@@ -222,9 +222,6 @@ def isolated_call(
       constants: variables to which assignments inside the scope have no effect, on both versions of Keras. A layer that
         updates its weights in each training pass (spectral normalization) reads them as the step's own update left
         them, so that gradients are those by the variables and no example's run repeats the update.
-
-    Yields:
-      The Keras 3 stateless scope, or None on tf_keras.
     """
     if not IS_KERAS_3:
         # tf_keras has no stateless scope.
@@ -271,9 +268,9 @@ def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
 
 def _in_order_of_outputs(container: Any, y: Any, y_pred: Any) -> Any:
     """Targets by the name of outputs as a list where the outputs are one, as a loss of Keras 3 does when called."""
-    if isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(container.output_names or ()) == set(y):
-        return [y[name] for name in container.output_names]
-    return y
+    names = container.output_names or ()
+    by_name = isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(names) == set(y)
+    return [y[name] for name in names] if by_name else y
 
 
 def compiled_data_loss(
@@ -297,9 +294,7 @@ def compiled_data_loss(
     return _legacy_data_loss(model.compiled_loss, y, y_pred, sample_weight)
 
 
-def _legacy_data_loss(
-    container: Any, y: Any, y_pred: Any, sample_weight: Any
-) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+def _legacy_data_loss(container: Any, y: Any, y_pred: Any, sample_weight: Any) -> tuple[Any, tuple[Any, ...]]:
     y = tf.nest.flatten(container._conform_to_outputs(y_pred, y))
     weights = tf.nest.flatten(container._conform_to_outputs(y_pred, sample_weight))
     outputs = tf.nest.flatten(y_pred)
@@ -359,10 +354,7 @@ def symbolic_outputs(model: Any) -> Any:
 def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
     """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
 
-    Args:
-      model: a compiled model.
-      y: nest of TensorSpecs, the targets of a batch.
-      y_pred: nest of what has shapes and types: the predictions, with any number of rows.
+    `y` and `y_pred` are nests of what has shapes and types, the targets and predictions of a batch.
     """
     y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, y_pred))
     build_compiled_loss(model, y, y_pred)
@@ -383,12 +375,8 @@ def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any,
     """Updates the compiled metrics as Keras does on a batch of the rows whose mask is True; without any, not at all.
 
     Many metrics cannot be told of padding by weights: functions that return one number for a batch, confusion
-    matrices of pictures, and NaN times 0 is NaN. So the rows are taken out.
-
-    Args:
-      y_pred: nest of predictions, of which those with a `_keras_mask` keep it.
-      sample_weight: the user's weights, or None.
-      mask: bool [batch], or None where every row is a real example.
+    matrices of pictures, and NaN times 0 is NaN. So the rows are taken out. The mask is None where all are examples;
+    predictions with a `_keras_mask` keep it.
     """
     _, container = _compiled(model)
     if container is None:
@@ -453,10 +441,7 @@ class StoredBeside(keras.losses.Loss):
     """An attribute of a model or layer that weights files hold under a name of its own, which stock Keras passes over.
 
     Both Kerases walk attributes of a few kinds only; of these a loss is the one that they neither track nor count.
-
-    Args:
-      save: fills a store, as `save_own_variables`.
-      load: reads one, as `load_own_variables`; it is empty for a file that holds nothing of this.
+    `save` and `load` are as `save_own_variables` and `load_own_variables`; the store of a file without this is empty.
     """
 
     def __init__(self, save: Callable[[Any], None], load: Callable[[Any], None]) -> None:
@@ -471,9 +456,6 @@ def stored_as(stock_names: dict[str, str]) -> None:
     """Has Keras' weights files name layers of some classes as the stock ones that they stand for.
 
     In files layers are found by the name of their class and their number among those of it, for which there is no hook.
-
-    Args:
-      stock_names: by name of the class.
     """
     module = importlib.import_module(f"{keras.Model.__module__.partition('.')[0]}.src.saving.saving_lib")
     name = "naming" if IS_KERAS_3 else "generic_utils"
@@ -517,10 +499,8 @@ def mark_called(model: Any) -> None:
 
 def sequential_input(model: Any) -> list[Any]:
     """The input of a Sequential that has one, as a new layer in a list; empty before it has met data."""
-    return [
-        keras.Input(batch_shape=tuple(t.shape), dtype=t.dtype, name=t.name.partition(":")[0])
-        for t in (getattr(model, "inputs", None) or [])
-    ]
+    inputs = getattr(model, "inputs", None) or []
+    return [keras.Input(batch_shape=tuple(t.shape), dtype=t.dtype, name=t.name.partition(":")[0]) for t in inputs]
 
 
 def copy_trainable_flags(layer: Any, other: Any) -> None:

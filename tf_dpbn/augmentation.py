@@ -50,18 +50,9 @@ def random_shift(pixels: int, *, flip: bool = False) -> Callable[[tf.Tensor], tf
 
 
 def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
-    """Augments every row several times, each on its own.
+    """Augments every row of a nest of tensors, [rows, ...], several times, each on its own: [rows, multiplicity, ...].
 
-    Args:
-      augment: maps one row, a nest of tensors, to a nest of the same shapes.
-      multiplicity: how many copies.
-      rows: nest of tensors [rows, ...].
-
-    Returns:
-      Nest of tensors [rows, multiplicity, ...].
-
-    Raises:
-      ValueError: if `augment` changes shapes or types, or keeps state.
+    Refuses an `augment`, of one row, that changes shapes or types, or keeps state.
     """
     repeated = tf.nest.map_structure(lambda t: tf.repeat(t, multiplicity, 0), rows)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)

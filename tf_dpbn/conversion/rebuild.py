@@ -47,9 +47,7 @@ class Rebuilder:
     def rebuild(self, model: Any, functional: type, sequential: type) -> Any:
         """A new model of one of the given classes, with the weights and trainable flags of `model`."""
         new = self._model(model, functional, sequential)
-        pairs = [(model, new)]
-        for old_layer, new_layer in self._pairs:
-            pairs += self._inside(old_layer, new_layer)
+        pairs = [(model, new), *(inside for pair in self._pairs for inside in self._inside(*pair))]
         known = {id(old): (old, copy) for old, copy in pairs}
         for layer in [model, *flatten_layers(model)]:  # parents first: their flags reach into their children
             if id(layer) in known:

@@ -30,11 +30,7 @@ class RowLoss:
 
     Keras broadcasts what differs in rank: weights of rows against the columns of images, labels of all rows against the
     outputs of one. No row's loss may know another row, so none sees one here, whatever loss the user has compiled.
-
-    Args:
-      model: compiled.
-      rows: of each batch.
-      padded: whether batches hold padding, whose weight is zero.
+    `rows` is of each batch, and `padded` tells whether some are padding, whose weight is zero.
     """
 
     def __init__(self, model: Any, rows: int, padded: bool) -> None:
