@@ -164,12 +164,11 @@ class PrivacyPlan:
         missing = [name for name in ("noise_multiplier", "steps", "max_batch_size") if getattr(self, name) is None]
         self._check()
         if self.delta >= 1.0 / self.num_examples:
-            warnings.warn(
+            message = (
                 f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: that allows publishing "
-                "a random example outright. Choose a smaller delta.",
-                PrivacyWarning,
-                stacklevel=3,
+                "a random example outright. Choose a smaller delta."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=3)
         self._fill()
         self._put("_filled", tuple((name, getattr(self, name)) for name in missing))
 

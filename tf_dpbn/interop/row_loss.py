@@ -59,12 +59,11 @@ class RowLoss:
                 requirement = f"tell padding from the examples expected among the {self._rows} rows of a batch"
                 remedy = "Train on plan.poisson_dataset(x, y), whose batches carry it."
                 raise _validate.argument_error("sample_weight", None, requirement, remedy)
-            warnings.warn(
+            message = (
                 "The batches do not come from PrivacyPlan.poisson_dataset. The reported epsilon assumes Poisson "
-                "sampling, which shuffled or fixed-order batches do not satisfy.",
-                PrivacyWarning,
-                stacklevel=2,
+                "sampling, which shuffled or fixed-order batches do not satisfy."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=2)
             return tf.ones([self._rows])
         shapes = [tuple(each.shape) for each in tf.nest.flatten(sample_weight)]
         if len(shapes) != 1 or any(size != 1 for size in shapes[0][1:]):

@@ -202,10 +202,7 @@ def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DP
             raise _validate.argument_error("num_examples", expected, requirement, "Epsilon depends on it.")
     if size is not None and size != optimizer.expected_batch_size:
         requirement = f"equal the size of the batches, {size}"
-        remedy = (
-            "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
-            "data set from PrivacyPlan.poisson_dataset."
-        )
+        remedy = "Epsilon depends on it. Pass batch_size to fit, or better a data set from PrivacyPlan.poisson_dataset."
         raise _validate.argument_error("expected_batch_size", optimizer.expected_batch_size, requirement, remedy)
 
 
@@ -213,12 +210,13 @@ def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
     """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches."""
     rows = next((each.shape[0] for each in tf.nest.flatten(x) if len(getattr(each, "shape", ()))), None)
     if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
-        raise _validate.argument_error(
-            "x",
-            f"{rows} rows and sample_weight=None",
-            f"have as many rows as expected_batch_size={optimizer.expected_batch_size:g}, or come with weights",
-            "Pass all of a batch from poisson_dataset: train_on_batch(*batch). With your own draws pass weights of 1.",
+        requirement = (
+            f"have as many rows as expected_batch_size={optimizer.expected_batch_size:g}, or come with weights"
         )
+        remedy = (
+            "Pass all of a batch from poisson_dataset: train_on_batch(*batch). With your own draws use weights of 1."
+        )
+        raise _validate.argument_error("x", f"{rows} rows and sample_weight=None", requirement, remedy)
 
 
 def check_callbacks(callbacks: Any) -> None:
@@ -226,13 +224,11 @@ def check_callbacks(callbacks: Any) -> None:
     for callback in tf.nest.flatten(callbacks or []):
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor != "epsilon" and getattr(callback, "save_best_only", True):
-            warnings.warn(
+            message = (
                 f"{type(callback).__name__} decides by {monitor!r}, which is computed without noise. What it decides "
-                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless the data behind it are "
-                "public.",
-                PrivacyWarning,
-                stacklevel=4,
+                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless its data are public."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=4)
 
 
 def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: int) -> None:
@@ -259,9 +255,8 @@ def check_public_rows(public_batch: Any, training: Any) -> None:
     if found:
         received = f"{found} of {len(public[0])} rows that are rows of the training data"
         remedy = (
-            "It is stored with the model in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; "
-            "only if these rows are public, or coincide by chance, set_public_batch(..., "
-            "may_contain_training_rows=True)."
+            "Take other data, or a synthetic batch of tf_dpbn.public_data; only if these rows are public, or coincide "
+            "by chance, set_public_batch(..., may_contain_training_rows=True)."
         )
         raise _validate.argument_error("public_batch", received, "not contain private examples", remedy)
 
@@ -293,18 +288,15 @@ def check_plan(
         return  # without a computation, which takes seconds with PLD
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
-        noise, planned_noise = record.effective_noise_multiplier, whole.effective_noise_multiplier
+        (noise,), (asked,) = record.noise_multipliers, whole.noise_multipliers
         remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
-        if noise < planned_noise:
-            remedy = (
-                f"The optimizer's noise multiplier is {noise:.4g}, not {planned_noise:.4g}: build both from one plan."
-            )
-        warnings.warn(
+        if noise < asked:
+            remedy = f"The optimizer's noise multiplier is {noise:.4g}, not {asked:.4g}: build both from one plan."
+        message = (
             f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
-            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. {remedy}",
-            PrivacyWarning,
-            stacklevel=4,
+            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. {remedy}"
         )
+        warnings.warn(message, PrivacyWarning, stacklevel=4)
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:

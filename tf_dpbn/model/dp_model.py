@@ -324,12 +324,11 @@ class DPModel(keras.Model):
         batches = source.sampling if source else _sampling_behind(x)
         if source is None:
             origin = "do not come from" if batches is None else "were changed (mapped, cached, shuffled) after"
-            warnings.warn(
+            message = (
                 f"The batches {origin} PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The reported "
-                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy.",
-                PrivacyWarning,
-                stacklevel=3,
+                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=3)
         if batches is None:
             checks.check_batches(x, options["batch_size"], options.get("validation_split", 0.0), optimizer)
         else:
