@@ -260,17 +260,13 @@ def _compiled(model: Any) -> tuple[Any, Any]:
 def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
     container, _ = _compiled(model)
-    if not container.built:
-        known = (_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else (y_pred,)
-        with tf.init_scope():
-            container.build(*known)
-
-
-def _in_order_of_outputs(container: Any, y: Any, y_pred: Any) -> Any:
-    """Targets by the name of outputs as a list where the outputs are one, as a loss of Keras 3 does when called."""
-    names = container.output_names or ()
-    by_name = isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(names) == set(y)
-    return [y[name] for name in names] if by_name else y
+    if container.built:
+        return
+    names = getattr(container, "output_names", None) or ()
+    if isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(names) == set(y):
+        y = [y[name] for name in names]  # a list where the outputs are one, as a loss of Keras 3 does when called
+    with tf.init_scope():
+        container.build(*((y, y_pred) if IS_KERAS_3 else (y_pred,)))
 
 
 def compiled_data_loss(

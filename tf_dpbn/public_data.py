@@ -228,6 +228,8 @@ def count_common_rows(batch: Sequence[np.ndarray], training: Sequence[Any]) -> i
     if any(array.dtype.kind not in "fiub" for array in arrays):
         return 0
     rows = [i for i in range(len(batch[0])) if any(np.any(array[i] != array[i].flat[0]) for array in batch)]
+    if not rows:
+        return 0
     public = {_row_bytes(batch, batch, i) for i in rows}
     found = {_row_bytes(arrays, batch, i) for i in _candidates(batch, arrays)} & public
     return sum(_row_bytes(batch, batch, i) in found for i in rows)

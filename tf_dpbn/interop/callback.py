@@ -210,11 +210,11 @@ class StatisticsCallback(keras.callbacks.Callback):
         )
         self._ledger.record(step)
         self._scope.before_step()
-        self._scope.allow_step()
+        self._scope.credit.assign(len(self._normalizations))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Lets nothing train until the next batch."""
-        self._scope.allow_nothing()
+        self._scope.credit.assign(0)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, and has the compiled loss computed as usual, within `fit`."""

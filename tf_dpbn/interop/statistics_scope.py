@@ -116,14 +116,6 @@ class StockPass(StatisticsScope):
                 held.d_variance.assign(term.d_variance)
         assign_moving_statistics(scope.calls)
 
-    def allow_step(self) -> None:
-        """Lets the calls of one step be made, which must be counted by now."""
-        self.credit.assign(self._normalizations)
-
-    def allow_nothing(self) -> None:
-        """Takes back what credit is left."""
-        self.credit.assign(0)
-
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
     ) -> tuple[tf.Tensor, tf.Tensor] | None:

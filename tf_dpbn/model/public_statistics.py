@@ -14,32 +14,23 @@ from tf_dpbn.model.training_trace import Structure, trace_training_pass
 from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_moving_statistics
 
 
-class RefreshAtEpochEnds(keras.callbacks.Callback):
-    """In front of other callbacks, which read statistics of the weights at the ends of epochs and of training."""
+class _Refresh(keras.callbacks.Callback):
+    """Keeps moving statistics those of the weights, in some of the hooks."""
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Refreshes."""
-        self.model._public.refresh_if_trained()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Refreshes: Keras may have written averaged weights by now."""
-        self.model._public.refresh_if_trained()
-
-
-class RefreshAroundEvaluation(keras.callbacks.Callback):
-    """Behind callbacks that swap weights when evaluation, prediction or training begins or ends."""
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Refreshes."""
-        self.model._public.refresh_if_trained()
-
-    on_test_end = on_predict_begin = on_predict_end = on_train_end = on_test_begin
+    def __init__(self, *hooks: str) -> None:
+        super().__init__()
+        for hook in hooks:
+            setattr(self, hook, lambda *_, **__: self.model._public.refresh_if_trained())
 
 
 def with_refreshes(callbacks: Any) -> list[Any]:
     """The callbacks that `fit` got, between those that keep moving statistics those of the weights."""
     given = tf.nest.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-    return [RefreshAtEpochEnds(), *given, RefreshAroundEvaluation()]
+    # Others read statistics at the ends of epochs and of training, by when Keras may have written averaged weights.
+    before = _Refresh("on_epoch_end", "on_train_end")
+    # Others swap weights when evaluation, prediction or training begins or ends.
+    behind = _Refresh("on_test_begin", "on_test_end", "on_predict_begin", "on_predict_end", "on_train_end")
+    return [before, *given, behind]
 
 
 class PublicStatistics:

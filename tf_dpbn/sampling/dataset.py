@@ -116,7 +116,12 @@ def poisson_dataset(
     dataset = dataset.map(gatherer.gather, num_parallel_calls=tf.data.AUTOTUNE)
     dataset.tf_dpbn_gatherer = gatherer  # kept, with the arrays
     if augment is not None:
-        dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
+
+        def augmented(x: Any, y: Any, weight: tf.Tensor) -> tuple:
+            made = augmentation.copies(augment, multiplicity, x)
+            return (made if multiplicity > 1 else tf.nest.map_structure(lambda t: t[:, 0], made)), y, weight
+
+        dataset = dataset.map(augmented, num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
@@ -261,14 +266,6 @@ def _rows_of_tensor(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     gathered = tf.gather(tensor, tf.maximum(indices, 0))
     keep = tf.reshape(indices >= 0, [-1] + [1] * (tensor.shape.rank - 1))
     return tf.where(keep, gathered, tf.zeros_like(gathered))
-
-
-def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[..., tuple]:
-    def mapped(x: Any, y: Any, weight: tf.Tensor) -> tuple:
-        made = augmentation.copies(augment, multiplicity, x)
-        return (made if multiplicity > 1 else tf.nest.map_structure(lambda t: t[:, 0], made)), y, weight
-
-    return mapped
 
 
 def _as_arrays(name: str, nest: Any) -> Any:
