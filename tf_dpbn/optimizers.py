@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,20 @@ _ORDINARY_GRADIENTS = (
     "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model (tf_dpbn.convert makes one of yours), or use an "
     "ordinary optimizer."
 )
+
+
+def _fixed(name: str, doc: str) -> Any:
+    """A property that nobody sets."""
+    return property(operator.attrgetter(f"_{name}"), doc=doc)
+
+
+def _of_inner(name: str, doc: str) -> Any:
+    """A property of the inner optimizer."""
+
+    def put(self: Any, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    return property(operator.attrgetter(f"inner.{name}"), put, doc=doc)
 
 
 class _StepCounter:
@@ -160,35 +175,14 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
 
-    @property
-    def l2_norm_clip(self) -> float:
-        """Bound on the L2 norm of one example's gradient."""
-        return self._l2_norm_clip
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over l2_norm_clip."""
-        return self._noise_multiplier
-
-    @property
-    def expected_batch_size(self) -> float:
-        """The denominator."""
-        return self._expected_batch_size
-
-    @property
-    def num_examples(self) -> int | None:
-        """Size of the training set, or None."""
-        return self._num_examples
-
-    @property
-    def delta(self) -> float | None:
-        """The delta at which callbacks report epsilon, or None."""
-        return self._delta
-
-    @property
-    def statistics_fraction(self) -> float:
-        """Which part of a step's privacy goes to noised statistics, if the model has any."""
-        return self._statistics_fraction
+    l2_norm_clip: float = _fixed("l2_norm_clip", "Bound on the L2 norm of one example's gradient.")
+    noise_multiplier: float = _fixed("noise_multiplier", "Standard deviation of the noise over l2_norm_clip.")
+    expected_batch_size: float = _fixed("expected_batch_size", "The denominator.")
+    num_examples: int | None = _fixed("num_examples", "Size of the training set, or None.")
+    delta: float | None = _fixed("delta", "The delta at which callbacks report epsilon, or None.")
+    statistics_fraction: float = _fixed(
+        "statistics_fraction", "Part of a step's privacy for noised statistics, if any."
+    )
 
     def noise_multipliers(self, statistic_releases: int) -> tuple[float, ...]:
         """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
@@ -265,28 +259,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if IS_KERAS_3:
             self.built = True
 
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's step count."""
-        return self.inner.iterations
-
-    @iterations.setter
-    def iterations(self, variable: Any) -> None:
-        self.inner.iterations = variable
-
-    @property
-    def variables(self) -> Any:
-        """The inner optimizer's variables."""
-        return self.inner.variables
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
-        return self.inner.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        self.inner.learning_rate = value
+    iterations: Any = _of_inner("iterations", "The inner optimizer's step count.")
+    variables: Any = _of_inner("variables", "The inner optimizer's variables.")
+    learning_rate: Any = _of_inner("learning_rate", "The inner optimizer's learning rate.")
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Lets the inner optimizer write its averaged weights back, if it keeps any."""
