@@ -9,21 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tf_dpbn._keras import (
-    BatchNormalizationBase,
-    copy_trainable_flags,
-    flatten_layers,
-    is_functional,
-    keras,
-    own_variables,
-    rebuild_functional,
-    sequential_input,
-)
+from tf_dpbn import _keras
+from tf_dpbn._keras import keras
 
 # What both kinds of batch normalization have, as far as center and scale provide for it.
 _SHARED_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
-# Methods that a rebuilt model would lose.
 _REFERENCE = "tf_dpbn_reference"
+# Methods that a rebuilt model would lose.
 _BEHAVIOUR = ("call", "train_step", "test_step", "predict_step", "compute_loss")
 
 
@@ -49,9 +41,9 @@ class Rebuilder:
         new = self._model(model, functional, sequential)
         pairs = [(model, new), *(inside for pair in self._pairs for inside in self._inside(*pair))]
         known = {id(old): (old, copy) for old, copy in pairs}
-        for layer in [model, *flatten_layers(model)]:  # parents first: their flags reach into their children
+        for layer in [model, *_keras.flatten_layers(model)]:  # parents first: their flags reach into their children
             if id(layer) in known:
-                copy_trainable_flags(known[id(layer)][1], layer)
+                _keras.copy_trainable_flags(known[id(layer)][1], layer)
         for old_layer, new_layer in pairs[1:]:
             self._copy_weights(old_layer, new_layer)
         return new
@@ -59,12 +51,12 @@ class Rebuilder:
     def _model(self, old: Any, functional: type, sequential: type) -> Any:
         self._require_graph(old)
         if isinstance(old, keras.Sequential):
-            return sequential([*sequential_input(old), *map(self._layer, old.layers)], name=old.name)
-        return functional(*rebuild_functional(old, self._layer), name=old.name)
+            return sequential([*_keras.sequential_input(old), *map(self._layer, old.layers)], name=old.name)
+        return functional(*_keras.rebuild_functional(old, self._layer), name=old.name)
 
     def _require_graph(self, model: Any) -> None:
         name = type(model).__name__
-        if not isinstance(model, keras.Sequential) and not is_functional(model):
+        if not isinstance(model, keras.Sequential) and not _keras.is_functional(model):
             raise TypeError(
                 f"Model {model.name!r} is subclassed (class {name}): what its `call` does cannot be {self._what}. "
                 "Derive the class from tf_dpbn.DPModel and use tf_dpbn.DPBatchNormalization in it; `export` makes a "
@@ -89,11 +81,11 @@ class Rebuilder:
         new = self._replaced(old)
         if new is not None:
             return new
-        if isinstance(old, keras.Sequential) or is_functional(old):
+        if isinstance(old, keras.Sequential) or _keras.is_functional(old):
             return self._model(old, keras.Model, keras.Sequential)
         if isinstance(old, keras.Model):
             self._require_graph(old)
-        inside = {layer.name: layer for layer in flatten_layers(old)}
+        inside = {layer.name: layer for layer in _keras.flatten_layers(old)}
         try:
             new = self._from_live(old, inside)
         except Exception as error:
@@ -118,7 +110,7 @@ class Rebuilder:
             return type(old).from_config(config)
 
     def _replaced(self, old: Any) -> Any:
-        return self._replacement(old) if isinstance(old, BatchNormalizationBase) else None
+        return self._replacement(old) if isinstance(old, _keras.BatchNormalizationBase) else None
 
     def _replace_in_config(self, config: Any, inside: dict[str, Any]) -> Any:
         """A configuration with the normalization layers in it replaced, at any depth."""
@@ -147,7 +139,7 @@ class Rebuilder:
 
     def _check_inside(self, old: Any, new: Any) -> None:
         """Refuses a layer that makes its own normalization, whatever its configuration says."""
-        for layer in flatten_layers(new):
+        for layer in _keras.flatten_layers(new):
             if self._replaced(layer) is not None:
                 raise ValueError(
                     f"Layer {old.name!r} (class {type(old).__name__}) makes the {type(layer).__name__} {layer.name!r} "
@@ -161,7 +153,7 @@ class Rebuilder:
             return [(old, new)]
         if old.built and not new.built:
             new.build_from_config(old.get_build_config())
-        ours, theirs = [old, *flatten_layers(old)], [new, *flatten_layers(new)]
+        ours, theirs = [old, *_keras.flatten_layers(old)], [new, *_keras.flatten_layers(new)]
         if [layer.name for layer in ours] != [layer.name for layer in theirs]:
             raise ValueError(
                 f"Layer {old.name!r} (class {type(old).__name__}) is rebuilt from its configuration with other layers "
@@ -170,9 +162,9 @@ class Rebuilder:
         return list(zip(ours, theirs, strict=True))
 
     def _copy_weights(self, old: Any, new: Any) -> None:
-        if not own_variables(old) or isinstance(old, keras.Model):
+        if not _keras.own_variables(old) or isinstance(old, keras.Model):
             return
-        if isinstance(old, BatchNormalizationBase) and type(old) is not type(new):
+        if isinstance(old, _keras.BatchNormalizationBase) and type(old) is not type(new):
             for name in _SHARED_WEIGHTS:
                 if getattr(old, name) is not None:
                     getattr(new, name).assign(getattr(old, name))

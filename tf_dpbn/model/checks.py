@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _validate, public_data, sampling
-from tf_dpbn._keras import (
-    IS_KERAS_3,
-    BatchNormalizationBase,
-    Functional,
-    flatten_layers,
-    ignored_class,
-    is_keras_loss,
-    keras,
-    steps_of_epoch,
-    symbolic_outputs,
-)
+from tf_dpbn import _keras, _validate, public_data, sampling
+from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
 from tf_dpbn.model.training_record import TrainingRecord
 from tf_dpbn.normalization import DPBatchNormalization
@@ -37,8 +27,8 @@ _CONVOLUTIONS = {1: keras.layers.Conv1D, 2: keras.layers.Conv2D, 3: keras.layers
 
 def stock_normalizations(model: Any) -> list[Any]:
     """The layers inside a model that are stock batch normalization and would train: their statistics mix examples."""
-    trainable = [layer for layer in flatten_layers(model) if layer.trainable]
-    normalizations = [layer for layer in trainable if isinstance(layer, BatchNormalizationBase)]
+    trainable = [layer for layer in _keras.flatten_layers(model) if layer.trainable]
+    normalizations = [layer for layer in trainable if isinstance(layer, _keras.BatchNormalizationBase)]
     return [layer for layer in normalizations if not isinstance(layer, DPBatchNormalization)]
 
 
@@ -50,7 +40,7 @@ def check_layers(model: Any) -> None:
             "which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, as tf_dpbn.convert(model) "
             f"does, or freeze it with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
         )
-    for layer in flatten_layers(model):
+    for layer in _keras.flatten_layers(model):
         if isinstance(getattr(layer, "_record", None), TrainingRecord):
             raise ValueError(
                 f"Layer {layer.name!r} is a DPModel, with a ledger of its own. Build it as keras.Model, or take both "
@@ -83,7 +73,7 @@ def check_grouped_convolutions(model: Any, compiled: bool) -> None:
 
     Stock Keras has these convolutions alone compiled by XLA, which vectorizing over examples undoes.
     """
-    for layer in [] if compiled else flatten_layers(model):
+    for layer in [] if compiled else _keras.flatten_layers(model):
         rank = next((rank for rank, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
         if rank is None or layer.groups == 1 or not _may_need_gradients(model, layer) or _has_grouped_gradients(rank):
             continue
@@ -153,16 +143,16 @@ def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str =
     losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if loss is not None]
     arrays = tf.nest.flatten(labels)
     are_strings = any(_holds_strings(each) for each in arrays)
-    if are_strings and all(is_keras_loss(loss) for loss in losses):
+    if are_strings and all(_keras.is_keras_loss(loss) for loss in losses):
         remedy = "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1."
         raise _validate.argument_error(name, "strings", "hold numbers, which the compiled loss takes", remedy)
     shape = getattr(model, "output_shape", None)
-    if len(losses) != 1 or not is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
+    if len(losses) != 1 or not _keras.is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
         return
     if are_strings or not isinstance(shape, tuple) or not isinstance(shape[-1] if shape else None, int):
         return
     classes, values = shape[-1], np.asarray(arrays[0])
-    values = values[_counting(values, sample_weight) & (values != ignored_class(losses[0]))]
+    values = values[_counting(values, sample_weight) & (values != _keras.ignored_class(losses[0]))]
     for label in (int(values.min()), int(values.max())) if values.size else ():
         if not 0 <= label < classes:
             requirement = f"hold labels from 0 to {classes - 1}, the classes that the model predicts"
@@ -278,7 +268,7 @@ def check_plan(
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
     resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
     epochs = max(0, options.get("epochs", 1) - options.get("initial_epoch", 0))
-    steps = epochs * (steps_of_epoch(options.get("steps_per_epoch")) or draws.steps_per_epoch)
+    steps = epochs * (_keras.steps_of_epoch(options.get("steps_per_epoch")) or draws.steps_per_epoch)
     if not steps or resumed or any(getattr(each, "stops_in_time", False) for each in callbacks):
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
@@ -339,7 +329,7 @@ def check_loss(model: Any) -> None:
 
 def check_trainable(model: Any) -> None:
     """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing."""
-    has_weights = model.weights or symbolic_outputs(model) is not None  # a subclass may be called built without
+    has_weights = model.weights or _keras.symbolic_outputs(model) is not None  # a subclass may be called built without
     if model.built and has_weights and not model.trainable_variables:
         raise ValueError(
             f"The model {model.name!r} has no trainable weights. Set `trainable = True` of the layers to train, and of "

@@ -11,21 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _validate
+from tf_dpbn import _keras, _validate
 from tf_dpbn._devices import has_accelerator, require_full_float32
-from tf_dpbn._keras import (
-    IS_KERAS_3,
-    Functional,
-    StoredBeside,
-    as_compiled,
-    build_compiled,
-    count_of,
-    flatten_layers,
-    is_compiled_whole,
-    is_functional_signature,
-    keras,
-    symbolic_outputs,
-)
+from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyWarning, privacy_statement
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
@@ -57,12 +45,12 @@ class DPModel(keras.Model):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Returns a DPFunctional for `DPModel(inputs, outputs)`, as keras.Model returns a functional model."""
-        if cls is DPModel and is_functional_signature(args, kwargs):
+        if cls is DPModel and _keras.is_functional_signature(args, kwargs):
             return super().__new__(DPFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if is_functional_signature(args, kwargs) and not isinstance(self, Functional):
+        if _keras.is_functional_signature(args, kwargs) and not isinstance(self, Functional):
             raise TypeError(
                 "A subclass of DPModel must define `call` and pass no inputs and outputs to super().__init__(). Use "
                 f"tf_dpbn.DPModel(inputs, outputs) directly for a functional model. Received: {type(self).__name__}"
@@ -257,7 +245,7 @@ class DPModel(keras.Model):
         source = source_of(x)
         with self._training("fit") as optimizer:
             try:
-                with as_compiled(self):
+                with _keras.as_compiled(self):
                     self._prepare_fit(x, y, kwargs)
                 if isinstance(x, tf.data.Dataset):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
@@ -281,9 +269,6 @@ class DPModel(keras.Model):
           RuntimeError: by a callback of a running `fit`.
         """
         with self._training("train_on_batch") as optimizer:
-            with as_compiled(self):
-                checks.check_trainable(self)
-                checks.check_grouped_convolutions(self, is_compiled_whole(self))
             checks.check_single_batch(self.distribute_strategy)
             checks.check_workers(self.distribute_strategy, None, None)
             checks.check_rows(x, sample_weight, optimizer)
@@ -297,6 +282,9 @@ class DPModel(keras.Model):
         checks.check_functions()
         checks.check_overrides(self, DPModel)
         checks.check_loss(self)
+        with _keras.as_compiled(self):
+            checks.check_trainable(self)
+            checks.check_grouped_convolutions(self, _keras.is_compiled_whole(self))
         self._is_training = True
         try:
             yield optimizer
@@ -319,8 +307,6 @@ class DPModel(keras.Model):
     def _prepare_fit(self, x: Any, y: Any, options: dict[str, Any]) -> None:
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_optimizer(), source_of(x)
-        checks.check_trainable(self)
-        checks.check_grouped_convolutions(self, is_compiled_whole(self))
         batches = source.sampling if source else _sampling_behind(x)
         if source is None:
             origin = "do not come from" if batches is None else "were changed (mapped, cached, shuffled) after"
@@ -359,7 +345,7 @@ class DPModel(keras.Model):
         A model that is not functional is traced for that on the specs of a batch, if they are known, once after each
         `compile`; on several replicas it is left to the step.
         """
-        y_pred = symbolic_outputs(self)
+        y_pred = _keras.symbolic_outputs(self)
         is_functional = y_pred is not None
         can_trace = is_functional or self.distribute_strategy.num_replicas_in_sync == 1
         if x is not None and not self._is_prepared and can_trace:
@@ -371,13 +357,13 @@ class DPModel(keras.Model):
                 y_pred = trace_outputs(self, one)
                 checks.check_trainable(self)
             with self.distribute_strategy.scope():
-                build_compiled(self, y, y_pred)
+                _keras.build_compiled(self, y, y_pred)
         elif not (is_functional or x is not None and self.built):
             return
         self._create_averages()
         with self.distribute_strategy.scope():
             self._compiled_optimizer().build(self.trainable_variables)
-        noised = any(getattr(layer, "statistics", None) == "noised" for layer in flatten_layers(self))
+        noised = any(getattr(layer, "statistics", None) == "noised" for layer in _keras.flatten_layers(self))
         if x is not None and noised and self._dp_options["correction"] != "none" and not self._is_prepared:
             # The means of what kernel layers are fed with take a trace to find; the graph is of no further use.
             trace_in_replica(self, lambda x, y: step.public_forward(self, Batch(x, y, None, None)), x, y)
@@ -466,7 +452,7 @@ class DPModel(keras.Model):
             public = PublicForward(self, batch, self._dp_options["correction"], self._record.released_means)
             found.append(public.corrections())
 
-        with as_compiled(self):
+        with _keras.as_compiled(self):
             if not self.built and self.distribute_strategy.num_replicas_in_sync == 1:
                 trace_outputs(self, tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), batch))
             trace_in_replica(self, report)
@@ -501,7 +487,7 @@ class DPModel(keras.Model):
     @property
     def debug_non_finite_examples(self) -> int:
         """How many examples were dropped because their gradient was non-finite: private, not to be released."""
-        return count_of(self._record.non_finite)
+        return _keras.count_of(self._record.non_finite)
 
     # ------------------------------------------------------------------ saving
 
@@ -530,12 +516,14 @@ class DPModel(keras.Model):
         return super().save_weights(filepath, *args, **kwargs)
 
     @functools.cached_property
-    def zz_tf_dpbn_record(self) -> StoredBeside:
+    def zz_tf_dpbn_record(self) -> _keras.StoredBeside:
         """What weights files hold of public batch and ledger, which a stock model passes over.
 
         tf_keras visits attributes in reverse order and stops at weights that do not match: this one comes first.
         """
-        return StoredBeside(functools.partial(saving.save_record, self), functools.partial(saving.load_record, self))
+        return _keras.StoredBeside(
+            functools.partial(saving.save_record, self), functools.partial(saving.load_record, self)
+        )
 
     def save_own_variables(self, store: Any) -> None:
         """Keras' hook, before other weights are saved."""

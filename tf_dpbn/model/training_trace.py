@@ -9,20 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _graph
-from tf_dpbn._keras import (
-    build_compiled_loss,
-    call_model,
-    call_time_losses,
-    clear_call_time_losses,
-    compiled_data_loss,
-    flatten_layers,
-    isolated_call,
-    own_variables,
-    raw,
-    seed_states,
-    tracker_variables,
-)
+from tf_dpbn import _graph, _keras
 from tf_dpbn.model.checks import refuse_call_time_loss
 from tf_dpbn.normalization import PublicPass
 
@@ -55,10 +42,10 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
     specs = []
 
     def loss(y_pred: Any, y: Any) -> Any:
-        build_compiled_loss(model, y, y_pred)
+        _keras.build_compiled_loss(model, y, y_pred)
         specs.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (y, y_pred)))
-        with isolated_call([], tf.constant(0), tracker_variables(model)) as isolated:
-            return compiled_data_loss(model, y, y_pred, None, isolated)[0]
+        with _keras.isolated_call([], tf.constant(0), _keras.tracker_variables(model)) as isolated:
+            return _keras.compiled_data_loss(model, y, y_pred, None, isolated)[0]
 
     trace = trace_training_pass(model, x, y, loss)
     for layer in trace.layers_with_losses:
@@ -113,26 +100,26 @@ def trace_training_pass(
 
     def forward(x: Any, y: Any) -> Any:
         with scope:
-            y_pred = call_model(model, x, training=True)
+            y_pred = _keras.call_model(model, x, training=True)
         return y_pred, then(y_pred, y)
 
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
-    clear_call_time_losses(model)
+    _keras.clear_call_time_losses(model)
     traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
-    added = call_time_losses(model)
-    clear_call_time_losses(model)
+    added = _keras.call_time_losses(model)
+    _keras.clear_call_time_losses(model)
     return TrainingTrace(scope, added, *_state_changes(model, traced.graph))
 
 
 def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:
     """State changes that depend on examples; and whether there are any others."""
     owners = {}
-    for layer in [model, *flatten_layers(model)]:
-        owners.update({id(raw(variable)): layer.name for variable in own_variables(layer)})
-    variables = _graph.captured_variables(graph, [raw(variable) for variable in model.variables])
+    for layer in [model, *_keras.flatten_layers(model)]:
+        owners.update({id(_keras.raw(variable)): layer.name for variable in _keras.own_variables(layer)})
+    variables = _graph.captured_variables(graph, [_keras.raw(variable) for variable in model.variables])
     captured = {id(inside) for _, inside in graph.captures}
     data = _graph.data_tensors(graph, [t for t in graph.inputs if id(t) not in captured])
-    random_states = {id(state) for state in seed_states(model)}
+    random_states = {id(state) for state in _keras.seed_states(model)}
     from_data, has_state = [], False
     for operation in _graph.state_changes(graph):
         changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
@@ -196,6 +183,6 @@ def _made_up(like: Any, seed: int, fractions: bool) -> Any:
 def _depends_on_predictions(model: Any, y: Any, one: Any, other: Any) -> bool:
     values = []
     for y_pred in (one, other):
-        with isolated_call([], tf.constant(0), tracker_variables(model)) as scope:
-            values.append(float(tf.reduce_sum(compiled_data_loss(model, y, y_pred, None, scope)[0])))
+        with _keras.isolated_call([], tf.constant(0), _keras.tracker_variables(model)) as scope:
+            values.append(float(tf.reduce_sum(_keras.compiled_data_loss(model, y, y_pred, None, scope)[0])))
     return bool(np.isfinite(values).all()) and abs(values[0] - values[1]) > 1e-6 * max(1.0, abs(values[0]))
