@@ -201,14 +201,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Releases the clipped sums of one step: its privacy boundary. Counts the step, then draws its noise.
 
         Args:
-          clipped: the gradient's sum, then those of statistics, if any.
+          clipped: ClippedSums, the gradient's, then those of statistics (at most 1,023), if any.
 
         Returns:
           Each sum, noised, over the expected batch size.
-
-        Raises:
-          TypeError: for anything but ClippedSums.
-          ValueError: for more than 1,023 releases of statistics.
         """
         sums = [tensor for each in clipped for tensor in getattr(each, "tensors", ())]
         with tf.control_dependencies(sums):  # a batch that cannot be read, beyond the end of the data, is no step

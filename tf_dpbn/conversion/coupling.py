@@ -61,12 +61,7 @@ def coupling_layer(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> tu
     """Names of the first layer in whose output one example depends on others, and of the first that cannot be judged.
 
     What follows a layer whose random numbers cannot be held fixed (drawn in a loop, say) is not judged either. The
-    model's own name stands for operations outside its layers.
-
-    Args:
-      model: built.
-      x: nest of arrays, [rows, ...].
-      calls: the model's calls of DPBatchNormalization in training.
+    model's own name stands for operations outside its layers. `calls` are of DPBatchNormalization in training.
     """
     rows = len(tf.nest.flatten(x)[0])
     probe = _Probe(model, calls, rows)

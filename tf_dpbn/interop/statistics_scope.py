@@ -64,8 +64,6 @@ class StockPass(StatisticsScope):
       public_batch: nest of arrays; any one example where all statistics are noised.
       rows: of every batch, padding included: a public constant, the denominator of releases.
       normalizations: how many calls in training a pass has.
-      noise_multiplier: of each release.
-      noise_seed: for tests only.
 
     Attributes:
       credit: how many calls of a counted step may still be made; others fail before they release anything.
@@ -179,12 +177,7 @@ def clipped_residuals(
 
     A row whose residuals are non-finite contributes zero. Adding or removing a row moves the sum by R at most. But a
     padding row contributes as well, because a layer cannot see that its weight is zero; an example that takes its place
-    moves the sum by up to 2 R, and that is the sensitivity declared.
-
-    Args:
-      layer: for its axes, epsilon and clip.
-      z, mask: [rows, ...], and None or bool, of the shape of the first axes of z.
-      mean, variance: of the shape of the channel axes, from before the step.
+    moves the sum by up to 2 R, and that is the sensitivity declared. Mean and variance are from before the step.
     """
 
     def of_row(each: tuple[tf.Tensor, ...]) -> tf.Tensor:

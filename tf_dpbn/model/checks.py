@@ -258,12 +258,6 @@ def check_plan(
 
     With a PrivacyBudget among the callbacks, which stops in time, there is nothing to warn of, and with
     BackupAndRestore it is not known yet with which epoch training goes on.
-
-    Args:
-      plan, draws: of the data set.
-      ledger: what ran.
-      record: the step that runs next.
-      options: arguments of `fit`.
     """
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
     resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
