@@ -115,7 +115,7 @@ def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:
     """
     overridden = []
     for layer in filter(_strides_with_one_tap, flatten_layers(model)):
-        own_call = IS_KERAS_3 and type(layer).call is keras.layers.Conv1D.call
+        own_call = IS_KERAS_3 and type(layer).call is keras.layers.Conv1D.call  # which convolves by itself
         method = "call" if own_call else "convolution_op"
         overridden.append((layer, method, functools.partial(_convolve_what_is_left, layer, method)))
     return overridden

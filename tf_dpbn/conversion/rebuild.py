@@ -169,8 +169,10 @@ class Rebuilder:
                 if getattr(old, name) is not None:
                     getattr(new, name).assign(getattr(old, name))
             return
-        names = ["released_averages"] if hasattr(old, "released_averages") else []
-        for source, target in [(old, new), *((getattr(old, name), getattr(new, name)) for name in names)]:
+        pairs = [(old, new)]
+        if hasattr(old, "released_averages"):
+            pairs.append((old.released_averages, new.released_averages))
+        for source, target in pairs:
             store: dict[str, Any] = {}
             source.save_own_variables(store)
             target.load_own_variables({key: np.asarray(value) for key, value in store.items()})

@@ -232,11 +232,9 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
         requirement = "give a weight to every class from 0 up"
         raise _validate.argument_error("class_weight", class_weight, requirement, "Use 1.0 for the others.")
     labels = dataset.element_spec[1]
-    if tf.nest.is_nested(labels):
-        requirement = "be left out for several outputs"
-        raise _validate.argument_error("class_weight", class_weight, requirement, "Use sample weights.")
-    if labels.shape.rank not in (1, 2):
-        requirement = f"be left out for labels of shape {labels.shape}"
+    several = tf.nest.is_nested(labels)
+    if several or labels.shape.rank not in (1, 2):
+        requirement = f"be left out for {'several outputs' if several else f'labels of shape {labels.shape}'}"
         raise _validate.argument_error("class_weight", class_weight, requirement, "Use sample weights.")
     table = tf.constant([float(class_weight[k]) for k in classes])
 
