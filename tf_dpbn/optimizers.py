@@ -368,10 +368,7 @@ class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
 class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
     """DPOptimizer around keras.optimizers.Adam, with tensorflow-privacy's argument names.
 
-    Args:
-      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
-      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adam.
-      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
+    Arguments are as of VectorizedDPKerasSGDOptimizer, with those of keras.optimizers.Adam.
     """
 
     inner_class = keras.optimizers.Adam
@@ -381,10 +378,7 @@ class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
 class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     """DPOptimizer around keras.optimizers.Adagrad, with tensorflow-privacy's argument names.
 
-    Args:
-      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
-      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adagrad.
-      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
+    Arguments are as of VectorizedDPKerasSGDOptimizer, with those of keras.optimizers.Adagrad.
     """
 
     inner_class = keras.optimizers.Adagrad

@@ -34,18 +34,12 @@ def with_refreshes(callbacks: Any) -> list[Any]:
 
 
 class PublicStatistics:
-    """The public batch of a DPModel, and the moving statistics that it gives.
-
-    Attributes:
-      batch: nest of tensors, or None.
-      may_contain_training_rows: whether the batch may hold rows of the training data, as the user said.
-      structure: what the last trace of the training pass showed; None before the first.
-    """
+    """The public batch of a DPModel, and the moving statistics that it gives."""
 
     def __init__(self, model: Any) -> None:
-        self.batch: Any = None
-        self.may_contain_training_rows = False
-        self.structure: Structure | None = None
+        self.batch: Any = None  # a nest of tensors
+        self.may_contain_training_rows = False  # as the user said
+        self.structure: Structure | None = None  # of the last trace of the training pass
         self._model = model
         self._refresh: tuple[Any, Any] = None, None
 

@@ -23,24 +23,18 @@ class TrainingRecord(tf.train.experimental.PythonState):
     """The record of one model: no part of its weights, but of its checkpoints (as serialized text).
 
     Steps are counted by the optimizer, which draws their noise; this record says how their batches were drawn.
-
-    Attributes:
-      next_step: the step that would run next, as a record of one step; None before `compile`.
-      non_finite: counts examples that were dropped because their gradient was non-finite.
-      released_means: what normalizations keep of earlier releases.
-      version: changes whenever the ledger changes otherwise than by steps of `next_step`.
     """
 
     def __init__(self) -> None:
-        self.next_step: StepRecord | None = None
-        self.version = 0
+        self.next_step: StepRecord | None = None  # the step that would run next; None before `compile`
+        self.version = 0  # changes whenever the ledger changes otherwise than by steps of `next_step`
         self._optimizer: DPOptimizer | None = None
         self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
         self._run = uuid.uuid4().hex
         self._closed = {self._run: Ledger()}  # by who took the steps: only this object adds to its own
-        self.released_means = ReleasedMeans()
+        self.released_means = ReleasedMeans()  # what normalizations keep of earlier releases
         with tf.init_scope():
-            zero = tf.constant(0, tf.int64)
+            zero = tf.constant(0, tf.int64)  # of examples that were dropped because their gradient was non-finite
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
 
     def open(

@@ -21,17 +21,11 @@ _LARGEST_ROW = 2**20  # such outputs are pictures, not embeddings
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What the step has to know of the model's training pass.
+    """What the step has to know of the model's training pass."""
 
-    Attributes:
-      active: the normalization calls that are in training (see `normalization.PublicPass`).
-      needs_public_batch: some of these take statistics from a public batch.
-      has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
-    """
-
-    active: frozenset[tuple[int, int]]
-    needs_public_batch: bool
-    has_state: bool
+    active: frozenset[tuple[int, int]]  # the normalization calls that are in training (see `normalization.PublicPass`)
+    needs_public_batch: bool  # some of these take statistics from a public batch
+    has_state: bool  # some layer updates state that does not depend on the examples (spectral normalization, a counter)
 
 
 def trace_structure(model: Any, x: Any, y: Any) -> Structure:
@@ -60,36 +54,22 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
 
 @dataclasses.dataclass(frozen=True)
 class StateChange:
-    """An operation that writes what depends on examples to state.
+    """An operation that writes what depends on examples to state."""
 
-    Attributes:
-      layers: names of the layers that own the state, as far as it is among the model's weights.
-      operation: name of the operation.
-      variables: those of them that it changes.
-      reason: what to tell the user.
-    """
-
-    layers: tuple[str, ...]
-    operation: str
-    reason: str
-    variables: tuple[Any, ...] = ()
+    layers: tuple[str, ...]  # names of those that own the state, as far as it is among the model's weights
+    operation: str  # its name
+    reason: str  # what to tell the user
+    variables: tuple[Any, ...] = ()  # which of the layers' it changes
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTrace:
-    """What a trace of a training pass shows.
+    """What a trace of a training pass shows."""
 
-    Attributes:
-      scope: the normalization calls.
-      layers_with_losses: layers that added a loss while they were called.
-      changes_from_data: state changes that depend on the examples.
-      has_state: whether there are others than those of random generators.
-    """
-
-    scope: PublicPass
-    layers_with_losses: list[Any]
+    scope: PublicPass  # the normalization calls
+    layers_with_losses: list[Any]  # that added a loss while they were called
     changes_from_data: list[StateChange]
-    has_state: bool
+    has_state: bool  # whether there are other state changes than those of random generators
 
 
 def trace_training_pass(

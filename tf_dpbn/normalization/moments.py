@@ -14,19 +14,12 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class LocalTerm:
-    """How the statistics of one normalization call depend on one variable of the layer that feeds it.
+    """How the statistics of one normalization call depend on one variable of the layer that feeds it."""
 
-    Attributes:
-      index: position of the variable among the trainable variables.
-      channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
-      d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
-      d_variance: d variance_o / d variable[.., o], likewise.
-    """
-
-    index: int
-    channel_axes: tuple[int, ...]
-    d_mean: tf.Tensor
-    d_variance: tf.Tensor
+    index: int  # of the variable among the trainable variables
+    channel_axes: tuple[int, ...]  # of the variable: flattened, they enumerate the normalization's channels
+    d_mean: tf.Tensor  # d mean_o / d variable[.., o], of the variable's shape, float32 or wider
+    d_variance: tf.Tensor  # d variance_o / d variable[.., o], likewise
 
     def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
         """pbar (x) c_mu + V * c_v, [..., *variable.shape], for cotangents of mean and variance, [..., channels]."""
