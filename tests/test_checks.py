@@ -636,7 +636,7 @@ def test_a_batch_without_weights_must_be_of_the_expected_size():
     model = helpers.compiled(network(), stub=True)
     x, y = vectors(BATCH - 2)
     with pytest.raises(
-        ValueError, match=rf"expected_batch_size={BATCH}, .*train_on_batch\(\*batch\).*{BATCH - 2} rows"
+        ValueError, match=rf"expected_batch_size={BATCH} rows, .*train_on_batch\(\*batch\).*{BATCH - 2} rows"
     ):
         model.train_on_batch(x, y)
     model.train_on_batch(x, y, np.ones(BATCH - 2, "float32"))

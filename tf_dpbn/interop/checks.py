@@ -44,9 +44,8 @@ def check_model(model: Any) -> None:
         # They would be added to the loss of every row, padding included: an example that takes the place of padding
         # would then move the clipped sum by twice the clip norm.
         raise ValueError(
-            "The model has weight regularizers (kernel_regularizer and the like), which tensorflow-privacy's "
-            "optimizers clip with each row. Leave them out, or train a tf_dpbn.DPModel, which does not clip them. "
-            f"Received: model={model.name!r}"
+            "The model has weight regularizers, which tensorflow-privacy's optimizers clip with each row. Leave them "
+            f"out, or train a tf_dpbn.DPModel, which does not clip them. Received: model={model.name!r}"
         )
     findings = validate(model)
     if not findings.ok:
@@ -69,8 +68,7 @@ def check_seed() -> None:
     seeds = tf.compat.v1.get_seed(None)
     if seeds != (None, None):
         raise RuntimeError(
-            "A global seed is set (tf.random.set_seed, keras.utils.set_random_seed or enable_op_determinism): every "
-            "`fit` would draw the same noise again, and the difference of two updates would have none. Call "
+            "A global seed is set, with which every `fit` would draw the same noise again. Call "
             f"tf.random.set_seed(None) once the weights are made, before `fit`. Received: a seed of {seeds[0]}"
         )
 

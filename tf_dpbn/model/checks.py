@@ -62,9 +62,8 @@ def check_functions() -> None:
 def refuse_call_time_loss(layer: Any) -> None:
     """Refuses a layer that adds losses while it is called."""
     raise ValueError(
-        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can "
-        "depend on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, "
-        "which is clipped for each example, or use a weight regularizer (kernel_regularizer)."
+        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer), which is neither "
+        "clipped nor noised. Put it into the compiled loss, or use a weight regularizer (kernel_regularizer)."
     )
 
 
@@ -200,12 +199,8 @@ def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
     """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches."""
     rows = next((each.shape[0] for each in tf.nest.flatten(x) if len(getattr(each, "shape", ()))), None)
     if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
-        requirement = (
-            f"have as many rows as expected_batch_size={optimizer.expected_batch_size:g}, or come with weights"
-        )
-        remedy = (
-            "Pass all of a batch from poisson_dataset: train_on_batch(*batch). With your own draws use weights of 1."
-        )
+        requirement = f"have expected_batch_size={optimizer.expected_batch_size:g} rows, or come with weights"
+        remedy = "Pass whole batches of poisson_dataset: train_on_batch(*batch). With your own draws use weights of 1."
         raise _validate.argument_error("x", f"{rows} rows and sample_weight=None", requirement, remedy)
 
 
@@ -245,8 +240,8 @@ def check_public_rows(public_batch: Any, training: Any) -> None:
     if found:
         received = f"{found} of {len(public[0])} rows that are rows of the training data"
         remedy = (
-            "Take other data, or a synthetic batch of tf_dpbn.public_data; only if these rows are public, or coincide "
-            "by chance, set_public_batch(..., may_contain_training_rows=True)."
+            "It is stored in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; only if these "
+            "rows are public, or coincide by chance, set_public_batch(..., may_contain_training_rows=True)."
         )
         raise _validate.argument_error("public_batch", received, "not contain private examples", remedy)
 
@@ -336,8 +331,7 @@ def check_single_batch(strategy: tf.distribute.Strategy) -> None:
     if IS_KERAS_3 and strategy.num_replicas_in_sync > 1:
         raise NotImplementedError(
             f"`train_on_batch` cannot be used on {strategy.num_replicas_in_sync} replicas: Keras 3 gives each of them "
-            "the whole batch, so that every example would count as often. Use `fit`, which splits batches; for a "
-            "single one pass tf.data.Dataset.from_tensors((x, y, sample_weight))."
+            "the whole batch. Use `fit`; for one batch pass tf.data.Dataset.from_tensors((x, y, sample_weight))."
         )
 
 
