@@ -236,8 +236,8 @@ MUTANTS = (
     ),
     Mutant(
         "accounting/ledger.py",
-        "(composed, delta - self.truncation_delta(), accountant)",
-        "(composed, delta, accountant)",
+        "(events, delta - self.truncation_delta(), accountant)",
+        "(events, delta, accountant)",
         _selected(_ACCOUNTING, "truncation"),
     ),
     Mutant(

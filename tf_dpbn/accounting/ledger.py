@@ -17,7 +17,13 @@ from typing import Any
 import dp_accounting
 
 from tf_dpbn import _validate
-from tf_dpbn.accounting import events
+from tf_dpbn.accounting.events import (
+    effective_noise_multiplier,
+    epsilon_of_events,
+    gaussian_event,
+    tail_delta,
+    truncation_probability,
+)
 
 SAMPLINGS = ("poisson", "assumed")
 _FORMAT, _VERSION = "tf_dpbn.Ledger", 1
@@ -51,7 +57,7 @@ class StepRecord:
     def __post_init__(self) -> None:
         # Python's own numbers throughout, so that records of equal steps are equal and can be written as JSON.
         put = functools.partial(object.__setattr__, self)
-        events.effective_noise_multiplier(self.noise_multipliers)
+        effective_noise_multiplier(self.noise_multipliers)
         put("noise_multipliers", tuple(float(sigma) for sigma in self.noise_multipliers))
         put("steps", _validate.non_negative_int("steps", self.steps))
         _validate.one_of("sampling", self.sampling, SAMPLINGS)
@@ -70,14 +76,14 @@ class StepRecord:
     @property
     def effective_noise_multiplier(self) -> float:
         """`effective_noise_multiplier(noise_multipliers)` of one step."""
-        return events.effective_noise_multiplier(self.noise_multipliers)
+        return effective_noise_multiplier(self.noise_multipliers)
 
     @property
     def truncation_delta(self) -> float:
         """steps * P[Bin(N, q) >= M], the delta that truncated batches cost; 0.0 if none can be truncated."""
         if self.max_batch_size is None or self.num_examples is None or self.steps == 0:
             return 0.0
-        return self.steps * events.truncation_probability(
+        return self.steps * truncation_probability(
             num_examples=self.num_examples,
             sampling_probability=_known_probability(self),
             max_batch_size=self.max_batch_size,
@@ -101,7 +107,7 @@ def dp_sgd_event(record: StepRecord) -> dp_accounting.DpEvent:
     Raises:
       ValueError: the record's sampling probability is unknown.
     """
-    return events.gaussian_event(_known_probability(record), record.effective_noise_multiplier, record.steps)
+    return gaussian_event(_known_probability(record), record.effective_noise_multiplier, record.steps)
 
 
 class Ledger:
@@ -144,7 +150,7 @@ class Ledger:
 
     def tail_delta(self) -> float:
         """Returns the part of delta that the end of the noise's tail costs; see `tail_delta`."""
-        return math.fsum(entry.steps * events.tail_delta(entry.effective_noise_multiplier) for entry in self.entries)
+        return math.fsum(entry.steps * tail_delta(entry.effective_noise_multiplier) for entry in self.entries)
 
     def epsilon(self, delta: float, accountant: str = "rdp") -> float:
         """Returns epsilon of all steps together at `delta`, truncated batches and the noise's tail included.
@@ -153,8 +159,8 @@ class Ledger:
           ValueError: delta is not in (0, 1), the accountant is unknown, or a sampling probability is unknown.
         """
         delta = _validate.open_probability("delta", delta)
-        composed = tuple(dp_sgd_event(entry) for entry in self.entries)
-        return events.epsilon_of_events(composed, delta - self.truncation_delta(), accountant)
+        events = tuple(dp_sgd_event(entry) for entry in self.entries)
+        return epsilon_of_events(events, delta - self.truncation_delta(), accountant)
 
     def with_sampling_probability(self, sampling_probability: float) -> Ledger:
         """Returns a copy whose unknown sampling probabilities have the given value."""
