@@ -180,9 +180,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
     expected_batch_size: float = _fixed("expected_batch_size", "The denominator.")
     num_examples: int | None = _fixed("num_examples", "Size of the training set, or None.")
     delta: float | None = _fixed("delta", "The delta at which callbacks report epsilon, or None.")
-    statistics_fraction: float = _fixed(
-        "statistics_fraction", "Part of a step's privacy for noised statistics, if any."
-    )
+    statistics_fraction: float = _fixed("statistics_fraction", "Part of a step's privacy for noised statistics.")
 
     def noise_multipliers(self, statistic_releases: int) -> tuple[float, ...]:
         """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
