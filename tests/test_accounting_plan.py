@@ -197,7 +197,7 @@ def test_statement_says_what_ran():
         "ASSUMED",
         "PROVIDED",
         "Shuffled or fixed-order batches do not satisfy the assumption",
-        "100 steps: sampling probability 0.02, noise multipliers (1.5), together 1.5. Poisson sampling by this library",
+        "100 steps: sampling probability 0.02, noise multiplier 1.5. Poisson sampling by this library",
         "one row of the data given to poisson_dataset",
         "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
         "weights; the public batch",

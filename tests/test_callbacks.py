@@ -129,7 +129,7 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits(model):
     fit(model, budget, epochs=5)
     assert model.ledger.steps == 7
     assert model.epsilon(DELTA) <= budget_for(7) < epsilon_of(8)
-    with pytest.raises(ValueError, match=r"leave room for another step after 7 steps.*Received: epsilon="):
+    with pytest.raises(ValueError, match=r"after 7 steps, which have cost .*Stop here.*Received: epsilon="):
         fit(model, budget)
     fit(model, PrivacyBudget(budget_for(8)), epochs=5)
     assert model.ledger.steps == 8
@@ -166,6 +166,12 @@ def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step(mo
     fit(model, initial_epoch=3, epochs=4)
     with pytest.warns(tf_dpbn.PrivacyWarning, match=f"2 steps after 16 so far and reach epsilon {epsilon_of(18):.4g}"):
         fit(model, steps_per_epoch=2)
+
+
+def test_an_optimizer_of_another_plan_than_the_data_is_named(model):
+    optimizer = helpers.dp_optimizer(noise_multiplier=0.5 * PLAN.noise_multiplier, expected_batch_size=4)
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="The optimizer's noise multiplier is .* build both from one plan"):
+        fit(make_model(optimizer))
 
 
 def test_more_epochs_than_planned_need_no_warning_with_a_budget_or_more_noise(model):

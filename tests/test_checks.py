@@ -66,7 +66,7 @@ def nested(layer):
 @pytest.mark.parametrize("build", [network, nested, Subclassed])
 def test_refuses_stock_batch_normalization_wherever_it_is(build):
     model = build(layers.BatchNormalization(name="stock"))
-    with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization.*Replace it by tf_dpbn.DPBatchNorm"):
+    with pytest.raises(ValueError, match="'stock' is a stock BatchNormalization.*Replace it by .*tf_dpbn.convert"):
         helpers.compiled(model)
 
 
@@ -123,7 +123,7 @@ BAD_PUBLIC_BATCHES = {
     "strings": (GOOD.astype(str), {}, TypeError, "`public_batch.*Received: .*<U"),
     "nan": (np.where(GOOD == GOOD[0, 0], np.nan, GOOD), {}, ValueError, "must be finite. Received: 1 values"),
     "range": (GOOD, {"value_range": (0.0, 0.5)}, ValueError, r"Scale it as the private inputs are scaled"),
-    "number": ([GOOD, GOOD], {}, ValueError, "each of the model's 1 inputs. Received: 2 arrays"),
+    "number": ([GOOD, GOOD], {}, ValueError, "each of the model's 1 inputs. Received: .*2 arrays"),
 }
 
 
@@ -151,7 +151,7 @@ def test_refuses_a_public_batch_of_floats_for_an_integer_input_and_of_unequal_le
 def test_refuses_an_optimizer_that_is_not_private(given):
     given = given() if callable(given) else given
     with pytest.raises(
-        TypeError, match="`optimizer` must be a DPOptimizer. Wrap yours: tf_dpbn.optimizers.DPOptimizer"
+        TypeError, match="`optimizer` must be a DPOptimizer. Wrap yours: .*DPOptimizer.from_plan.*num_examples="
     ):
         network().compile(optimizer=given, loss="mse")
 
@@ -236,6 +236,8 @@ def test_refuses_labels_out_of_range_before_training(loss, label):
         model.fit(every_example(x, y), verbose=0)
     with pytest.warns(tf_dpbn.PrivacyWarning, match=NOT_POISSON), pytest.raises(ValueError, match=message):
         model.fit(x, y, batch_size=BATCH, verbose=0)
+    with pytest.raises(ValueError, match=message.replace("y`", "validation_data`").replace(" y=", " validation_data=")):
+        model.fit(every_example(*vectors()), validation_data=(x, y), verbose=0)
     assert_untrained(model, before)
 
 
@@ -394,7 +396,7 @@ def test_training_beyond_the_plan_shows_in_epsilon_and_is_refused_with_a_budget(
     with pytest.warns(tf_dpbn.PrivacyWarning, match="2 steps after 2 so far .* is for 2 steps and epsilon 8"):
         model.fit(data, verbose=0)
     assert model.epsilon(1e-3) > 8.0
-    with pytest.raises(ValueError, match="Train with more noise, or stop here"):
+    with pytest.raises(ValueError, match="Stop here, compile with more noise"):
         model.fit(data, callbacks=[tf_dpbn.callbacks.PrivacyBudget(epsilon=8.0)], verbose=0)
 
 
@@ -634,7 +636,7 @@ def test_a_batch_without_weights_must_be_of_the_expected_size():
     model = helpers.compiled(network(), stub=True)
     x, y = vectors(BATCH - 2)
     with pytest.raises(
-        ValueError, match=rf"expected_batch_size={BATCH}, .*train_on_batch\(\*batch\).*{BATCH - 2} rows"
+        ValueError, match=rf"expected_batch_size={BATCH} rows, .*train_on_batch\(\*batch\).*{BATCH - 2} rows"
     ):
         model.train_on_batch(x, y)
     model.train_on_batch(x, y, np.ones(BATCH - 2, "float32"))

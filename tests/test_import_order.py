@@ -21,7 +21,7 @@ LEVELS = (
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),
-    ("sampling.draws", "sampling.class_weight"),
+    ("sampling.draws",),
     ("sampling.dataset",),
     ("sampling",),
     ("normalization.moments", "constraints"),

@@ -8,12 +8,13 @@ import pytest
 import tensorflow as tf
 
 import tf_dpbn
-from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, serialize
+from tf_dpbn._keras import IS_KERAS_3, keras
 from tf_dpbn.normalization import GivenStatistics, PublicPass, current_scope
 
 pytestmark = pytest.mark.both
 
 Stock = keras.layers.BatchNormalization
+serialize, deserialize = keras.saving.serialize_keras_object, keras.saving.deserialize_keras_object
 DPBN = tf_dpbn.DPBatchNormalization
 
 # (input, axis)

@@ -12,12 +12,13 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers
 from tf_dpbn import optimizers
-from tf_dpbn._keras import IS_KERAS_3, deserialize, keras, raw, serialize
+from tf_dpbn._keras import IS_KERAS_3, keras, raw
 from tf_dpbn.mechanisms import ClippedSum, NoisedGradients
 
 pytestmark = pytest.mark.both
 
 SGD = keras.optimizers.SGD
+serialize, deserialize = keras.saving.serialize_keras_object, keras.saving.deserialize_keras_object
 
 
 def decay():
@@ -123,7 +124,7 @@ REFUSED = {
     "stateless_apply": lambda o, g, v: o.stateless_apply([], g, v),
     "update_step": lambda o, g, v: o.update_step(g[0], v[0], 0.1),
 }
-TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel"
+TRAIN_WITH = "accepts only clipped and noised gradients.*Train with tf_dpbn.DPModel.*tf_dpbn.convert"
 
 
 @pytest.mark.parametrize("optimizer", ["generic", "adam"])

@@ -228,7 +228,7 @@ ZEROS = np.zeros((4, 3))
         (ZEROS, {"expected_shape": (None, 3, 1)}, ValueError, r"shape=\(4, 3\)"),
         (ZEROS[:1], {"name": "other"}, ValueError, r"`other.shape` must have at least 2 rows.*shape=\(1, 3\)"),
         (1.0, {}, ValueError, r"at least 2 rows.*shape=\(\)"),
-        (ZEROS[:, :0], {}, ValueError, r"at least one value.*shape=\(4, 0\)"),
+        (ZEROS[:, :0], {}, ValueError, r"at least 2 rows with values.*shape=\(4, 0\)"),
         (np.where(np.eye(4, 3) > 0, np.nan, 0.0), {}, ValueError, "3 values NaN or infinite"),
         (ZEROS > 0, {}, TypeError, "real float or integer.*bool"),
         (ZEROS.astype(str), {}, TypeError, "real float or integer.*<U"),

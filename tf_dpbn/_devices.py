@@ -27,11 +27,7 @@ def has_accelerator() -> bool:
 
 
 def require_full_float32() -> None:
-    """Has TensorFlow multiply in full float32, from here on and in all of the process.
-
-    Raises:
-      RuntimeError: for settings that narrow the operands of products whatever TensorFlow is told.
-    """
+    """Has TensorFlow multiply in full float32, from here on and in all of the process, or refuses what prevents it."""
     for option, value in tf.config.optimizer.get_experimental_options().items():
         if option.startswith("auto_mixed_precision") and value:
             raise RuntimeError(

@@ -1,7 +1,7 @@
 """What differs between Keras 3 and tf_keras, and every use of a Keras internal, in one place.
 
-The rest of the package is written once on `keras` as imported from here: what TensorFlow resolves `tf.keras`
-to, Keras 3 or, with TF_USE_LEGACY_KERAS=1, tf_keras.
+The rest of the package is written once on `keras` as imported from here: what TensorFlow resolves `tf.keras` to, Keras
+3 or, with TF_USE_LEGACY_KERAS=1, tf_keras.
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ keras: Any = importlib.import_module("keras") if IS_KERAS_3 else tf.keras
 
 if IS_KERAS_3 and keras.config.backend() != "tensorflow":
     raise ImportError(
-        "tf_dpbn needs Keras on its TensorFlow backend. Set KERAS_BACKEND=tensorflow before Keras is "
-        f"imported. Received: KERAS_BACKEND={keras.config.backend()!r}"
+        "tf_dpbn needs Keras on its TensorFlow backend. Set KERAS_BACKEND=tensorflow before Keras is imported. "
+        f"Received: KERAS_BACKEND={keras.config.backend()!r}"
     )
-
 
 # The class of functional models, which Keras does not export: it lies beside that of keras.Model.
 Functional: type = importlib.import_module(f"{keras.Model.__module__.rpartition('.')[0]}.functional").Functional
 # The class that every kind of stock batch normalization derives from.
-BatchNormalizationBase: type = (
-    keras.layers.BatchNormalization if IS_KERAS_3 else keras.layers.BatchNormalization.__mro__[1]
-)
+BatchNormalizationBase: type = keras.layers.BatchNormalization.__mro__[0 if IS_KERAS_3 else 1]
 # For batch normalization: tf_keras' fused kernel rounds otherwise, and does not run in inference in front of a tanh
 # (TensorFlow 2.21, oneDNN).
 UNFUSED: dict[str, Any] = {} if IS_KERAS_3 else {"fused": False}
@@ -86,7 +83,11 @@ def as_compiled(model: Any) -> Any:
 def call_model(model: Any, x: Any, training: bool) -> Any:
     """Calls `model` with the training argument if its `call` takes one."""
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
-    with _overridden(_without_cudnn(model) + _convolutions_of_what_is_left(model)):
+    # cuDNN's operations, which recurrent layers of Keras 3 choose on GPUs, count as changing state, and cannot be
+    # vectorized over examples.
+    choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
+    without_cudnn = [(layer, "use_cudnn", False) for layer in choosing]
+    with _overridden(without_cudnn + _convolutions_of_what_is_left(model)):
         return model(x, training=training) if takes_training else model(x)
 
 
@@ -105,15 +106,6 @@ def _overridden(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
             vars(owner)[name] = value
 
 
-def _without_cudnn(model: Any) -> list[tuple[Any, str, Any]]:
-    """Recurrent layers of Keras 3 that choose for themselves take TensorFlow's operations on GPUs too.
-
-    cuDNN's count as one that changes state, and cannot be vectorized over examples.
-    """
-    choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
-    return [(layer, "use_cudnn", False) for layer in choosing]
-
-
 def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:
     """Methods by which convolutions of one tap a side that stride leave out positions first, and then do not stride.
 
@@ -121,20 +113,18 @@ def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:
     memory, with some numbers of channels (TensorFlow 2.21, CPUs; 8 to 16 among them): that of an example alone, and
     of a public batch on a machine of many cores.
     """
-    striding = [(layer, _convolving_method(layer)) for layer in flatten_layers(model) if _strides_with_one_tap(layer)]
-    return [(layer, method, functools.partial(_convolve_what_is_left, layer, method)) for layer, method in striding]
+    overridden = []
+    for layer in filter(_strides_with_one_tap, flatten_layers(model)):
+        own_call = IS_KERAS_3 and type(layer).call is keras.layers.Conv1D.call  # which convolves by itself
+        method = "call" if own_call else "convolution_op"
+        overridden.append((layer, method, functools.partial(_convolve_what_is_left, layer, method)))
+    return overridden
 
 
 def _strides_with_one_tap(layer: Any) -> bool:
     if not hasattr(layer, "convolution_op") or layer.groups != 1 or layer.data_format != "channels_last":
         return False
     return max(layer.kernel_size) == 1 and max(layer.strides) > 1
-
-
-def _convolving_method(layer: Any) -> str:
-    """The method that convolves: Conv1D of Keras 3 has its own `call`."""
-    own_call = IS_KERAS_3 and type(layer).call is keras.layers.Conv1D.call
-    return "call" if own_call else "convolution_op"
 
 
 def _convolve_what_is_left(layer: Any, method: str, inputs: tf.Tensor, *kernel: Any) -> tf.Tensor:
@@ -160,11 +150,8 @@ def is_shape_inference() -> bool:
 
 def call_time_losses(model: Any) -> list[Any]:
     """Layers that added a loss during their last call (add_loss, activity_regularizer)."""
-    found = []
-    for layer in [*flatten_layers(model), model]:
-        if layer._losses or getattr(layer, "_eager_losses", None):
-            found.append(layer)
-    return found
+    layers = [*flatten_layers(model), model]
+    return [layer for layer in layers if layer._losses or getattr(layer, "_eager_losses", None)]
 
 
 def clear_call_time_losses(model: Any) -> None:
@@ -186,19 +173,12 @@ def regularization_losses(model: Any) -> list[tf.Tensor]:
 
 
 def _seed_generators(model: Any) -> list[Any]:
-    generators: dict[int, Any] = {}
-    for layer in [*flatten_layers(model), model]:
-        for generator in getattr(layer, "_seed_generators", []):
-            generators[id(generator)] = generator
-    return list(generators.values())
+    layers = [*flatten_layers(model), model]
+    return list({id(each): each for layer in layers for each in getattr(layer, "_seed_generators", [])}.values())
 
 
 def steps_of_call(model: Any) -> int:
-    """How many steps the next call of the model's train function takes at most; tf_keras changes it as it trains.
-
-    Raises:
-      ValueError: if Keras tunes the number while training.
-    """
+    """How many steps the next call of the model's train function takes at most; tf_keras changes it as it trains."""
     if not IS_KERAS_3 and model.autotune_steps_per_execution:
         raise ValueError('`steps_per_execution` must be a number here. Received: steps_per_execution="auto"')
     return int(model.steps_per_execution) if IS_KERAS_3 else count_of(model._steps_per_execution)
@@ -242,9 +222,6 @@ def isolated_call(
       constants: variables to which assignments inside the scope have no effect, on both versions of Keras. A layer that
         updates its weights in each training pass (spectral normalization) reads them as the step's own update left
         them, so that gradients are those by the variables and no example's run repeats the update.
-
-    Yields:
-      The Keras 3 stateless scope, or None on tf_keras.
     """
     if not IS_KERAS_3:
         # tf_keras has no stateless scope.
@@ -266,11 +243,7 @@ def isolated_call(
 
 @contextlib.contextmanager
 def kept_state(model: Any) -> Iterator[None]:
-    """Undoes on tf_keras what calls of `model` inside do to its weights; on Keras 3 `isolated_call` prevents it.
-
-    Args:
-      model: the model, or None for one whose calls change no state.
-    """
+    """Undoes on tf_keras what calls of `model`, if any, do to its weights; on Keras 3 `isolated_call` prevents it."""
     variables = [] if IS_KERAS_3 or model is None else model.weights
     saved = [variable.read_value() for variable in variables]
     yield
@@ -280,25 +253,20 @@ def kept_state(model: Any) -> Iterator[None]:
 
 def _compiled(model: Any) -> tuple[Any, Any]:
     """Keras' containers of the losses and of the metrics that `compile` got; None where there are none."""
-    return (
-        (model._compile_loss, model._compile_metrics) if IS_KERAS_3 else (model.compiled_loss, model.compiled_metrics)
-    )
+    names = ("_compile_loss", "_compile_metrics") if IS_KERAS_3 else ("compiled_loss", "compiled_metrics")
+    return getattr(model, names[0]), getattr(model, names[1])
 
 
 def build_compiled_loss(model: Any, y: Any, y_pred: Any) -> None:
     """Creates the loss objects and their trackers, outside any stateless scope."""
     container, _ = _compiled(model)
-    if not container.built:
-        known = (_in_order_of_outputs(container, y, y_pred), y_pred) if IS_KERAS_3 else (y_pred,)
-        with tf.init_scope():
-            container.build(*known)
-
-
-def _in_order_of_outputs(container: Any, y: Any, y_pred: Any) -> Any:
-    """Targets by the name of outputs as a list where the outputs are one, as a loss of Keras 3 does when called."""
-    if isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(container.output_names or ()) == set(y):
-        return [y[name] for name in container.output_names]
-    return y
+    if container.built:
+        return
+    names = getattr(container, "output_names", None) or ()
+    if isinstance(y_pred, (list, tuple)) and isinstance(y, dict) and set(names) == set(y):
+        y = [y[name] for name in names]  # a list where the outputs are one, as a loss of Keras 3 does when called
+    with tf.init_scope():
+        container.build(*((y, y_pred) if IS_KERAS_3 else (y_pred,)))
 
 
 def compiled_data_loss(
@@ -306,8 +274,8 @@ def compiled_data_loss(
 ) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
     """The compiled loss without regularization, and its parts by output.
 
-    The parts (unweighted by loss_weights, as Keras logs them) are empty for a single output.
-    Nothing is tracked: on Keras 3 the trackers' updates go to `scope` (see `loss_trackers`).
+    The parts (unweighted by loss_weights, as Keras logs them) are empty for a single output. Nothing is tracked: on
+    Keras 3 the trackers' updates go to `scope` (see `loss_trackers`).
     """
     if IS_KERAS_3:
         # Keras 3 divides losses by the number of replicas, in some reductions only.
@@ -322,16 +290,13 @@ def compiled_data_loss(
     return _legacy_data_loss(model.compiled_loss, y, y_pred, sample_weight)
 
 
-def _legacy_data_loss(
-    container: Any, y: Any, y_pred: Any, sample_weight: Any
-) -> tuple[tf.Tensor, tuple[tf.Tensor, ...]]:
+def _legacy_data_loss(container: Any, y: Any, y_pred: Any, sample_weight: Any) -> tuple[Any, tuple[Any, ...]]:
     y = tf.nest.flatten(container._conform_to_outputs(y_pred, y))
     weights = tf.nest.flatten(container._conform_to_outputs(y_pred, sample_weight))
     outputs = tf.nest.flatten(y_pred)
     total, parts = [], []
-    for y_t, y_p, weight, loss, scale in zip(
-        y, outputs, weights, container._losses, container._loss_weights, strict=True
-    ):
+    compiled = container._losses, container._loss_weights
+    for y_t, y_p, weight, loss, scale in zip(y, outputs, weights, *compiled, strict=True):
         if y_t is None or loss is None:
             continue
         y_t, y_p, weight = _legacy_match_rank(y_t, y_p, weight)
@@ -366,8 +331,7 @@ def loss_trackers(model: Any) -> tuple[Any, list[Any]]:
     if IS_KERAS_3:
         return model._loss_tracker, list(model._compile_loss.metrics)
     container = model.compiled_loss
-    parts = [m for m in container._per_output_metrics or [] if m is not None]
-    return container._total_loss_mean, parts
+    return container._total_loss_mean, [m for m in container._per_output_metrics or [] if m is not None]
 
 
 def tracker_variables(model: Any) -> list[Any]:
@@ -386,18 +350,19 @@ def symbolic_outputs(model: Any) -> Any:
 def build_compiled(model: Any, y: Any, y_pred: Any) -> None:
     """Creates what the compiled losses and metrics keep in variables: a step that creates them is traced twice.
 
-    Args:
-      model: a compiled model.
-      y: nest of TensorSpecs, the targets of a batch.
-      y_pred: nest of what has shapes and types: the predictions, with any number of rows.
+    `y` and `y_pred` are nests of what has shapes and types, the targets and predictions of a batch.
     """
     y, y_pred = (tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), each) for each in (y, y_pred))
     build_compiled_loss(model, y, y_pred)
-    _, container = _compiled(model)
+    _build_metrics(_compiled(model)[1], y, y_pred)
+
+
+def _build_metrics(container: Any, y: Any, y_pred: Any) -> None:
     if container is None or container.built:
         return
     if IS_KERAS_3:
-        container.build(y, y_pred)
+        with tf.init_scope():
+            container.build(y, y_pred)
     else:
         container.build(y_pred, container._conform_to_outputs(y_pred, y))  # as its update_state does
 
@@ -406,21 +371,13 @@ def update_compiled_metrics(model: Any, y: Any, y_pred: Any, sample_weight: Any,
     """Updates the compiled metrics as Keras does on a batch of the rows whose mask is True; without any, not at all.
 
     Many metrics cannot be told of padding by weights: functions that return one number for a batch, confusion
-    matrices of pictures, and NaN times 0 is NaN. So the rows are taken out.
-
-    Args:
-      y_pred: nest of predictions, of which those with a `_keras_mask` keep it.
-      sample_weight: the user's weights, or None.
-      mask: bool [batch], or None where every row is a real example.
+    matrices of pictures, and NaN times 0 is NaN. So the rows are taken out. The mask is None where all are examples;
+    predictions with a `_keras_mask` keep it.
     """
     _, container = _compiled(model)
     if container is None:
         return
-    if IS_KERAS_3 and not container.built:
-        with tf.init_scope():
-            container.build(y, y_pred)
-    elif not IS_KERAS_3 and not container.built:
-        container.build(y_pred, container._conform_to_outputs(y_pred, y))
+    _build_metrics(container, y, y_pred)
     if mask is None:
         container.update_state(y, y_pred, sample_weight)
         return
@@ -480,10 +437,7 @@ class StoredBeside(keras.losses.Loss):
     """An attribute of a model or layer that weights files hold under a name of its own, which stock Keras passes over.
 
     Both Kerases walk attributes of a few kinds only; of these a loss is the one that they neither track nor count.
-
-    Args:
-      save: fills a store, as `save_own_variables`.
-      load: reads one, as `load_own_variables`; it is empty for a file that holds nothing of this.
+    `save` and `load` are as `save_own_variables` and `load_own_variables`; the store of a file without this is empty.
     """
 
     def __init__(self, save: Callable[[Any], None], load: Callable[[Any], None]) -> None:
@@ -498,9 +452,6 @@ def stored_as(stock_names: dict[str, str]) -> None:
     """Has Keras' weights files name layers of some classes as the stock ones that they stand for.
 
     In files layers are found by the name of their class and their number among those of it, for which there is no hook.
-
-    Args:
-      stock_names: by name of the class.
     """
     module = importlib.import_module(f"{keras.Model.__module__.partition('.')[0]}.src.saving.saving_lib")
     name = "naming" if IS_KERAS_3 else "generic_utils"
@@ -510,16 +461,6 @@ def stored_as(stock_names: dict[str, str]) -> None:
         return original.to_snake_case(stock_names.get(class_name, class_name))
 
     setattr(module, name, types.SimpleNamespace(**{**vars(original), "to_snake_case": to_snake_case}))
-
-
-def serialize(obj: Any) -> Any:
-    """keras.saving.serialize_keras_object."""
-    return keras.saving.serialize_keras_object(obj)
-
-
-def deserialize(config: Any, custom_objects: Any = None) -> Any:
-    """keras.saving.deserialize_keras_object."""
-    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
 
 
 def is_functional(model: Any) -> bool:
@@ -554,16 +495,8 @@ def mark_called(model: Any) -> None:
 
 def sequential_input(model: Any) -> list[Any]:
     """The input of a Sequential that has one, as a new layer in a list; empty before it has met data."""
-    return [
-        keras.Input(batch_shape=tuple(t.shape), dtype=t.dtype, name=t.name.partition(":")[0])
-        for t in (getattr(model, "inputs", None) or [])
-    ]
-
-
-def build_like(layer: Any, other: Any) -> None:
-    """Builds `layer` as `other` of the same class was built, unless it is built already."""
-    if not layer.built:
-        layer.build_from_config(other.get_build_config())
+    inputs = getattr(model, "inputs", None) or []
+    return [keras.Input(batch_shape=tuple(t.shape), dtype=t.dtype, name=t.name.partition(":")[0]) for t in inputs]
 
 
 def copy_trainable_flags(layer: Any, other: Any) -> None:
@@ -602,8 +535,6 @@ def apply_gradients(optimizer: Any, pairs: list[tuple[tf.Tensor, Any]]) -> Any:
         return optimizer.apply_gradients(pairs)
     if IS_KERAS_3:
         return context.merge_call(lambda _: optimizer.apply_gradients(pairs))
-    if (
-        type(optimizer).apply_gradients is keras.optimizers.Optimizer.apply_gradients
-    ):  # others may not know the argument
-        return optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
-    return optimizer.apply_gradients(pairs)
+    # Optimizers with a method of their own may not know the argument.
+    known = type(optimizer).apply_gradients is keras.optimizers.Optimizer.apply_gradients
+    return optimizer.apply_gradients(pairs, **({"skip_gradients_aggregation": True} if known else {}))

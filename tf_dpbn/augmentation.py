@@ -50,27 +50,17 @@ def random_shift(pixels: int, *, flip: bool = False) -> Callable[[tf.Tensor], tf
 
 
 def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
-    """Augments every row several times, each on its own.
+    """Augments every row of a nest of tensors, [rows, ...], several times, each on its own: [rows, multiplicity, ...].
 
-    Args:
-      augment: maps one row, a nest of tensors, to a nest of the same shapes.
-      multiplicity: how many copies.
-      rows: nest of tensors [rows, ...].
-
-    Returns:
-      Nest of tensors [rows, multiplicity, ...].
-
-    Raises:
-      ValueError: if `augment` changes shapes or types, or keeps state.
+    Refuses an `augment`, of one row, that changes shapes or types, or keeps state.
     """
     repeated = tf.nest.map_structure(lambda t: tf.repeat(t, multiplicity, 0), rows)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape[1:], t.dtype), rows)
     graph = tf.function(augment, autograph=False).get_concrete_function(specs).graph
     changes = _graph.state_changes(graph)
     if changes:
-        raise _validate.argument_error(
-            "augment", changes[0].type, "keep no state, and run no Python code", "State would couple private examples."
-        )
+        requirement = "keep no state, and run no Python code"
+        raise _validate.argument_error("augment", changes[0].type, requirement, "State would couple private examples.")
     if _graph.has_segment_sums(graph):
         made = tf.map_fn(augment, repeated, fn_output_signature=specs)
     else:
@@ -78,9 +68,8 @@ def copies(augment: Callable[[Any], Any], multiplicity: int, rows: Any) -> Any:
 
     def split(copy: tf.Tensor, row: tf.Tensor) -> tf.Tensor:
         if copy.dtype != row.dtype or copy.shape[1:] != row.shape[1:]:
-            raise _validate.argument_error(
-                "augment", f"{copy.dtype.name} {copy.shape[1:]}", f"return {row.dtype.name} {row.shape[1:]}, as it got"
-            )
+            requirement = f"return {row.dtype.name} {row.shape[1:]}, as it got"
+            raise _validate.argument_error("augment", f"{copy.dtype.name} {copy.shape[1:]}", requirement)
         return tf.reshape(copy, [-1, multiplicity, *row.shape[1:]])
 
     return tf.nest.map_structure(split, made, rows)

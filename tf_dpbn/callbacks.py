@@ -9,27 +9,33 @@ from tf_dpbn._keras import keras, steps_of_call
 from tf_dpbn.model import DPModel
 
 
-def _require_dp_model(callback: Any, model: Any) -> None:
-    if not isinstance(model, DPModel):
-        raise _validate.argument_error(
-            "model", type(model).__name__, f"be a DPModel for {type(callback).__name__}", kind=TypeError
-        )
+class _PrivacyCallback(keras.callbacks.Callback):
+    """A callback of a DPModel, at a delta of its own or that of the optimizer, which has it from its PrivacyPlan."""
+
+    def __init__(self, delta: float | None = None, accountant: str = "rdp") -> None:
+        super().__init__()
+        self._delta = None if delta is None else _validate.open_probability("delta", delta)
+        self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Checks that the model is a DPModel."""
+        if not isinstance(self.model, DPModel):
+            requirement = f"be a DPModel for {type(self).__name__}"
+            raise _validate.argument_error("model", type(self.model).__name__, requirement, kind=TypeError)
+
+    def _delta_of_model(self) -> float:
+        delta: float | None = self.model.optimizer.delta if self._delta is None else self._delta
+        if delta is None:
+            requirement = "be given where the optimizer does not come from a PrivacyPlan"
+            remedy = "Choose it well below 1 / number of examples."
+            raise _validate.argument_error("delta", None, requirement, remedy)
+        return delta
+
+    def _spent(self) -> float:
+        return self.model.epsilon(self._delta_of_model(), self._accountant)
 
 
-def _default_delta(model: DPModel, delta: float | None) -> float:
-    """The given delta, or the optimizer's, which it has from its PrivacyPlan."""
-    delta = model.optimizer.delta if delta is None else delta
-    if delta is None:
-        raise _validate.argument_error(
-            "delta",
-            None,
-            "be given where the optimizer does not come from a PrivacyPlan",
-            "Choose it well below 1 / number of examples.",
-        )
-    return delta
-
-
-class PrivacyLogger(keras.callbacks.Callback):
+class PrivacyLogger(_PrivacyCallback):
     """Adds "epsilon", of all steps taken so far, to the logs at the end of every epoch.
 
     Progress bar, History, TensorBoard and CSVLogger then show it; put this callback before those that read the logs.
@@ -42,23 +48,13 @@ class PrivacyLogger(keras.callbacks.Callback):
       ValueError: for delta outside (0, 1) or an unknown accountant.
     """
 
-    def __init__(self, delta: float | None = None, accountant: str = "rdp") -> None:
-        super().__init__()
-        self._delta = None if delta is None else _validate.open_probability("delta", delta)
-        self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        """Checks that the model is a DPModel."""
-        _require_dp_model(self, self.model)
-
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes epsilon into `logs`."""
         if logs is not None:
-            delta = _default_delta(self.model, self._delta)
-            logs["epsilon"] = self.model.epsilon(delta, self._accountant)
+            logs["epsilon"] = self._spent()
 
 
-class PrivacyBudget(keras.callbacks.Callback):
+class PrivacyBudget(_PrivacyCallback):
     """Stops training before the step that would exceed a budget, whatever ran before in this model's life.
 
     Where it stops training early it says so in a line after the progress bar, which otherwise looks complete; with
@@ -77,10 +73,8 @@ class PrivacyBudget(keras.callbacks.Callback):
     stops_in_time = True  # so that `fit` need not warn of more epochs than the data set's plan has
 
     def __init__(self, epsilon: float, delta: float | None = None, accountant: str = "rdp") -> None:
-        super().__init__()
+        super().__init__(delta, accountant)
         self._epsilon = _validate.positive("epsilon", epsilon)
-        self._delta = None if delta is None else _validate.open_probability("delta", delta)
-        self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
         self._last_step = 0
         self._version: int | None = None
         self._stride = 1
@@ -89,7 +83,7 @@ class PrivacyBudget(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
-        _require_dp_model(self, self.model)
+        super().on_train_begin(logs)
         self._version, self._stopped_early = None, False
         self._stride = steps_of_call(self.model)
         self._require_room()
@@ -113,23 +107,22 @@ class PrivacyBudget(keras.callbacks.Callback):
     def on_train_end(self, logs: Any = None) -> None:
         """Tells that training stopped before `fit` had all its steps."""
         if self._stopped_early and (self.params or {}).get("verbose"):
-            delta, steps = _default_delta(self.model, self._delta), self.model.ledger.steps
             print(
                 f"PrivacyBudget stopped training in epoch {self._epoch + 1} of {self.params.get('epochs')}, after "
-                f"{steps} private steps in all: epsilon {self.model.epsilon(delta, self._accountant):.4g} of "
-                f"{self._epsilon:g} at delta {delta:g}, and another step would exceed it."
+                f"{self.model.ledger.steps} private steps in all: epsilon {self._spent():.4g} of {self._epsilon:g} at "
+                f"delta {self._delta_of_model():g}, and another step would exceed it."
             )
 
     def _last_allowed_step(self) -> int:
         """The number of the last step that fits, computed anew if the ledger changed, by a loaded checkpoint."""
         model = self.model
         if model._record.version != self._version:
-            delta, ledger, self._version = _default_delta(model, self._delta), model.ledger, model._record.version
+            self._version = model._record.version
             left = accounting.max_steps(
-                ledger,
+                model.ledger,
                 next_record_config=model._record.next_step,
                 target_epsilon=self._epsilon,
-                delta=delta,
+                delta=self._delta_of_model(),
                 accountant=self._accountant,
             )
             self._last_step = model.private_steps + left
@@ -138,11 +131,10 @@ class PrivacyBudget(keras.callbacks.Callback):
     def _require_room(self) -> None:
         model = self.model
         if model.private_steps + steps_of_call(model) > self._last_allowed_step():
-            raise _validate.argument_error(
-                "epsilon",
-                self._epsilon,
-                f"leave room for another step after {model.ledger.steps} steps, at "
-                f"delta={_default_delta(model, self._delta):g} and noise multiplier "
-                f"{model._record.next_step.effective_noise_multiplier:g}",
-                "Train with more noise, or stop here.",
+            noise = model._record.next_step.effective_noise_multiplier
+            requirement = (
+                f"leave room for another step after {model.ledger.steps} steps, which have cost {self._spent():.4g} at "
+                f"delta {self._delta_of_model():g}: another one, with noise multiplier {noise:g}, would exceed it"
             )
+            remedy = "Stop here, compile with more noise, or allow a larger epsilon."
+            raise _validate.argument_error("epsilon", self._epsilon, requirement, remedy)

@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn._keras import IS_KERAS_3, apply_gradients, deserialize, keras, serialize
+from tf_dpbn._keras import IS_KERAS_3, apply_gradients, keras
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
 from tf_dpbn.mechanisms import (
     SAME_ON_REPLICAS,
@@ -33,17 +34,26 @@ _PRIVACY_ARGUMENTS = (
     "delta",
     "statistics_fraction",
 )
-_PARAMETER_KINDS = (
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    inspect.Parameter.VAR_POSITIONAL,
-    inspect.Parameter.KEYWORD_ONLY,
-    inspect.Parameter.VAR_KEYWORD,
-)
 _MOST_RELEASES = 1024
 _ORDINARY_GRADIENTS = (
     "accepts only clipped and noised gradients, so that a model cannot train without privacy unnoticed. Train with "
-    "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model, or use an ordinary optimizer."
+    "tf_dpbn.DPModel or tf_dpbn.DPSequential instead of keras.Model (tf_dpbn.convert makes one of yours), or use an "
+    "ordinary optimizer."
 )
+
+
+def _fixed(name: str, doc: str) -> Any:
+    """A property that nobody sets."""
+    return property(operator.attrgetter(f"_{name}"), doc=doc)
+
+
+def _of_inner(name: str, doc: str) -> Any:
+    """A property of the inner optimizer."""
+
+    def put(self: Any, value: Any) -> None:
+        setattr(self.inner, name, value)
+
+    return property(operator.attrgetter(f"inner.{name}"), put, doc=doc)
 
 
 class _StepCounter:
@@ -111,41 +121,29 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if isinstance(inner, (DPOptimizer, keras.mixed_precision.LossScaleOptimizer)):
             raise _validate.argument_error("inner", inner, "be an ordinary optimizer", "Pass the optimizer it wraps.")
         if getattr(inner, "gradient_accumulation_steps", None):
-            raise _validate.argument_error(
-                "inner",
-                f"gradient_accumulation_steps={inner.gradient_accumulation_steps}",
-                "not accumulate gradients itself: each would carry noise of its own",
-                "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes.",
-            )
+            received = f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+            requirement = "not accumulate gradients itself: each would carry noise of its own"
+            remedy = "Give `fit` the whole batch: DPModel.compile(microbatch_size=...) bounds the memory that it takes."
+            raise _validate.argument_error("inner", received, requirement, remedy)
         if getattr(inner, "loss_scale_factor", None):
-            raise _validate.argument_error(
-                "inner",
-                f"loss_scale_factor={inner.loss_scale_factor}",
-                "not divide gradients by a loss scale",
-                "Pass loss_scale to DPModel.compile, which scales losses before gradients are clipped.",
-            )
+            requirement = "not divide gradients by a loss scale"
+            remedy = "Pass loss_scale to DPModel.compile, which scales losses before gradients are clipped."
+            raise _validate.argument_error("inner", f"loss_scale_factor={inner.loss_scale_factor}", requirement, remedy)
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
         self._l2_norm_clip = checked_clip("l2_norm_clip", l2_norm_clip)
-        self._noise_multiplier = _validate.non_negative(
-            "noise_multiplier", noise_multiplier, "Use a PrivacyPlan to compute it from a target epsilon."
-        )
-        self._expected_batch_size = _validate.positive(
-            "expected_batch_size",
-            expected_batch_size,
-            "Pass the expected number of examples in a batch, or build the optimizer with from_plan.",
-        )
+        remedy = "Use a PrivacyPlan to compute it from a target epsilon."
+        self._noise_multiplier = _validate.non_negative("noise_multiplier", noise_multiplier, remedy)
+        remedy = "Pass the expected number of examples in a batch, or build the optimizer with from_plan."
+        self._expected_batch_size = _validate.positive("expected_batch_size", expected_batch_size, remedy)
         self._num_examples = None
         if num_examples is not None:
             self._num_examples = _validate.positive_int("num_examples", num_examples)
             if self._expected_batch_size > self._num_examples:
-                raise _validate.argument_error(
-                    "expected_batch_size",
-                    expected_batch_size,
-                    f"not exceed num_examples={num_examples}",
-                    "A batch is drawn from the data set.",
-                )
+                requirement = f"not exceed num_examples={num_examples}"
+                remedy = "A batch is drawn from the data set."
+                raise _validate.argument_error("expected_batch_size", expected_batch_size, requirement, remedy)
         self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._statistics_fraction = _validate.open_probability("statistics_fraction", statistics_fraction)
         self._noise_source = NoiseSource(noise_seed)
@@ -177,35 +175,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
 
-    @property
-    def l2_norm_clip(self) -> float:
-        """Bound on the L2 norm of one example's gradient."""
-        return self._l2_norm_clip
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over l2_norm_clip."""
-        return self._noise_multiplier
-
-    @property
-    def expected_batch_size(self) -> float:
-        """The denominator."""
-        return self._expected_batch_size
-
-    @property
-    def num_examples(self) -> int | None:
-        """Size of the training set, or None."""
-        return self._num_examples
-
-    @property
-    def delta(self) -> float | None:
-        """The delta at which callbacks report epsilon, or None."""
-        return self._delta
-
-    @property
-    def statistics_fraction(self) -> float:
-        """Which part of a step's privacy goes to noised statistics, if the model has any."""
-        return self._statistics_fraction
+    l2_norm_clip: float = _fixed("l2_norm_clip", "Bound on the L2 norm of one example's gradient.")
+    noise_multiplier: float = _fixed("noise_multiplier", "Standard deviation of the noise over l2_norm_clip.")
+    expected_batch_size: float = _fixed("expected_batch_size", "The denominator.")
+    num_examples: int | None = _fixed("num_examples", "Size of the training set, or None.")
+    delta: float | None = _fixed("delta", "The delta at which callbacks report epsilon, or None.")
+    statistics_fraction: float = _fixed("statistics_fraction", "Part of a step's privacy for noised statistics.")
 
     def noise_multipliers(self, statistic_releases: int) -> tuple[float, ...]:
         """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
@@ -224,14 +199,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Releases the clipped sums of one step: its privacy boundary. Counts the step, then draws its noise.
 
         Args:
-          clipped: the gradient's sum, then those of statistics, if any.
+          clipped: ClippedSums, the gradient's, then those of statistics (at most 1,023), if any.
 
         Returns:
           Each sum, noised, over the expected batch size.
-
-        Raises:
-          TypeError: for anything but ClippedSums.
-          ValueError: for more than 1,023 releases of statistics.
         """
         sums = [tensor for each in clipped for tensor in getattr(each, "tensors", ())]
         with tf.control_dependencies(sums):  # a batch that cannot be read, beyond the end of the data, is no step
@@ -252,11 +223,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         return {self.noise_multipliers(releases): steps for releases, steps in counts if steps}
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
-        """Lets the inner optimizer apply noised gradients to `variables`.
-
-        Raises:
-          TypeError: for ordinary gradients.
-        """
+        """Lets the inner optimizer apply noised gradients to `variables`; refuses ordinary ones."""
         if not isinstance(gradients, NoisedGradients):
             raise TypeError(f"{type(self).__name__} {_ORDINARY_GRADIENTS} Received: {type(gradients).__name__}")
         tensors = _of_first_replica(gradients.tensors)
@@ -286,28 +253,9 @@ class DPOptimizer(keras.optimizers.Optimizer):
         if IS_KERAS_3:
             self.built = True
 
-    @property
-    def iterations(self) -> Any:
-        """The inner optimizer's step count."""
-        return self.inner.iterations
-
-    @iterations.setter
-    def iterations(self, variable: Any) -> None:
-        self.inner.iterations = variable
-
-    @property
-    def variables(self) -> Any:
-        """The inner optimizer's variables."""
-        return self.inner.variables
-
-    @property
-    def learning_rate(self) -> Any:
-        """The inner optimizer's learning rate."""
-        return self.inner.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value: Any) -> None:
-        self.inner.learning_rate = value
+    iterations: Any = _of_inner("iterations", "The inner optimizer's step count.")
+    variables: Any = _of_inner("variables", "The inner optimizer's variables.")
+    learning_rate: Any = _of_inner("learning_rate", "The inner optimizer's learning rate.")
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Lets the inner optimizer write its averaged weights back, if it keeps any."""
@@ -319,12 +267,13 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, the inner optimizer serialized; never a noise seed."""
-        return {"inner": serialize(self.inner), **self._privacy_config(), "name": self.name}
+        return {"inner": keras.saving.serialize_keras_object(self.inner), **self._privacy_config(), "name": self.name}
 
     @classmethod
     def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
         """Builds an optimizer from `get_config`."""
-        return cls(**{**config, "inner": deserialize(config["inner"], custom_objects)})
+        inner = keras.saving.deserialize_keras_object(config["inner"], custom_objects=custom_objects)
+        return cls(**{**config, "inner": inner})
 
 
 class _VectorizedDPKerasOptimizer(DPOptimizer):
@@ -335,13 +284,10 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Shows the inner optimizer's arguments in the class' signature."""
         super().__init_subclass__(**kwargs)
-        kinds: dict[Any, list[inspect.Parameter]] = {kind: [] for kind in _PARAMETER_KINDS}
         own = inspect.signature(_VectorizedDPKerasOptimizer.__init__).parameters.values()
         inner = inspect.signature(cls.inner_class).parameters.values()
-        for parameter in [*list(own)[1:], *inner]:
-            if parameter.name not in ("inner_args", "inner_kwargs"):
-                kinds[parameter.kind].append(parameter)
-        cls.__signature__ = inspect.Signature([each for kind in kinds.values() for each in kind])
+        shown = [each for each in [*list(own)[1:], *inner] if each.name not in ("inner_args", "inner_kwargs")]
+        cls.__signature__ = inspect.Signature(sorted(shown, key=lambda each: each.kind))
 
     def __init__(
         self,
@@ -358,28 +304,14 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     ) -> None:
         if num_microbatches is not None:
             _validate.positive_int("num_microbatches", num_microbatches)
-            if expected_batch_size is None:
-                expected_batch_size = num_microbatches
+            expected_batch_size = num_microbatches if expected_batch_size is None else expected_batch_size
             if expected_batch_size != num_microbatches:
-                raise _validate.argument_error(
-                    "num_microbatches",
-                    num_microbatches,
-                    f"equal expected_batch_size={expected_batch_size}",
-                    "Every example is clipped on its own here; clipping means of several examples would double the "
-                    "sensitivity. To save memory pass microbatch_size to DPModel.compile.",
-                )
+                requirement = f"equal expected_batch_size={expected_batch_size}"
+                remedy = "Every example is clipped on its own. To save memory pass microbatch_size to DPModel.compile."
+                raise _validate.argument_error("num_microbatches", num_microbatches, requirement, remedy)
         inner = self.inner_class(*inner_args, **inner_kwargs)
-        super().__init__(
-            inner,
-            l2_norm_clip,
-            noise_multiplier,
-            expected_batch_size,
-            num_examples,
-            delta,
-            statistics_fraction,
-            noise_seed,
-            name=inner.name,
-        )
+        privacy = (l2_norm_clip, noise_multiplier, expected_batch_size, num_examples, delta, statistics_fraction)
+        super().__init__(inner, *privacy, noise_seed, name=inner.name)
 
     @classmethod
     def from_plan(  # type: ignore[override]
@@ -407,9 +339,8 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
     def from_config(cls: type[_Self], config: dict[str, Any], custom_objects: Any = None) -> _Self:
         """Builds an optimizer from `get_config`."""
         privacy = {argument: config[argument] for argument in _PRIVACY_ARGUMENTS if argument in config}
-        rest = {k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS}
         # The inner class reads its own configuration (learning rate schedules, say), so it is built first.
-        inner = cls.inner_class.from_config(rest)
+        inner = cls.inner_class.from_config({k: v for k, v in config.items() if k not in _PRIVACY_ARGUMENTS})
         optimizer = cls.__new__(cls)
         DPOptimizer.__init__(optimizer, inner, **privacy, name=config.get("name"))
         return optimizer
@@ -435,10 +366,7 @@ class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
 class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
     """DPOptimizer around keras.optimizers.Adam, with tensorflow-privacy's argument names.
 
-    Args:
-      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
-      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adam.
-      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
+    Arguments are as of VectorizedDPKerasSGDOptimizer, with those of keras.optimizers.Adam.
     """
 
     inner_class = keras.optimizers.Adam
@@ -448,10 +376,7 @@ class VectorizedDPKerasAdamOptimizer(_VectorizedDPKerasOptimizer):
 class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     """DPOptimizer around keras.optimizers.Adagrad, with tensorflow-privacy's argument names.
 
-    Args:
-      l2_norm_clip, noise_multiplier, num_microbatches: see VectorizedDPKerasSGDOptimizer.
-      *inner_args, **inner_kwargs: arguments of keras.optimizers.Adagrad.
-      expected_batch_size, num_examples, delta, statistics_fraction, noise_seed: see DPOptimizer.
+    Arguments are as of VectorizedDPKerasSGDOptimizer, with those of keras.optimizers.Adagrad.
     """
 
     inner_class = keras.optimizers.Adagrad
@@ -460,9 +385,8 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
 def _decided_by_plan(plan: Any, others: str, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an optimizer that a plan decides, none of which may be given."""
     if not isinstance(plan, PrivacyPlan):
-        raise _validate.argument_error(
-            "plan", plan, "be a PrivacyPlan", f"It comes first: from_plan(plan, {others}).", TypeError
-        )
+        remedy = f"It comes first: from_plan(plan, {others})."
+        raise _validate.argument_error("plan", plan, "be a PrivacyPlan", remedy, TypeError)
     decided = {
         "noise_multiplier": plan.noise_multiplier,
         "expected_batch_size": plan.expected_batch_size,

@@ -82,8 +82,7 @@ def random_fields(
       exponent: decay of the power spectrum, at least 0; 0 is white noise, larger is smoother.
       value_range: lowest and highest value of every example. An example with a single position cannot be stretched; it
         gets one uniform value.
-      dtype: as for `uniform_noise`.
-      seed: as for `uniform_noise`.
+      dtype, seed: as for `uniform_noise`.
 
     Returns:
       An array of `dtype` and shape [batch_size, *shape] with values inside `value_range`.
@@ -95,7 +94,6 @@ def random_fields(
     count = _validate.positive_int("batch_size", batch_size)
     decay = _validate.non_negative("exponent", exponent)
     rng = np.random.default_rng(seed)
-
     spatial = lengths[:-1]
     axes = tuple(range(1, 1 + len(spatial)))
     spectrum = np.fft.rfftn(rng.standard_normal((count, *lengths)), axes=axes)
@@ -125,9 +123,7 @@ def dead_leaves(
       batch_size: number of images.
       radius_range: smallest and largest radius in units of the image's shorter side, within [0.01, 2]. The number of
         leaves, and with it the time, grows as the smallest radius^-2.
-      value_range: as for `uniform_noise`.
-      dtype: as for `uniform_noise`.
-      seed: as for `uniform_noise`.
+      value_range, dtype, seed: as for `uniform_noise`.
 
     Returns:
       An array of `dtype` and shape [batch_size, *shape] with values inside `value_range`.
@@ -141,9 +137,7 @@ def dead_leaves(
     if radii[0] < 0.01 or radii[1] > 2:
         raise _validate.argument_error("radius_range", radius_range, "lie in [0.01, 2]")
     rng = np.random.default_rng(seed)
-
-    backgrounds = rng.random((count, 1, 1, channels))
-    images = np.tile(backgrounds, (1, height, width, 1))
+    images = np.tile(rng.random((count, 1, 1, channels)), (1, height, width, 1))  # of one colour each
     for image in images:
         _paint_leaves(image, rng, *(min(height, width) * float(radius) for radius in radii))
     return _scaled(images, value_range, dtype)
@@ -192,11 +186,9 @@ def validate_batch(
         if not same_rank or any(w not in (None, n) for w, n in zip(expected, array.shape, strict=True)):
             remedy = "Give examples of the shape that the model takes, with a batch dimension in front."
             raise _validate.argument_error(f"{name}.shape", array.shape, f"be {expected}", remedy)
-    if array.ndim == 0 or array.shape[0] < 2:
+    if array.ndim == 0 or array.shape[0] < 2 or array.size == 0:
         remedy = "Statistics of a single example have no variance; 30 to 256 examples work well."
-        raise _validate.argument_error(f"{name}.shape", array.shape, "have at least 2 rows", remedy)
-    if array.size == 0:
-        raise _validate.argument_error(f"{name}.shape", array.shape, "hold at least one value")
+        raise _validate.argument_error(f"{name}.shape", array.shape, "have at least 2 rows with values", remedy)
     if is_text:
         return array
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -263,8 +255,7 @@ def _candidates(batch: Sequence[np.ndarray], training: Sequence[np.ndarray]) -> 
 
 def _spectral_amplitude(spatial: tuple[int, ...], exponent: float) -> np.ndarray:
     """Returns the amplitude (root of the power) at every frequency of `rfftn` over `spatial`."""
-    frequencies = [np.fft.fftfreq(length) for length in spatial]
-    frequencies[-1] = np.fft.rfftfreq(spatial[-1])
+    frequencies = [*map(np.fft.fftfreq, spatial[:-1]), np.fft.rfftfreq(spatial[-1])]
     grid = np.meshgrid(*frequencies, indexing="ij")
     radius = np.sqrt(sum(np.square(component) for component in grid))
     # Relative to the lowest frequency, so that a large exponent underflows but never overflows.
@@ -278,9 +269,7 @@ def _stretched(fields: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     axes = tuple(range(1, fields.ndim))
     lowest = fields.min(axis=axes, keepdims=True)
     span = fields.max(axis=axes, keepdims=True) - lowest
-    constant = span == 0
-    unit = (fields - lowest) / np.where(constant, 1.0, span)
-    return np.where(constant, rng.random(span.shape), unit)
+    return np.where(span == 0, rng.random(span.shape), (fields - lowest) / np.where(span == 0, 1.0, span))
 
 
 def _paint_leaves(image: np.ndarray, rng: np.random.Generator, smallest: float, largest: float) -> None:

@@ -116,13 +116,7 @@ def truncation_probability(*, num_examples: int, sampling_probability: float, ma
 
 
 def default_max_batch_size(
-    *,
-    num_examples: int,
-    sampling_probability: float,
-    steps: int,
-    delta: float,
-    share: float = 0.01,
-    multiple: int = 8,
+    *, num_examples: int, sampling_probability: float, steps: int, delta: float, share: float = 0.01, multiple: int = 8
 ) -> int:
     """Returns the fewest rows, a multiple of `multiple`, whose truncation costs at most `share` of delta in all steps.
 
@@ -138,9 +132,7 @@ def default_max_batch_size(
     while high - low > 1:  # `high` blocks suffice, `low` do not
         middle = (low + high) // 2
         charge = steps * truncation_probability(
-            num_examples=num_examples,
-            sampling_probability=sampling_probability,
-            max_batch_size=middle * multiple,
+            num_examples=num_examples, sampling_probability=sampling_probability, max_batch_size=middle * multiple
         )
         low, high = (low, middle) if charge <= allowed else (middle, high)
     return high * multiple

@@ -92,10 +92,7 @@ class StepRecord:
 
 def _known_probability(record: StepRecord) -> float:
     if record.sampling_probability is None:
-        remedy = (
-            "Pass `num_examples` to the optimizer, or build it from a PrivacyPlan, or fill it in with "
-            "`ledger.with_sampling_probability(q)`."
-        )
+        remedy = "Pass `num_examples` to the optimizer, or fill it in with `ledger.with_sampling_probability(q)`."
         raise _validate.argument_error("sampling_probability", None, "be known for every step", remedy)
     return record.sampling_probability
 
@@ -168,12 +165,8 @@ class Ledger:
     def with_sampling_probability(self, sampling_probability: float) -> Ledger:
         """Returns a copy whose unknown sampling probabilities have the given value."""
         q = _validate.probability("sampling_probability", sampling_probability)
-        return Ledger(
-            [
-                dataclasses.replace(entry, sampling_probability=q) if entry.sampling_probability is None else entry
-                for entry in self.entries
-            ]
-        )
+        filled = functools.partial(dataclasses.replace, sampling_probability=q)
+        return Ledger([filled(entry) if entry.sampling_probability is None else entry for entry in self.entries])
 
     def copy(self) -> Ledger:
         """Returns an independent copy."""

@@ -20,12 +20,7 @@ class PrivacyWarning(UserWarning):
 
 
 def calibrate_noise_multiplier(
-    *,
-    target_epsilon: float,
-    delta: float,
-    sampling_probability: float,
-    steps: int,
-    accountant: str = "rdp",
+    *, target_epsilon: float, delta: float, sampling_probability: float, steps: int, accountant: str = "rdp"
 ) -> float:
     """Returns the smallest effective noise multiplier that meets the target, to 1e-5 relative.
 
@@ -59,9 +54,7 @@ def calibrate_noise_multiplier(
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
             remedy = f"{accountant.upper()} accounting shows no epsilon below {least:.3g} here, whatever the noise. "
-            remedy += (
-                "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or take fewer steps."
-            )
+            remedy += "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or train less."
             raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
     lower = upper / factor
     while epsilon(lower) <= target:
@@ -172,8 +165,8 @@ class PrivacyPlan:
         self._check()
         if self.delta >= 1.0 / self.num_examples:
             message = (
-                f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: "
-                "that allows publishing a random example outright. Choose a smaller delta."
+                f"delta={self.delta} is not below 1/num_examples={1.0 / self.num_examples:.3g}: that allows publishing "
+                "a random example outright. Choose a smaller delta."
             )
             warnings.warn(message, PrivacyWarning, stacklevel=3)
         self._fill()
@@ -218,10 +211,7 @@ class PrivacyPlan:
         assert self.steps is not None  # given, or filled in above
         if self.max_batch_size is None:
             rows = default_max_batch_size(
-                num_examples=self.num_examples,
-                sampling_probability=q,
-                steps=self.steps,
-                delta=self.delta,
+                num_examples=self.num_examples, sampling_probability=q, steps=self.steps, delta=self.delta
             )
             self._put("max_batch_size", max(rows, self.expected_batch_size))
         # Computed as Ledger does, so that calibration and ledger agree to the last bit.
@@ -231,14 +221,14 @@ class PrivacyPlan:
             remedy = "Leave it out to have it chosen."
             raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
         if self.target_epsilon is not None:
-            noise_multiplier = calibrate_noise_multiplier(
+            found = calibrate_noise_multiplier(
                 target_epsilon=self.target_epsilon,
                 delta=self.delta - truncation,
                 sampling_probability=q,
                 steps=self.steps,
                 accountant=self.accountant,
             )
-            self._put("noise_multiplier", noise_multiplier)
+            self._put("noise_multiplier", found)
 
     @property
     def sampling_probability(self) -> float:

@@ -48,10 +48,7 @@ def tensorflow_privacy_epsilons(
     return TensorFlowPrivacyEpsilons(*(epsilon_of_events((event,), delta, "rdp") for event in (once, poisson)))
 
 
-_COVERED = (
-    "the final weights and every checkpoint of them",
-    "the normalization statistics stored with them",
-)
+_COVERED = ("the final weights and every checkpoint of them", "the normalization statistics stored with them")
 _NOT_COVERED = (
     "loss and metrics logged in training, which carry no noise",
     "counters for debugging",
@@ -135,10 +132,10 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
 def _entry_text(entry: StepRecord) -> str:
     multipliers = ", ".join(f"{sigma:.6g}" for sigma in entry.noise_multipliers)
     probability = entry.sampling_probability or 0.0
-    text = (
-        f"{entry.steps} steps: sampling probability {probability:.6g}, noise multipliers ({multipliers}), together "
-        f"{entry.effective_noise_multiplier:.6g}"
-    )
+    noise = f"noise multiplier {multipliers}"
+    if len(entry.noise_multipliers) > 1:
+        noise = f"noise multipliers ({multipliers}), together {entry.effective_noise_multiplier:.6g}"
+    text = f"{entry.steps} steps: sampling probability {probability:.6g}, {noise}"
     if entry.num_examples is not None:
         expected = probability * entry.num_examples
         text += f"; {entry.num_examples} examples, {expected:.6g} expected in a batch"

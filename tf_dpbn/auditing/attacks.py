@@ -24,12 +24,9 @@ def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
 
 
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
-    """A function (x, y, weights) -> the clipped sums that a train step of `model` would release, without noise.
+    """A function (x, y, weights) -> the clipped sums that a step of a compiled model would release, without noise.
 
     At the current weights. The sums are private; they are for audits and tests.
-
-    Args:
-      model: compiled.
     """
     require_full_float32()
     sensitivities: list[float] = []
@@ -72,12 +69,8 @@ class UpdateAttack(keras.callbacks.Callback):
     all steps, with a penalty as large as the noise.
 
     Args:
-      known: (x, y), examples that are in the data set.
-      canaries: (x, y).
+      known, canaries: (x, y), examples that are in the data set, and those that may be.
       rate: sampling probability q.
-
-    Attributes:
-      updates: how many updates were seen.
     """
 
     def __init__(self, known: Any, canaries: Any, rate: float) -> None:
@@ -86,7 +79,7 @@ class UpdateAttack(keras.callbacks.Callback):
         self._rate = rate
         count, self._examples = (len(tf.nest.flatten(each)[0]) for each in (canaries, known))
         self._products, self._match = np.zeros([count, count]), np.zeros(count)
-        self.updates = 0
+        self.updates = 0  # how many were seen
         self._functions: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:

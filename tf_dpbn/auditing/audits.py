@@ -19,8 +19,6 @@ from tf_dpbn.mechanisms import ClippedSum
 from tf_dpbn.model import DPModel
 from tf_dpbn.sampling import PrivacyPlan
 
-# ---------------------------------------------------------------------- one step
-
 
 def audit_step(
     model: DPModel,
@@ -101,23 +99,17 @@ def _standardized(sums: Sequence[Any], stddevs: Sequence[float]) -> list[tf.Tens
     return [tf.concat([tf.reshape(tf.cast(t, tf.float64), [-1]) for t in s.tensors], 0) / stddev for s, stddev in pairs]
 
 
-def _noised_scores(
-    model: DPModel, world: tuple[ClippedSum, ...], attack: Callable[[Any], tf.Tensor], trials: int
-) -> np.ndarray:
+def _noised_scores(model: DPModel, world: Any, attack: Callable[[Any], tf.Tensor], trials: int) -> np.ndarray:
     """[trials, attacks]: scores of independent releases of one world."""
 
     def one(_: tf.Tensor) -> tf.Tensor:
         return attack(model.optimizer._noised(world))  # recorded nowhere: no step is taken
 
-    # One after the other, as steps are: the noise source counts its draws.
-    run = tf.function(
-        lambda: tf.map_fn(one, tf.range(trials), fn_output_signature=tf.float32, parallel_iterations=1),
-        autograph=False,  # nor by XLA, which would be faster: its normal numbers are other ones than a step's
-    )
-    return run().numpy()
+    def run() -> tf.Tensor:  # one after the other, as steps are: the noise source counts its draws
+        return tf.map_fn(one, tf.range(trials), fn_output_signature=tf.float32, parallel_iterations=1)
 
-
-# ---------------------------------------------------------------------- one training run
+    # Not by XLA, which would be faster: its normal numbers are other ones than a step's.
+    return tf.function(run, autograph=False)().numpy()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -207,9 +199,6 @@ def audit_training(
     )
 
 
-# ---------------------------------------------------------------------- a finished model
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MembershipResult:
     """How well losses tell members from non-members.
@@ -254,9 +243,7 @@ def membership_inference(
       model: compiled, of one output; any Keras model. Its claim is that of its ledger, if it is a DPModel.
       x, y: nests of arrays [examples, ...].
       member: bool [examples], which of them were trained on; some of each.
-      delta: in (0, 1).
-      confidence: in (0, 1).
-      false_positive_rate: in (0, 1).
+      delta, confidence, false_positive_rate: in (0, 1).
       guesses: (k_plus, k_minus), see `one_run_audit`.
 
     Raises:

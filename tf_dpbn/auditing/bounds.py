@@ -1,7 +1,7 @@
 """Lower bounds on epsilon from how well an attacker guesses. Needs no TensorFlow.
 
-All bounds hold with the stated confidence over the randomness of
-what is audited; none of them proves privacy: a mechanism may leak more than an attacker finds.
+All bounds hold with the stated confidence over the randomness of what is audited; none of them proves privacy: a
+mechanism may leak more than an attacker finds.
 """
 
 from __future__ import annotations
@@ -50,10 +50,8 @@ class AuditResult:
     def __str__(self) -> str:
         bound = math.floor(self.epsilon_lower_bound * 100.0) / 100.0
         claim = "nothing claimed" if self.claimed_epsilon is None else f"claimed: {self.claimed_epsilon:.4g}"
-        return (
-            f"empirical epsilon >= {bound:.2f} with {100.0 * self.confidence:g}% confidence "
-            f"({claim} at delta {self.delta:g})"
-        )
+        confidence = f"{100.0 * self.confidence:g}% confidence"
+        return f"empirical epsilon >= {bound:.2f} with {confidence} ({claim} at delta {self.delta:g})"
 
 
 def _bounds(
@@ -102,12 +100,9 @@ def epsilon_lower_bound(
     are bounded by Clopper-Pearson intervals, each at half of what the confidence leaves.
 
     Args:
-      true_positives: how many runs with the example were guessed to be with it.
-      positives: how many independent runs were with it.
-      false_positives: how many runs without the example were guessed to be with it.
-      negatives: how many independent runs were without it.
-      delta: in (0, 1).
-      confidence: in (0, 1).
+      true_positives, positives: how many of how many independent runs with the example were guessed to be with it.
+      false_positives, negatives: how many of how many runs without the example were guessed to be with it.
+      delta, confidence: in (0, 1).
       gaussian: whether to assume that the trade-off between the rates is that of a Gaussian mechanism, mu-GDP: the
         rates then bound mu >= Phi^-1(TPR) - Phi^-1(FPR), and mu bounds epsilon (see `gaussian_epsilon`). Right for one
         step without sampling; without it no number of runs below 1/delta shows what happens at small delta.
@@ -175,8 +170,7 @@ def two_world_epsilon(
     attacks are tried.
 
     Args:
-      scores_without: [runs] or [runs, attacks], of runs without the example.
-      scores_with: likewise, of runs with it.
+      scores_without, scores_with: [runs] or [runs, attacks], of runs without the example and with it.
       delta, confidence, gaussian: as for `epsilon_lower_bound`.
 
     Raises:
@@ -184,6 +178,7 @@ def two_world_epsilon(
     """
     negatives, checked_negatives = _parts("scores_without", scores_without)
     positives, checked_positives = _parts("scores_with", scores_with)
+    choosing = negatives, positives
     if negatives.shape[1] != positives.shape[1]:
         requirement = f"have as many columns as scores_with, {positives.shape[1]}"
         raise _validate.argument_error("scores_without", negatives.shape, requirement)
@@ -192,7 +187,8 @@ def two_world_epsilon(
     for k in range(negatives.shape[1]):
         pooled = np.concatenate([negatives[:, k], positives[:, k]])
         thresholds = np.quantile(pooled, np.linspace(0.0, 1.0, _THRESHOLDS + 2)[1:-1], method="lower")
-        hits, misses = (_above(scores[:, k], thresholds) for scores in (positives, negatives))
+        # How many scores lie above each threshold.
+        misses, hits = (len(s) - np.searchsorted(np.sort(s[:, k]), thresholds, side="right") for s in choosing)
         found = _bounds(hits, len(positives), misses, len(negatives), **setting)
         if found.max() > best:
             best, attack, threshold = float(found.max()), k, float(thresholds[found.argmax()])
@@ -209,16 +205,10 @@ def _parts(name: str, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     columns = np.asarray(scores, np.float64)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if columns.ndim != 2 or len(columns) < 4 or np.isnan(columns).any():
-        raise _validate.argument_error(
-            name, columns.shape, "hold at least 4 runs of [attacks] scores, none of them NaN"
-        )
+        requirement = "hold at least 4 runs of [attacks] scores, none of them NaN"
+        raise _validate.argument_error(name, columns.shape, requirement)
     choosing = max(1, int(_CHOOSING * len(columns)))
     return columns[:choosing], columns[choosing:]
-
-
-def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """How many scores lie above each threshold."""
-    return len(scores) - np.searchsorted(np.sort(scores), thresholds, side="right")
 
 
 def one_run_p_value(*, canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
@@ -336,8 +326,7 @@ def true_positive_rate(scores: np.ndarray, member: np.ndarray, false_positive_ra
     """The largest part of the members above a threshold that at most the given part of the non-members exceeds.
 
     Args:
-      scores: [examples].
-      member: bool [examples], with members and non-members.
+      scores, member: as for `area_under_curve`.
       false_positive_rate: in (0, 1).
     """
     scores, member = np.asarray(scores, np.float64), np.asarray(member, bool)

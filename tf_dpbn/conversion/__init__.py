@@ -110,16 +110,12 @@ def to_stock(model: Any) -> Any:
 
 
 def _check_stock(layer: Any) -> None:
-    """Refuses what no private layer does.
-
-    Raises:
-      ValueError: naming the layer and what it does.
-    """
+    """Refuses what no private layer does."""
     if type(layer) is not keras.layers.BatchNormalization:
         raise ValueError(
             f"Layer {layer.name!r} is a {type(layer).__name__}, whose own behaviour would be lost. Use "
-            "keras.layers.BatchNormalization or tf_dpbn.DPBatchNormalization in its place, or freeze it with "
-            f"trainable=False. Received: layer={layer!r}"
+            "keras.layers.BatchNormalization in its place, or freeze it with trainable=False. Received: "
+            f"layer={layer!r}"
         )
     for option in _COUPLING_OPTIONS:
         if getattr(layer, option, None):

@@ -23,11 +23,7 @@ _STEADY_RUNS = 4
 
 
 def make_batch(model: Any) -> Any:
-    """A batch of random floats in [0, 1), or of zeros and ones, for a model that knows its inputs.
-
-    Raises:
-      ValueError: for unknown shapes, or inputs that are not numbers.
-    """
+    """A batch of random floats in [0, 1), or of zeros and ones, for a model that knows its inputs."""
     if not getattr(model, "inputs", None):
         raise ValueError(
             f"Model {model.name!r} does not know the shape of its input. Pass `x`, a few examples. Received: x=None"
@@ -50,11 +46,7 @@ def make_batch(model: Any) -> Any:
 
 
 def first_rows(x: Any) -> Any:
-    """At most eight examples of a batch.
-
-    Raises:
-      ValueError: for fewer than two.
-    """
+    """At most eight examples of a batch."""
     x = tf.nest.map_structure(lambda t: np.asarray(t)[:_MOST_ROWS], x)
     rows = {len(t) for t in tf.nest.flatten(x)}
     if len(rows) != 1 or rows.pop() < 2:
@@ -66,25 +58,16 @@ def first_rows(x: Any) -> Any:
 
 
 def coupling_layer(model: Any, x: Any, calls: Sequence[NormalizationCall]) -> tuple[str | None, str | None]:
-    """The first layer in whose output one example depends on others, and the first that cannot be judged.
+    """Names of the first layer in whose output one example depends on others, and of the first that cannot be judged.
 
     What follows a layer whose random numbers cannot be held fixed (drawn in a loop, say) is not judged either. The
-    model's own name stands for operations outside its layers.
-
-    Args:
-      model: built.
-      x: nest of arrays, [rows, ...].
-      calls: the model's calls of DPBatchNormalization in training.
-
-    Returns:
-      Their names, or None.
+    model's own name stands for operations outside its layers. `calls` are of DPBatchNormalization in training.
     """
     rows = len(tf.nest.flatten(x)[0])
     probe = _Probe(model, calls, rows)
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, tf.as_dtype(t.dtype)), x)
-    traced = tf.function(probe.compare, autograph=False).get_concrete_function(
-        specs, specs, tf.TensorSpec([], tf.int32)
-    )
+    row_spec = tf.TensorSpec([], tf.int32)
+    traced = tf.function(probe.compare, autograph=False).get_concrete_function(specs, specs, row_spec)
 
     def compare(others: Any, row: int) -> np.ndarray:
         return traced(*tf.nest.map_structure(tf.constant, (x, others)), tf.constant(row)).numpy()
@@ -133,9 +116,7 @@ class _Probe:
     """Two training passes in one graph that draw the same random numbers, compared tensor by tensor."""
 
     def __init__(self, model: Any, calls: Sequence[NormalizationCall], rows: int) -> None:
-        self._model = model
-        self._calls = calls
-        self._rows = rows
+        self._model, self._calls, self._rows = model, calls, rows
         self.names: list[str] = []
         self.shuffles: list[int] = []
         self.loops: list[int] = []
@@ -154,10 +135,8 @@ class _Probe:
                 for ours, theirs in zip(one.outputs, other.outputs, strict=True):
                     _graph.redirect(theirs, ours)
         pairs = self._layer_outputs(operations, again, data)
-        pairs += [
-            (self._model.name, tf.convert_to_tensor(a), tf.convert_to_tensor(b))
-            for a, b in zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True)
-        ]
+        outputs = zip(tf.nest.flatten(first), tf.nest.flatten(second), strict=True)
+        pairs += [(self._model.name, *map(tf.convert_to_tensor, pair)) for pair in outputs]
         self.names = [name for name, *_ in pairs]
         calls = _graph.calls_with_random_state(graph)
         drawing = {layer_scope(self._model, operation.name)[1] or self._model.name for operation in calls}
@@ -168,11 +147,10 @@ class _Probe:
     def _run(self, x: Any) -> tuple[Any, list[tf.Operation]]:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
-        statistics = [tuple(map(raw, (c.layer.moving_mean, c.layer.moving_variance))) for c in self._calls]
-        statistics = [
-            tuple(tf.reshape(t, call.mean.shape) for t in pair)
-            for call, pair in zip(self._calls, statistics, strict=True)
-        ]
+        statistics = []
+        for call in self._calls:
+            moving = raw(call.layer.moving_mean), raw(call.layer.moving_variance)
+            statistics.append(tuple(tf.reshape(t, call.mean.shape) for t in moving))
         scope = GivenStatistics(self._calls, statistics) if self._calls else contextlib.nullcontext()
         with scope, isolated_call([], tf.constant(0)), kept_state(self._model):
             outputs = call_model(self._model, x, training=True)

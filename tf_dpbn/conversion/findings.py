@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from tf_dpbn._keras import call_model, flatten_layers, frozen, kept_state, raw
@@ -55,17 +54,12 @@ class Findings(tuple[Finding, ...]):
     def __str__(self) -> str:
         if not len(self):
             return "No findings: no layer couples examples."
-        return "\n".join(line for row in [[*_WIDTHS], *map(dataclasses.astuple, self)] for line in _lines(row))
-
-
-def _lines(row: Sequence[str]) -> list[str]:
-    """One row of the table, each cell wrapped to its column's width."""
-    cells = [textwrap.wrap(text, width) for text, width in zip(row, _WIDTHS.values(), strict=True)]
-    lines = itertools.zip_longest(*cells, fillvalue="")
-    return [
-        "  ".join(text.ljust(width) for text, width in zip(line, _WIDTHS.values(), strict=True)).rstrip()
-        for line in lines
-    ]
+        lines = []
+        for row in [[*_WIDTHS], *map(dataclasses.astuple, self)]:
+            cells = map(textwrap.wrap, row, _WIDTHS.values())
+            for line in itertools.zip_longest(*cells, fillvalue=""):
+                lines.append("  ".join(map(str.ljust, line, _WIDTHS.values())).rstrip())
+        return "\n".join(lines)
 
 
 def validate(model: Any, x: Any = None) -> Findings:

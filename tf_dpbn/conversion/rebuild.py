@@ -9,23 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tf_dpbn._keras import (
-    BatchNormalizationBase,
-    build_like,
-    copy_trainable_flags,
-    flatten_layers,
-    is_functional,
-    keras,
-    own_variables,
-    rebuild_functional,
-    sequential_input,
-    serialize,
-)
+from tf_dpbn import _keras
+from tf_dpbn._keras import keras
 
 # What both kinds of batch normalization have, as far as center and scale provide for it.
 _SHARED_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
-# Methods that a rebuilt model would lose.
 _REFERENCE = "tf_dpbn_reference"
+# Methods that a rebuilt model would lose.
 _BEHAVIOUR = ("call", "train_step", "test_step", "predict_step", "compute_loss")
 
 
@@ -38,8 +28,7 @@ class Rebuilder:
     """
 
     def __init__(self, replacement: Callable[[Any], Any], what: str) -> None:
-        self._replacement = replacement
-        self._what = what
+        self._replacement, self._what = replacement, what
         self._new: dict[int, Any] = {}
         self._pairs: list[tuple[Any, Any]] = []
         self._live: list[Any] = []
@@ -48,20 +37,13 @@ class Rebuilder:
         self._scope = {_REFERENCE: type(_REFERENCE, (), {"from_config": find})}
 
     def rebuild(self, model: Any, functional: type, sequential: type) -> Any:
-        """A new model of one of the given classes, with the weights and trainable flags of `model`.
-
-        Raises:
-          TypeError: for a model that is no graph of layers, with the remedy.
-          ValueError: for a layer that cannot be rebuilt.
-        """
+        """A new model of one of the given classes, with the weights and trainable flags of `model`."""
         new = self._model(model, functional, sequential)
-        pairs = [(model, new)]
-        for old_layer, new_layer in self._pairs:
-            pairs += self._inside(old_layer, new_layer)
+        pairs = [(model, new), *(inside for pair in self._pairs for inside in self._inside(*pair))]
         known = {id(old): (old, copy) for old, copy in pairs}
-        for layer in [model, *flatten_layers(model)]:  # parents first: their flags reach into their children
+        for layer in [model, *_keras.flatten_layers(model)]:  # parents first: their flags reach into their children
             if id(layer) in known:
-                copy_trainable_flags(known[id(layer)][1], layer)
+                _keras.copy_trainable_flags(known[id(layer)][1], layer)
         for old_layer, new_layer in pairs[1:]:
             self._copy_weights(old_layer, new_layer)
         return new
@@ -69,16 +51,16 @@ class Rebuilder:
     def _model(self, old: Any, functional: type, sequential: type) -> Any:
         self._require_graph(old)
         if isinstance(old, keras.Sequential):
-            return sequential([*sequential_input(old), *map(self._layer, old.layers)], name=old.name)
-        return functional(*rebuild_functional(old, self._layer), name=old.name)
+            return sequential([*_keras.sequential_input(old), *map(self._layer, old.layers)], name=old.name)
+        return functional(*_keras.rebuild_functional(old, self._layer), name=old.name)
 
     def _require_graph(self, model: Any) -> None:
         name = type(model).__name__
-        if not isinstance(model, keras.Sequential) and not is_functional(model):
+        if not isinstance(model, keras.Sequential) and not _keras.is_functional(model):
             raise TypeError(
                 f"Model {model.name!r} is subclassed (class {name}): what its `call` does cannot be {self._what}. "
-                "Functional and Sequential models can. Derive the class from tf_dpbn.DPModel and use "
-                f"tf_dpbn.DPBatchNormalization in it; `export` makes a SavedModel of it. Received: model={model!r}"
+                "Derive the class from tf_dpbn.DPModel and use tf_dpbn.DPBatchNormalization in it; `export` makes a "
+                f"SavedModel of it. Received: model={model!r}"
             )
         own = [m for m in _BEHAVIOUR for c in type(model).__mro__ if m in vars(c) and _is_foreign(c)]
         if own:
@@ -99,11 +81,11 @@ class Rebuilder:
         new = self._replaced(old)
         if new is not None:
             return new
-        if isinstance(old, keras.Sequential) or is_functional(old):
+        if isinstance(old, keras.Sequential) or _keras.is_functional(old):
             return self._model(old, keras.Model, keras.Sequential)
         if isinstance(old, keras.Model):
             self._require_graph(old)
-        inside = {layer.name: layer for layer in flatten_layers(old)}
+        inside = {layer.name: layer for layer in _keras.flatten_layers(old)}
         try:
             new = self._from_live(old, inside)
         except Exception as error:
@@ -128,7 +110,7 @@ class Rebuilder:
             return type(old).from_config(config)
 
     def _replaced(self, old: Any) -> Any:
-        return self._replacement(old) if isinstance(old, BatchNormalizationBase) else None
+        return self._replacement(old) if isinstance(old, _keras.BatchNormalizationBase) else None
 
     def _replace_in_config(self, config: Any, inside: dict[str, Any]) -> Any:
         """A configuration with the normalization layers in it replaced, at any depth."""
@@ -141,15 +123,11 @@ class Rebuilder:
             layer = inside.get(inner.get("name", ""))
             new = self._replaced(layer)
             if new is not None:
-                return serialize(new)
+                return keras.saving.serialize_keras_object(new)
             if layer is not None and self._is_by_reference(layer):
                 self._live.append(self._make(layer))
-                return {
-                    "class_name": _REFERENCE,
-                    "config": {"index": len(self._live) - 1},
-                    "module": None,
-                    "registered_name": _REFERENCE,
-                }
+                index = {"index": len(self._live) - 1}
+                return {"class_name": _REFERENCE, "config": index, "module": None, "registered_name": _REFERENCE}
         return {key: self._replace_in_config(value, inside) for key, value in config.items()}
 
     def _is_by_reference(self, layer: Any) -> bool:
@@ -161,22 +139,21 @@ class Rebuilder:
 
     def _check_inside(self, old: Any, new: Any) -> None:
         """Refuses a layer that makes its own normalization, whatever its configuration says."""
-        for layer in flatten_layers(new):
+        for layer in _keras.flatten_layers(new):
             if self._replaced(layer) is not None:
                 raise ValueError(
                     f"Layer {old.name!r} (class {type(old).__name__}) makes the {type(layer).__name__} {layer.name!r} "
                     f"itself, so that it cannot be {self._what}. Let its constructor take the normalization layer and "
-                    "keep it in `get_config`, or build the model from layers instead. "
-                    f"Received: layer={old!r}"
+                    f"keep it in `get_config`, or build the model from layers instead. Received: layer={old!r}"
                 )
 
     def _inside(self, old: Any, new: Any) -> list[tuple[Any, Any]]:
         """The pairs of a layer and of what is inside it; those of a nested model are known one by one."""
         if isinstance(old, keras.Model):
             return [(old, new)]
-        if old.built:
-            build_like(new, old)
-        ours, theirs = [old, *flatten_layers(old)], [new, *flatten_layers(new)]
+        if old.built and not new.built:
+            new.build_from_config(old.get_build_config())
+        ours, theirs = [old, *_keras.flatten_layers(old)], [new, *_keras.flatten_layers(new)]
         if [layer.name for layer in ours] != [layer.name for layer in theirs]:
             raise ValueError(
                 f"Layer {old.name!r} (class {type(old).__name__}) is rebuilt from its configuration with other layers "
@@ -185,9 +162,9 @@ class Rebuilder:
         return list(zip(ours, theirs, strict=True))
 
     def _copy_weights(self, old: Any, new: Any) -> None:
-        if not own_variables(old) or isinstance(old, keras.Model):
+        if not _keras.own_variables(old) or isinstance(old, keras.Model):
             return
-        if isinstance(old, BatchNormalizationBase) and type(old) is not type(new):
+        if isinstance(old, _keras.BatchNormalizationBase) and type(old) is not type(new):
             for name in _SHARED_WEIGHTS:
                 if getattr(old, name) is not None:
                     getattr(new, name).assign(getattr(old, name))

@@ -71,8 +71,7 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     Raises:
       NotImplementedError: on Keras 3, which tensorflow-privacy does not support.
-      ValueError: for an argument out of range; and at the start of training, for what `interop.checks`
-        refuses.
+      ValueError: for an argument out of range; and at the start of training, for what `interop.checks` refuses.
       RuntimeError: in training under a global seed, or beside another StatisticsCallback.
 
     Source: docs/algorithm.md, sections 3a, 5 and 6; docs/privacy.md.
@@ -116,12 +115,7 @@ class StatisticsCallback(keras.callbacks.Callback):
 
     @classmethod
     def from_plan(cls: type[_Self], plan: PrivacyPlan, public_batch: Any = None) -> _Self:
-        """Builds the callback for training on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`.
-
-        Args:
-          plan: the plan.
-          public_batch: as in the constructor.
-        """
+        """Builds the callback to train on `plan.poisson_dataset`; give the optimizer `noise_multipliers(...)[0]`."""
         callback = cls(
             max_batch_size=plan.max_batch_size,  # type: ignore[arg-type]
             expected_batch_size=plan.expected_batch_size,
@@ -180,11 +174,7 @@ class StatisticsCallback(keras.callbacks.Callback):
     # ------------------------------------------------------------------ Keras' hooks
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Checks all that can be checked, and has the step traced anew, so that it is what is checked.
-
-        Raises:
-          TypeError, ValueError, RuntimeError, NotImplementedError: see `interop.checks`.
-        """
+        """Checks all that can be checked, and has the step traced anew, so that it is what is checked."""
         model = self.model
         checks.check_optimizer(model.optimizer, self._rows)
         checks.check_compilation(model)
@@ -205,21 +195,26 @@ class StatisticsCallback(keras.callbacks.Callback):
         model.make_train_function(force=True)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Counts one step, brings the statistics up to the weights, and lets that step train.
-
-        Raises:
-          RuntimeError: under a global seed, or if another StatisticsCallback serves the layers.
-        """
+        """Counts one step, brings the statistics up to the weights, and lets that step train."""
         checks.check_seed()
         if any(layer.training_scope is not self._scope for layer in self._normalizations):
             raise RuntimeError("Two callbacks serve the normalizations. Pass one StatisticsCallback to each `fit`.")
-        self._ledger.record(self._one_step())
+        # Only batches full of examples are never cut; a callback cannot see where batches come from.
+        never_cut = self._plan is None and self._rows == self._expected
+        step = StepRecord(
+            sampling_probability=self._expected / self._num_examples,
+            noise_multipliers=self._noise,
+            steps=1,
+            num_examples=self._num_examples,
+            max_batch_size=None if never_cut else self._rows,
+        )
+        self._ledger.record(step)
         self._scope.before_step()
-        self._scope.allow_step()
+        self._scope.credit.assign(len(self._normalizations))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Lets nothing train until the next batch."""
-        self._scope.allow_nothing()
+        self._scope.credit.assign(0)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Brings the moving statistics up to the weights, and has the compiled loss computed as usual, within `fit`."""
@@ -258,30 +253,12 @@ class StatisticsCallback(keras.callbacks.Callback):
                 raise _validate.argument_error("noise_multiplier", gradient, f"be at least {planned!r}", remedy)
             each = others[0] if others else None
         if releases and each is None:
-            raise _validate.argument_error(
-                "statistics_noise_multiplier",
-                None,
-                'be given for layers with statistics="noised"',
-                "Or build the callback with StatisticsCallback.from_plan.",
-            )
+            requirement = 'be given for layers with statistics="noised"'
+            remedy = "Or build the callback with StatisticsCallback.from_plan."
+            raise _validate.argument_error("statistics_noise_multiplier", None, requirement, remedy)
         if releases < len(calls) and self._public_batch is None:
-            raise _validate.argument_error(
-                "public_batch",
-                None,
-                'be given for layers with statistics="public"',
-                "It must not be private; tf_dpbn.public_data makes synthetic ones.",
-            )
+            remedy = "It must not be private; tf_dpbn.public_data makes synthetic ones."
+            raise _validate.argument_error("public_batch", None, 'be given for layers with statistics="public"', remedy)
         if gradient == 0.0 or each == 0.0 and releases:
             warnings.warn("A noise multiplier is 0: this training is not private.", PrivacyWarning, stacklevel=2)
         return gradient, float(each or 0.0)
-
-    def _one_step(self) -> StepRecord:
-        """Only batches full of examples are never cut; a callback cannot see where batches come from."""
-        never_cut = self._plan is None and self._rows == self._expected
-        return StepRecord(
-            sampling_probability=self._expected / self._num_examples,
-            noise_multipliers=self._noise,
-            steps=1,
-            num_examples=self._num_examples,
-            max_batch_size=None if never_cut else self._rows,
-        )

@@ -13,11 +13,7 @@ from tf_dpbn.accounting import PrivacyWarning
 
 
 def check_rows(tensor: tf.Tensor, rows: int) -> list[tf.Operation]:
-    """Operations that fail where the first axis of a tensor is not the rows of a batch.
-
-    Raises:
-      ValueError: where its shape tells.
-    """
+    """Operations that fail where the first axis of a tensor is not the rows of a batch."""
     message = (
         "`max_batch_size` must equal the rows of each batch, padding included, and be the first axis in every layer. "
         "Train on plan.poisson_dataset(x, y), or on batches of one size (drop_remainder=True). "
@@ -34,22 +30,14 @@ class RowLoss:
 
     Keras broadcasts what differs in rank: weights of rows against the columns of images, labels of all rows against the
     outputs of one. No row's loss may know another row, so none sees one here, whatever loss the user has compiled.
-
-    Args:
-      model: compiled.
-      rows: of each batch.
-      padded: whether batches hold padding, whose weight is zero.
+    `rows` is of each batch, and `padded` tells whether some are padding, whose weight is zero.
     """
 
     def __init__(self, model: Any, rows: int, padded: bool) -> None:
         self._model, self._rows, self._padded = model, rows, padded
 
     def __call__(self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> tf.Tensor:
-        """The weighted loss of each row, [rows]; updates the model's trackers by the mean of real rows.
-
-        Raises:
-          ValueError: for weights that are not one number a row, or that are missing where padding is expected.
-        """
+        """The weighted loss of each row, [rows]; updates the model's trackers by the mean of real rows."""
         weight = self._weights(sample_weight)
         with tf.control_dependencies([op for each in tf.nest.flatten(y_pred) for op in check_rows(each, self._rows)]):
             y, y_pred, weight = tf.nest.map_structure(tf.identity, (y, y_pred, weight))
@@ -68,24 +56,19 @@ class RowLoss:
     def _weights(self, sample_weight: Any) -> tf.Tensor:
         if sample_weight is None:
             if self._padded:
-                raise _validate.argument_error(
-                    "sample_weight",
-                    None,
-                    f"tell padding from the examples expected among the {self._rows} rows of a batch",
-                    "Train on plan.poisson_dataset(x, y), whose batches carry it.",
-                )
-            warnings.warn(
+                requirement = f"tell padding from the examples expected among the {self._rows} rows of a batch"
+                remedy = "Train on plan.poisson_dataset(x, y), whose batches carry it."
+                raise _validate.argument_error("sample_weight", None, requirement, remedy)
+            message = (
                 "The batches do not come from PrivacyPlan.poisson_dataset. The reported epsilon assumes Poisson "
-                "sampling, which shuffled or fixed-order batches do not satisfy.",
-                PrivacyWarning,
-                stacklevel=2,
+                "sampling, which shuffled or fixed-order batches do not satisfy."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=2)
             return tf.ones([self._rows])
         shapes = [tuple(each.shape) for each in tf.nest.flatten(sample_weight)]
         if len(shapes) != 1 or any(size != 1 for size in shapes[0][1:]):
-            raise _validate.argument_error(
-                "sample_weight", shapes, "have one number a row", "For weights by position train a tf_dpbn.DPModel."
-            )
+            remedy = "For weights by position train a tf_dpbn.DPModel."
+            raise _validate.argument_error("sample_weight", shapes, "have one number a row", remedy)
         return tf.reshape(tf.cast(tf.nest.flatten(sample_weight)[0], tf.float32), [-1])
 
     def _track(self, losses: tf.Tensor, parts: tuple[tf.Tensor, ...], weight: tf.Tensor) -> None:

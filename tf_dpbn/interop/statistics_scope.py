@@ -36,18 +36,17 @@ ROWS_CHANGED_BY_ONE_EXAMPLE = 2
 
 @dataclasses.dataclass(frozen=True)
 class _HeldTerm:
-    """A local term in variables, from the refresh before a step until the step.
-
-    Attributes:
-      variable: the parameter of the kernel layer.
-      term: its shape and axes; the tensors are d_mean and d_variance.
-      d_mean, d_variance: of the parameter's shape.
-    """
+    """A local term of a kernel layer's parameter in variables, from the refresh before a step until the step."""
 
     variable: tf.Variable
     term: LocalTerm
     d_mean: tf.Variable
     d_variance: tf.Variable
+
+    @classmethod
+    def of(cls, variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
+        zeros = [tf.Variable(tf.zeros(variable.shape, term.d_mean.dtype), trainable=False) for _ in range(2)]
+        return cls(variable, term, *zeros)
 
     def read(self) -> LocalTerm:
         return dataclasses.replace(self.term, d_mean=self.d_mean.read_value(), d_variance=self.d_variance.read_value())
@@ -65,8 +64,6 @@ class StockPass(StatisticsScope):
       public_batch: nest of arrays; any one example where all statistics are noised.
       rows: of every batch, padding included: a public constant, the denominator of releases.
       normalizations: how many calls in training a pass has.
-      noise_multiplier: of each release.
-      noise_seed: for tests only.
 
     Attributes:
       credit: how many calls of a counted step may still be made; others fail before they release anything.
@@ -91,7 +88,9 @@ class StockPass(StatisticsScope):
         self._active: frozenset[tuple[int, int]] = frozenset()
         self.credit = tf.Variable(0, dtype=tf.int64, trainable=False, name="credit")
         self.before_step: Callable[[], None] = tf.function(self._before_step, autograph=False)
-        self.for_inference: Callable[[], None] = tf.function(self._for_inference, autograph=False)
+        self.for_inference: Callable[[], None] = tf.function(
+            lambda: refresh_moving_statistics(self._model, self._public_batch, self._active), autograph=False
+        )
 
     def _before_step(self) -> None:
         variables = [raw(variable) for variable in self._model.trainable_variables]
@@ -109,22 +108,11 @@ class StockPass(StatisticsScope):
             key = id(call.layer)
             if key not in self._terms:
                 with tf.init_scope():
-                    self._terms[key] = tuple(_held(variables[term.index], term) for term in call.local_terms)
+                    self._terms[key] = tuple(_HeldTerm.of(variables[term.index], term) for term in call.local_terms)
             for held, term in zip(self._terms[key], call.local_terms, strict=True):
                 held.d_mean.assign(term.d_mean)
                 held.d_variance.assign(term.d_variance)
         assign_moving_statistics(scope.calls)
-
-    def _for_inference(self) -> None:
-        refresh_moving_statistics(self._model, self._public_batch, self._active)
-
-    def allow_step(self) -> None:
-        """Lets the calls of one step be made, which must be counted by now."""
-        self.credit.assign(self._normalizations)
-
-    def allow_nothing(self) -> None:
-        """Takes back what credit is left."""
-        self.credit.assign(0)
 
     def batch_statistics(
         self, layer: DPBatchNormalization, inputs: tf.Tensor, mask: Any, training: bool
@@ -189,13 +177,7 @@ def clipped_residuals(
 
     A row whose residuals are non-finite contributes zero. Adding or removing a row moves the sum by R at most. But a
     padding row contributes as well, because a layer cannot see that its weight is zero; an example that takes its place
-    moves the sum by up to 2 R, and that is the sensitivity declared.
-
-    Args:
-      layer: for its axes, epsilon and clip.
-      z: [rows, ...].
-      mask: bool, of the shape of the first axes of z, or None.
-      mean, variance: of the shape of the channel axes, from before the step.
+    moves the sum by up to 2 R, and that is the sensitivity declared. Mean and variance are from before the step.
     """
 
     def of_row(each: tuple[tf.Tensor, ...]) -> tf.Tensor:
@@ -208,8 +190,3 @@ def clipped_residuals(
     weights = clip_weights(tf.reduce_sum(tf.square(vectors), 1), bound, None)
     total = weighted_sum(weights, tf.where(weights[:, None] > 0, vectors, 0.0))
     return ClippedSum((total,), ROWS_CHANGED_BY_ONE_EXAMPLE * bound)
-
-
-def _held(variable: tf.Variable, term: LocalTerm) -> _HeldTerm:
-    zeros = [tf.Variable(tf.zeros(variable.shape, term.d_mean.dtype), trainable=False) for _ in range(2)]
-    return _HeldTerm(variable, term, *zeros)

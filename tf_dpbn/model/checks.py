@@ -10,18 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _validate, public_data, sampling
-from tf_dpbn._keras import (
-    IS_KERAS_3,
-    BatchNormalizationBase,
-    Functional,
-    flatten_layers,
-    ignored_class,
-    is_keras_loss,
-    keras,
-    steps_of_epoch,
-    symbolic_outputs,
-)
+from tf_dpbn import _keras, _validate, public_data, sampling
+from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyPlan, PrivacyWarning, StepRecord
 from tf_dpbn.model.training_record import TrainingRecord
 from tf_dpbn.normalization import DPBatchNormalization
@@ -37,24 +27,20 @@ _CONVOLUTIONS = {1: keras.layers.Conv1D, 2: keras.layers.Conv2D, 3: keras.layers
 
 def stock_normalizations(model: Any) -> list[Any]:
     """The layers inside a model that are stock batch normalization and would train: their statistics mix examples."""
-    trainable = [layer for layer in flatten_layers(model) if layer.trainable]
-    normalizations = [layer for layer in trainable if isinstance(layer, BatchNormalizationBase)]
+    trainable = [layer for layer in _keras.flatten_layers(model) if layer.trainable]
+    normalizations = [layer for layer in trainable if isinstance(layer, _keras.BatchNormalizationBase)]
     return [layer for layer in normalizations if not isinstance(layer, DPBatchNormalization)]
 
 
 def check_layers(model: Any) -> None:
-    """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add when called.
-
-    Raises:
-      ValueError: naming the layer.
-    """
+    """Refuses stock batch normalization that would train, DPModels as layers, and losses that layers add."""
     for layer in stock_normalizations(model):
         raise ValueError(
-            f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private "
-            "examples, which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, or freeze it "
-            f"with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
+            f"Layer {layer.name!r} is a stock {type(layer).__name__}: in training its statistics mix private examples, "
+            "which voids the privacy guarantee. Replace it by tf_dpbn.DPBatchNormalization, as tf_dpbn.convert(model) "
+            f"does, or freeze it with trainable=False so that it uses its moving statistics. Received: layer={layer!r}"
         )
-    for layer in flatten_layers(model):
+    for layer in _keras.flatten_layers(model):
         if isinstance(getattr(layer, "_record", None), TrainingRecord):
             raise ValueError(
                 f"Layer {layer.name!r} is a DPModel, with a ledger of its own. Build it as keras.Model, or take both "
@@ -65,11 +51,7 @@ def check_layers(model: Any) -> None:
 
 
 def check_functions() -> None:
-    """Refuses a step in Python, operation by operation: gradients through statistics are read off the step's graph.
-
-    Raises:
-      RuntimeError: if TensorFlow is told to run functions eagerly.
-    """
+    """Refuses a step in Python, operation by operation: gradients through statistics are read off the step's graph."""
     if tf.config.functions_run_eagerly():
         raise RuntimeError(
             "A private step must be traced. Call tf.config.run_functions_eagerly(False) before training; with "
@@ -78,15 +60,10 @@ def check_functions() -> None:
 
 
 def refuse_call_time_loss(layer: Any) -> None:
-    """Refuses a layer that adds losses while it is called.
-
-    Raises:
-      ValueError: naming it.
-    """
+    """Refuses a layer that adds losses while it is called."""
     raise ValueError(
-        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer). Such a loss can "
-        "depend on private examples, and regularization is neither clipped nor noised. Put it into the compiled loss, "
-        "which is clipped for each example, or use a weight regularizer (kernel_regularizer)."
+        f"Layer {layer.name!r} adds a loss while it is called (add_loss or activity_regularizer), which is neither "
+        "clipped nor noised. Put it into the compiled loss, or use a weight regularizer (kernel_regularizer)."
     )
 
 
@@ -94,15 +71,8 @@ def check_grouped_convolutions(model: Any, compiled: bool) -> None:
     """Refuses grouped convolutions where TensorFlow has no kernel for their gradients.
 
     Stock Keras has these convolutions alone compiled by XLA, which vectorizing over examples undoes.
-
-    Args:
-      model: any Keras model.
-      compiled: whether XLA compiles the whole step.
-
-    Raises:
-      NotImplementedError: naming the layer.
     """
-    for layer in [] if compiled else flatten_layers(model):
+    for layer in [] if compiled else _keras.flatten_layers(model):
         rank = next((rank for rank, kind in _CONVOLUTIONS.items() if isinstance(layer, kind)), None)
         if rank is None or layer.groups == 1 or not _may_need_gradients(model, layer) or _has_grouped_gradients(rank):
             continue
@@ -140,12 +110,7 @@ _REPLICATED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirrored
 
 
 def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run_eagerly: bool) -> None:
-    """Refuses what several replicas cannot do alike.
-
-    Raises:
-      NotImplementedError: for a strategy without mirrored variables, or eager steps on several replicas.
-      ValueError: for an optimizer that was built in another scope than the model.
-    """
+    """Refuses what several replicas cannot do alike."""
     single = isinstance(strategy, tf.distribute.OneDeviceStrategy) or type(strategy).__name__.startswith("_Default")
     if not single and not isinstance(strategy, _REPLICATED):
         raise NotImplementedError(
@@ -153,12 +118,9 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
             f"Use one of these. Received: {type(strategy).__name__}"
         )
     if not optimizer.is_built_in(strategy):
-        raise _validate.argument_error(
-            "optimizer",
-            type(optimizer).__name__,
-            "be built, with the optimizer it wraps, in the same strategy's scope as the model",
-            "Build all of them within `with strategy.scope():`, so that all replicas draw the same noise.",
-        )
+        requirement = "be built, with the optimizer it wraps, in the same strategy's scope as the model"
+        remedy = "Build all of them within `with strategy.scope():`, so that all replicas draw the same noise."
+        raise _validate.argument_error("optimizer", type(optimizer).__name__, requirement, remedy)
     if IS_KERAS_3 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise NotImplementedError(
             "Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (github.com/keras-team/keras/issues/20585). Set "
@@ -171,42 +133,30 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
         )
 
 
-def check_labels(model: Any, labels: Any, sample_weight: Any = None) -> None:
+def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str = "y") -> None:
     """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 
-    Args:
-      model: compiled; integers are checked for one output of known shape with a sparse categorical loss of Keras'.
-      labels: array of labels, or nest of arrays.
-      sample_weight: array or None; where it is 0, and for the loss' `ignore_class`, any integer will do.
-
-    Raises:
-      ValueError: with the smallest or largest label, or for strings.
+    Integers are checked for one output of known shape with a sparse categorical loss of Keras'. Where `sample_weight`
+    is 0, and for the loss' `ignore_class`, any will do.
     """
     losses = [loss for loss in tf.nest.flatten(getattr(model, "loss", None)) if loss is not None]
     arrays = tf.nest.flatten(labels)
     are_strings = any(_holds_strings(each) for each in arrays)
-    if are_strings and all(is_keras_loss(loss) for loss in losses):
-        raise _validate.argument_error(
-            "y",
-            "strings",
-            "hold numbers, which the compiled loss takes",
-            "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1.",
-        )
+    if are_strings and all(_keras.is_keras_loss(loss) for loss in losses):
+        remedy = "Encode the labels before training, for example by keras.layers.StringLookup(vocabulary=...)(y) - 1."
+        raise _validate.argument_error(name, "strings", "hold numbers, which the compiled loss takes", remedy)
     shape = getattr(model, "output_shape", None)
-    if len(losses) != 1 or not is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
+    if len(losses) != 1 or not _keras.is_keras_loss(losses[0], "sparse_categorical_crossentropy") or len(arrays) != 1:
         return
     if are_strings or not isinstance(shape, tuple) or not isinstance(shape[-1] if shape else None, int):
         return
     classes, values = shape[-1], np.asarray(arrays[0])
-    values = values[_counting(values, sample_weight) & (values != ignored_class(losses[0]))]
+    values = values[_counting(values, sample_weight) & (values != _keras.ignored_class(losses[0]))]
     for label in (int(values.min()), int(values.max())) if values.size else ():
         if not 0 <= label < classes:
-            raise _validate.argument_error(
-                "y",
-                label,
-                f"hold labels from 0 to {classes - 1}, the classes that the model predicts",
-                "Correct the labels or give the last layer more units.",
-            )
+            requirement = f"hold labels from 0 to {classes - 1}, the classes that the model predicts"
+            remedy = "Correct the labels or give the last layer more units."
+            raise _validate.argument_error(name, label, requirement, remedy)
 
 
 def _holds_strings(labels: Any) -> bool:
@@ -227,56 +177,31 @@ def _counting(labels: np.ndarray, sample_weight: Any) -> np.ndarray:
 
 
 def check_batches(x: Any, batch_size: int | None, held_out: float, optimizer: DPOptimizer) -> None:
-    """Refuses batches whose size contradicts the sampling rate that the accounting assumes.
-
-    Args:
-      x: what `fit` got: arrays, or a data set that is not from the Poisson sampler.
-      batch_size: the batch size given to `fit`, or None for Keras' default of 32.
-      held_out: validation_split.
-      optimizer: the optimizer.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses batches, of arrays or of another sampler, whose size contradicts the sampling rate of the accounting."""
     if isinstance(x, tf.data.Dataset):
         size = tf.nest.flatten(x.element_spec)[0].shape[:1].as_list()
         size = size[0] if size else None
     else:
         arrays = [each for each in tf.nest.flatten(x) if hasattr(each, "shape")]
-        size = (batch_size or 32) if arrays else None
+        size = (batch_size or 32) if arrays else None  # Keras' default
         examples = round(len(arrays[0]) * (1.0 - held_out)) if arrays else None
-        if optimizer.num_examples is not None and examples is not None:
-            if abs(examples - optimizer.num_examples) > 1:
-                raise _validate.argument_error(
-                    "num_examples",
-                    optimizer.num_examples,
-                    f"equal the number of training examples, {examples}",
-                    "Epsilon depends on it.",
-                )
+        expected = optimizer.num_examples
+        if expected is not None and examples is not None and abs(examples - expected) > 1:
+            requirement = f"equal the number of training examples, {examples}"
+            raise _validate.argument_error("num_examples", expected, requirement, "Epsilon depends on it.")
     if size is not None and size != optimizer.expected_batch_size:
-        raise _validate.argument_error(
-            "expected_batch_size",
-            optimizer.expected_batch_size,
-            f"equal the size of the batches, {size}",
-            "It is the denominator, and with num_examples the sampling rate. Pass batch_size to fit, or better a "
-            "data set from PrivacyPlan.poisson_dataset.",
-        )
+        requirement = f"equal the size of the batches, {size}"
+        remedy = "Epsilon depends on it. Pass batch_size to fit, or better a data set from PrivacyPlan.poisson_dataset."
+        raise _validate.argument_error("expected_batch_size", optimizer.expected_batch_size, requirement, remedy)
 
 
 def check_rows(x: Any, sample_weight: Any, optimizer: DPOptimizer) -> None:
-    """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches.
-
-    Raises:
-      ValueError: with the number of rows.
-    """
+    """Refuses a batch without weights that is not of the expected size: epsilon would be that of other batches."""
     rows = next((each.shape[0] for each in tf.nest.flatten(x) if len(getattr(each, "shape", ()))), None)
     if sample_weight is None and rows not in (None, optimizer.expected_batch_size):
-        raise _validate.argument_error(
-            "x",
-            f"{rows} rows and sample_weight=None",
-            f"have as many rows as expected_batch_size={optimizer.expected_batch_size:g}, or come with weights",
-            "Pass all of a batch from poisson_dataset: train_on_batch(*batch). With your own draws pass weights of 1.",
-        )
+        requirement = f"have expected_batch_size={optimizer.expected_batch_size:g} rows, or come with weights"
+        remedy = "Pass whole batches of poisson_dataset: train_on_batch(*batch). With your own draws use weights of 1."
+        raise _validate.argument_error("x", f"{rows} rows and sample_weight=None", requirement, remedy)
 
 
 def check_callbacks(callbacks: Any) -> None:
@@ -284,64 +209,41 @@ def check_callbacks(callbacks: Any) -> None:
     for callback in tf.nest.flatten(callbacks or []):
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor != "epsilon" and getattr(callback, "save_best_only", True):
-            warnings.warn(
+            message = (
                 f"{type(callback).__name__} decides by {monitor!r}, which is computed without noise. What it decides "
-                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless the data behind it are "
-                "public.",
-                PrivacyWarning,
-                stacklevel=4,
+                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless its data are public."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=4)
 
 
 def check_sampling(batches: PoissonSampling, optimizer: DPOptimizer, replicas: int) -> None:
-    """Refuses a data set of draws that the optimizer's denominator, accounting or replicas do not fit.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses a data set of draws that the optimizer's denominator, accounting or replicas do not fit."""
     if batches.rows % replicas:
-        raise _validate.argument_error(
-            "x",
-            f"a Poisson data set of {batches.rows} rows",
-            f"have equally many rows for each of the {replicas} replicas",
-            "Build it within `with strategy.scope():`, or choose another max_batch_size.",
-        )
+        requirement = f"have equally many rows for each of the {replicas} replicas"
+        remedy = "Build it within `with strategy.scope():`, or choose another max_batch_size."
+        raise _validate.argument_error("x", f"a Poisson data set of {batches.rows} rows", requirement, remedy)
     pairs = [
         ("expected_batch_size", optimizer.expected_batch_size, batches.expected_batch_size),
         ("num_examples", optimizer.num_examples or batches.num_examples, batches.num_examples),
     ]
     for name, given, drawn in pairs:
         if abs(given - drawn) > 1e-6 * drawn:
-            raise _validate.argument_error(
-                name,
-                given,
-                f"equal that of the Poisson data set, {drawn:g}",
-                "Build optimizer and data set from the same PrivacyPlan.",
-            )
+            remedy = "Build optimizer and data set from the same PrivacyPlan."
+            raise _validate.argument_error(name, given, f"equal that of the Poisson data set, {drawn:g}", remedy)
 
 
 def check_public_rows(public_batch: Any, training: Any) -> None:
-    """Refuses a public batch with rows of the training data, which would have no privacy.
-
-    Args:
-      public_batch: nest of tensors.
-      training: inputs as the user gave them: nest of arrays or tensors, of others nothing is known.
-
-    Raises:
-      ValueError: with the number of such rows.
-    """
+    """Refuses a public batch with rows of the training data (arrays or tensors), which would have no privacy."""
     public = [np.asarray(each) for each in tf.nest.flatten(public_batch)]
     arrays = [each for each in tf.nest.flatten(training) if hasattr(each, "shape") and hasattr(each, "__array__")]
     found = public_data.count_common_rows(public, arrays)
     if found:
-        raise _validate.argument_error(
-            "public_batch",
-            f"{found} of {len(public[0])} rows that are rows of the training data",
-            "not contain private examples",
-            "It is stored with the model in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; "
-            "only if these rows are public, or coincide by chance, set_public_batch(..., "
-            "may_contain_training_rows=True).",
+        received = f"{found} of {len(public[0])} rows that are rows of the training data"
+        remedy = (
+            "It is stored in the clear. Take other data, or a synthetic batch of tf_dpbn.public_data; only if these "
+            "rows are public, or coincide by chance, set_public_batch(..., may_contain_training_rows=True)."
         )
+        raise _validate.argument_error("public_batch", received, "not contain private examples", remedy)
 
 
 def check_plan(
@@ -349,18 +251,13 @@ def check_plan(
 ) -> None:
     """Warns of a `fit` that would go beyond the plan of its data set, counting what ran before.
 
-    Args:
-      plan: of the data set.
-      draws: of the data set.
-      ledger: what ran.
-      record: the step that runs next.
-      options: arguments of `fit`. With a PrivacyBudget among the callbacks, which stops in time, there is nothing to
-        warn of, and with BackupAndRestore it is not known yet with which epoch training goes on.
+    With a PrivacyBudget among the callbacks, which stops in time, there is nothing to warn of, and with
+    BackupAndRestore it is not known yet with which epoch training goes on.
     """
     callbacks = tf.nest.flatten(options.get("callbacks") or [])
     resumed = any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks)
     epochs = max(0, options.get("epochs", 1) - options.get("initial_epoch", 0))
-    steps = epochs * (steps_of_epoch(options.get("steps_per_epoch")) or draws.steps_per_epoch)
+    steps = epochs * (_keras.steps_of_epoch(options.get("steps_per_epoch")) or draws.steps_per_epoch)
     if not steps or resumed or any(getattr(each, "stops_in_time", False) for each in callbacks):
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
@@ -370,26 +267,19 @@ def check_plan(
         return  # without a computation, which takes seconds with PLD
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
-        warnings.warn(
+        (noise,), (asked,) = record.noise_multipliers, whole.noise_multipliers
+        remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
+        if noise < asked:
+            remedy = f"The optimizer's noise multiplier is {noise:.4g}, not {asked:.4g}: build both from one plan."
+        message = (
             f"This `fit` would take {steps} steps after {ledger.steps} so far and reach epsilon {reached:.4g} at delta "
-            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. Train for "
-            f"fewer epochs, make a new plan, or stop in time with callbacks.PrivacyBudget({planned:.4g}).",
-            PrivacyWarning,
-            stacklevel=4,
+            f"{plan.delta:g}; the plan of its data set is for {whole.steps} steps and epsilon {planned:.4g}. {remedy}"
         )
+        warnings.warn(message, PrivacyWarning, stacklevel=4)
 
 
 def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None, public_batch: Any) -> None:
-    """Refuses workers that draw for themselves, so that an example could enter a step twice, or differ in their data.
-
-    Args:
-      strategy: the model's.
-      source: of the data set, or None if it is not from the Poisson sampler.
-      public_batch: nest of arrays or tensors, or None.
-
-    Raises:
-      ValueError: on every worker.
-    """
+    """Refuses workers that draw for themselves, so that an example could enter a step twice, or hold other data."""
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         return
     if source is None or source.draws is None:
@@ -403,24 +293,12 @@ def check_workers(strategy: tf.distribute.Strategy, source: PoissonSource | None
     for name, ours in (("x, y", source.draws.digest), ("public_batch", sampling.digest_of(arrays))):
         total = strategy.reduce("SUM", strategy.run(functools.partial(tf.constant, ours, tf.int64)), axis=None)
         if int(total) != ours * strategy.num_replicas_in_sync:
-            raise _validate.argument_error(
-                name,
-                "other values than on another worker",
-                "be the same on all workers, in the same order",
-                "Use one seed.",
-            )
+            requirement = "be the same on all workers, in the same order"
+            raise _validate.argument_error(name, "other values than on another worker", requirement, "Use one seed.")
 
 
 def check_overrides(model: Any, private: type) -> None:
-    """Refuses models that take steps, or compute losses, in a method of their own.
-
-    Args:
-      model: the model.
-      private: DPModel.
-
-    Raises:
-      NotImplementedError: naming the method.
-    """
+    """Refuses models that take steps (other than `private`'s), or compute losses, in a method of their own."""
     for method, owner, remedy in (
         ("train_step", private, "which is the private step itself. Put what it does into layers, losses or callbacks"),
         ("compute_loss", keras.Model, "which a private step does not call. Give the loss to compile(loss=...)"),
@@ -430,11 +308,7 @@ def check_overrides(model: Any, private: type) -> None:
 
 
 def check_loss(model: Any) -> None:
-    """Refuses to train a model that was compiled without a loss.
-
-    Raises:
-      ValueError: without a loss.
-    """
+    """Refuses to train a model that was compiled without a loss."""
     if all(each is None for each in tf.nest.flatten(model.loss)):
         raise ValueError(
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
@@ -443,12 +317,8 @@ def check_loss(model: Any) -> None:
 
 
 def check_trainable(model: Any) -> None:
-    """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing.
-
-    Raises:
-      ValueError: where there are no trainable weights.
-    """
-    has_weights = model.weights or symbolic_outputs(model) is not None  # a subclass may be called built without
+    """Refuses to train a built model in which nothing trains: its steps would cost privacy for nothing."""
+    has_weights = model.weights or _keras.symbolic_outputs(model) is not None  # a subclass may be called built without
     if model.built and has_weights and not model.trainable_variables:
         raise ValueError(
             f"The model {model.name!r} has no trainable weights. Set `trainable = True` of the layers to train, and of "
@@ -457,58 +327,34 @@ def check_trainable(model: Any) -> None:
 
 
 def check_single_batch(strategy: tf.distribute.Strategy) -> None:
-    """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each.
-
-    Raises:
-      NotImplementedError: on Keras 3 with several replicas.
-    """
+    """Refuses `train_on_batch` where Keras hands the whole batch to every replica: an example would count on each."""
     if IS_KERAS_3 and strategy.num_replicas_in_sync > 1:
         raise NotImplementedError(
             f"`train_on_batch` cannot be used on {strategy.num_replicas_in_sync} replicas: Keras 3 gives each of them "
-            "the whole batch, so that every example would count as often. Use `fit`, which splits batches; for a "
-            "single one pass tf.data.Dataset.from_tensors((x, y, sample_weight))."
+            "the whole batch. Use `fit`; for one batch pass tf.data.Dataset.from_tensors((x, y, sample_weight))."
         )
 
 
 def check_multiplicity(made: int, averaged: int) -> None:
-    """Refuses a data set with another number of augmented copies than the model averages over.
-
-    Raises:
-      ValueError: naming both numbers.
-    """
+    """Refuses a data set with another number of augmented copies than the model averages over."""
     if made != averaged:
-        raise _validate.argument_error(
-            "augmentation_multiplicity",
-            averaged,
-            f"equal that of the Poisson data set, {made}",
-            "Pass the same augmentation_multiplicity to compile and to poisson_dataset.",
-        )
+        requirement = f"equal that of the Poisson data set, {made}"
+        remedy = "Pass the same augmentation_multiplicity to compile and to poisson_dataset."
+        raise _validate.argument_error("augmentation_multiplicity", averaged, requirement, remedy)
 
 
 def check_copies(x: Any, multiplicity: int) -> None:
-    """Refuses inputs that do not hold the augmented copies that the model averages over.
-
-    Raises:
-      ValueError: with the shape.
-    """
+    """Refuses inputs that do not hold the augmented copies that the model averages over."""
     for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
         if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
-            raise _validate.argument_error(
-                "x",
-                tensor.shape,
-                f"have shape [batch, {multiplicity}, ...], with the augmentation_multiplicity given to compile",
-                "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs.",
-            )
+            requirement = f"have shape [batch, {multiplicity}, ...], as augmentation_multiplicity asks for"
+            remedy = "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs."
+            raise _validate.argument_error("x", tensor.shape, requirement, remedy)
 
 
 def check_reduction(loss: Any) -> None:
-    """Refuses losses that add up a batch, where the mean over an example's copies is meant.
-
-    Raises:
-      ValueError: with the loss.
-    """
+    """Refuses losses that add up a batch, where the mean over an example's copies is meant."""
     for each in tf.nest.flatten(loss):
         if getattr(each, "reduction", None) == "sum":
-            raise _validate.argument_error(
-                "loss", each, "not add up the batch (reduction='sum')", "An example's copies are averaged over."
-            )
+            requirement = "not add up the batch (reduction='sum')"
+            raise _validate.argument_error("loss", each, requirement, "An example's copies are averaged over.")

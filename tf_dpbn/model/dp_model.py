@@ -11,22 +11,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn import _validate
+from tf_dpbn import _keras, _validate
 from tf_dpbn._devices import has_accelerator, require_full_float32
-from tf_dpbn._keras import (
-    IS_KERAS_3,
-    Functional,
-    StoredBeside,
-    as_compiled,
-    build_compiled,
-    count_of,
-    deserialize,
-    flatten_layers,
-    is_compiled_whole,
-    is_functional_signature,
-    keras,
-    symbolic_outputs,
-)
+from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyWarning, privacy_statement
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
@@ -58,12 +45,12 @@ class DPModel(keras.Model):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Returns a DPFunctional for `DPModel(inputs, outputs)`, as keras.Model returns a functional model."""
-        if cls is DPModel and is_functional_signature(args, kwargs):
+        if cls is DPModel and _keras.is_functional_signature(args, kwargs):
             return super().__new__(DPFunctional, *args, **kwargs)
         return super().__new__(cls, *args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if is_functional_signature(args, kwargs) and not isinstance(self, Functional):
+        if _keras.is_functional_signature(args, kwargs) and not isinstance(self, Functional):
             raise TypeError(
                 "A subclass of DPModel must define `call` and pass no inputs and outputs to super().__init__(). Use "
                 f"tf_dpbn.DPModel(inputs, outputs) directly for a functional model. Received: {type(self).__name__}"
@@ -125,14 +112,11 @@ class DPModel(keras.Model):
           RuntimeError: by a callback of a running `fit`.
         """
         if not isinstance(optimizer, DPOptimizer):
-            raise _validate.argument_error(
-                "optimizer",
-                optimizer,
-                "be a DPOptimizer",
-                "Wrap yours: tf_dpbn.optimizers.DPOptimizer(inner, l2_norm_clip=1.0, noise_multiplier=1.1, "
-                "expected_batch_size=256).",
-                TypeError,
+            remedy = (
+                "Wrap yours: tf_dpbn.optimizers.DPOptimizer.from_plan(plan, inner, l2_norm_clip=1.0), or DPOptimizer("
+                "inner, l2_norm_clip=1.0, noise_multiplier=1.1, expected_batch_size=256, num_examples=60_000)."
             )
+            raise _validate.argument_error("optimizer", optimizer, "be a DPOptimizer", remedy, TypeError)
         self._refuse_while_training("compile")
         self._private_optimizer = None  # a model whose `compile` fails does not train
         checks.check_overrides(self, DPModel)
@@ -171,7 +155,7 @@ class DPModel(keras.Model):
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles from `get_compile_config`."""
-        self.compile(**deserialize(config))
+        self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)
@@ -217,9 +201,9 @@ class DPModel(keras.Model):
         """As in Keras; only what it makes may call `train_step`, and it multiplies in full float32."""
         before = self.train_function
         super().make_train_function(force)
-        if self.train_function is before:
-            return before
         function = self.train_function
+        if function is before:
+            return before
 
         def train_function(*args: Any, **kwargs: Any) -> Any:
             require_full_float32()
@@ -261,7 +245,7 @@ class DPModel(keras.Model):
         source = source_of(x)
         with self._training("fit") as optimizer:
             try:
-                with as_compiled(self):
+                with _keras.as_compiled(self):
                     self._prepare_fit(x, y, kwargs)
                 if isinstance(x, tf.data.Dataset):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
@@ -285,9 +269,6 @@ class DPModel(keras.Model):
           RuntimeError: by a callback of a running `fit`.
         """
         with self._training("train_on_batch") as optimizer:
-            with as_compiled(self):
-                checks.check_trainable(self)
-                checks.check_grouped_convolutions(self, is_compiled_whole(self))
             checks.check_single_batch(self.distribute_strategy)
             checks.check_workers(self.distribute_strategy, None, None)
             checks.check_rows(x, sample_weight, optimizer)
@@ -301,6 +282,9 @@ class DPModel(keras.Model):
         checks.check_functions()
         checks.check_overrides(self, DPModel)
         checks.check_loss(self)
+        with _keras.as_compiled(self):
+            checks.check_trainable(self)
+            checks.check_grouped_convolutions(self, _keras.is_compiled_whole(self))
         self._is_training = True
         try:
             yield optimizer
@@ -323,17 +307,14 @@ class DPModel(keras.Model):
     def _prepare_fit(self, x: Any, y: Any, options: dict[str, Any]) -> None:
         """Checks everything that can be checked before the first step, and opens the ledger's record."""
         optimizer, source = self._compiled_optimizer(), source_of(x)
-        checks.check_trainable(self)
-        checks.check_grouped_convolutions(self, is_compiled_whole(self))
         batches = source.sampling if source else _sampling_behind(x)
         if source is None:
             origin = "do not come from" if batches is None else "were changed (mapped, cached, shuffled) after"
-            warnings.warn(
+            message = (
                 f"The batches {origin} PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The reported "
-                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy.",
-                PrivacyWarning,
-                stacklevel=3,
+                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy."
             )
+            warnings.warn(message, PrivacyWarning, stacklevel=3)
         if batches is None:
             checks.check_batches(x, options["batch_size"], options.get("validation_split", 0.0), optimizer)
         else:
@@ -349,6 +330,9 @@ class DPModel(keras.Model):
         labels = source.labels if source else y
         if labels is not None:
             checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
+        held_out = options.get("validation_data")
+        if isinstance(held_out, (tuple, list)) and len(held_out) > 1 and held_out[1] is not None:
+            checks.check_labels(self, held_out[1], held_out[2] if len(held_out) > 2 else None, "validation_data")
         checks.check_callbacks(options["callbacks"])
         next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
         if source is not None and source.plan is not None:
@@ -358,41 +342,32 @@ class DPModel(keras.Model):
     def _create_variables(self, x: Any, y: Any) -> None:
         """Creates, as far as can be, the variables that a step would otherwise create, and be traced twice for.
 
-        A model that is not functional is traced for that, once after each `compile`; on several replicas it is left to
-        the step.
-
-        Args:
-          x, y: specs of a batch, or None if they are not known.
+        A model that is not functional is traced for that on the specs of a batch, if they are known, once after each
+        `compile`; on several replicas it is left to the step.
         """
-        y_pred = symbolic_outputs(self)
+        y_pred = _keras.symbolic_outputs(self)
         is_functional = y_pred is not None
-        if (
-            x is not None
-            and not self._is_prepared
-            and (is_functional or self.distribute_strategy.num_replicas_in_sync == 1)
-        ):
+        can_trace = is_functional or self.distribute_strategy.num_replicas_in_sync == 1
+        if x is not None and not self._is_prepared and can_trace:
             checks.check_layers(self)
             if not is_functional:
-                y_pred = trace_outputs(self, self._without_copies(x))
+                one = x  # without the axis of augmented copies
+                if self._dp_options["augmentation_multiplicity"] > 1:
+                    one = tf.nest.map_structure(lambda t: tf.TensorSpec([t.shape[0], *t.shape[2:]], t.dtype), x)
+                y_pred = trace_outputs(self, one)
                 checks.check_trainable(self)
             with self.distribute_strategy.scope():
-                build_compiled(self, y, y_pred)
+                _keras.build_compiled(self, y, y_pred)
         elif not (is_functional or x is not None and self.built):
             return
         self._create_averages()
         with self.distribute_strategy.scope():
             self._compiled_optimizer().build(self.trainable_variables)
-        noised = any(getattr(layer, "statistics", None) == "noised" for layer in flatten_layers(self))
+        noised = any(getattr(layer, "statistics", None) == "noised" for layer in _keras.flatten_layers(self))
         if x is not None and noised and self._dp_options["correction"] != "none" and not self._is_prepared:
             # The means of what kernel layers are fed with take a trace to find; the graph is of no further use.
             trace_in_replica(self, lambda x, y: step.public_forward(self, Batch(x, y, None, None)), x, y)
         self._is_prepared = x is not None
-
-    def _without_copies(self, x: Any) -> Any:
-        """Specs of a batch without the axis of augmented copies."""
-        if self._dp_options["augmentation_multiplicity"] == 1:
-            return x
-        return tf.nest.map_structure(lambda spec: tf.TensorSpec([spec.shape[0], *spec.shape[2:]], spec.dtype), x)
 
     def _create_averages(self) -> None:
         """Creates what the adaptive correction keeps, as far as the model is built: in a step, it is traced twice."""
@@ -477,7 +452,7 @@ class DPModel(keras.Model):
             public = PublicForward(self, batch, self._dp_options["correction"], self._record.released_means)
             found.append(public.corrections())
 
-        with as_compiled(self):
+        with _keras.as_compiled(self):
             if not self.built and self.distribute_strategy.num_replicas_in_sync == 1:
                 trace_outputs(self, tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), batch))
             trace_in_replica(self, report)
@@ -512,7 +487,7 @@ class DPModel(keras.Model):
     @property
     def debug_non_finite_examples(self) -> int:
         """How many examples were dropped because their gradient was non-finite: private, not to be released."""
-        return count_of(self._record.non_finite)
+        return _keras.count_of(self._record.non_finite)
 
     # ------------------------------------------------------------------ saving
 
@@ -541,12 +516,14 @@ class DPModel(keras.Model):
         return super().save_weights(filepath, *args, **kwargs)
 
     @functools.cached_property
-    def zz_tf_dpbn_record(self) -> StoredBeside:
+    def zz_tf_dpbn_record(self) -> _keras.StoredBeside:
         """What weights files hold of public batch and ledger, which a stock model passes over.
 
         tf_keras visits attributes in reverse order and stops at weights that do not match: this one comes first.
         """
-        return StoredBeside(functools.partial(saving.save_record, self), functools.partial(saving.load_record, self))
+        return _keras.StoredBeside(
+            functools.partial(saving.save_record, self), functools.partial(saving.load_record, self)
+        )
 
     def save_own_variables(self, store: Any) -> None:
         """Keras' hook, before other weights are saved."""

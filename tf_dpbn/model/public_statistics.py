@@ -8,63 +8,38 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import public_data
-from tf_dpbn._keras import (
-    as_compiled,
-    call_model,
-    clear_call_time_losses,
-    flatten_layers,
-    keras,
-    symbolic_outputs,
-)
+from tf_dpbn import _validate, public_data
+from tf_dpbn._keras import as_compiled, call_model, clear_call_time_losses, flatten_layers, keras, symbolic_outputs
 from tf_dpbn.model.training_trace import Structure, trace_training_pass
 from tf_dpbn.normalization import DPBatchNormalization, PublicPass, refresh_moving_statistics
 
 
-class RefreshAtEpochEnds(keras.callbacks.Callback):
-    """In front of other callbacks, which read statistics of the weights at the ends of epochs and of training."""
+class _Refresh(keras.callbacks.Callback):
+    """Keeps moving statistics those of the weights, in some of the hooks."""
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Refreshes."""
-        self.model._public.refresh_if_trained()
-
-    def on_train_end(self, logs: Any = None) -> None:
-        """Refreshes: Keras may have written averaged weights by now."""
-        self.model._public.refresh_if_trained()
-
-
-class RefreshAroundEvaluation(keras.callbacks.Callback):
-    """Behind callbacks that swap weights when evaluation, prediction or training begins or ends."""
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        """Refreshes."""
-        self.model._public.refresh_if_trained()
-
-    on_test_end = on_predict_begin = on_predict_end = on_train_end = on_test_begin
+    def __init__(self, *hooks: str) -> None:
+        super().__init__()
+        for hook in hooks:
+            setattr(self, hook, lambda *_, **__: self.model._public.refresh_if_trained())
 
 
 def with_refreshes(callbacks: Any) -> list[Any]:
     """The callbacks that `fit` got, between those that keep moving statistics those of the weights."""
     given = tf.nest.flatten(getattr(callbacks, "callbacks", callbacks) or [])
-    return [RefreshAtEpochEnds(), *given, RefreshAroundEvaluation()]
+    # Others read statistics at the ends of epochs and of training, by when Keras may have written averaged weights.
+    before = _Refresh("on_epoch_end", "on_train_end")
+    # Others swap weights when evaluation, prediction or training begins or ends.
+    behind = _Refresh("on_test_begin", "on_test_end", "on_predict_begin", "on_predict_end", "on_train_end")
+    return [before, *given, behind]
 
 
 class PublicStatistics:
-    """The public batch of a model, and the moving statistics that it gives.
-
-    Args:
-      model: a DPModel.
-
-    Attributes:
-      batch: nest of tensors, or None.
-      may_contain_training_rows: whether the batch may hold rows of the training data, as the user said.
-      structure: what the last trace of the training pass showed; None before the first.
-    """
+    """The public batch of a DPModel, and the moving statistics that it gives."""
 
     def __init__(self, model: Any) -> None:
-        self.batch: Any = None
-        self.may_contain_training_rows = False
-        self.structure: Structure | None = None
+        self.batch: Any = None  # a nest of tensors
+        self.may_contain_training_rows = False  # as the user said
+        self.structure: Structure | None = None  # of the last trace of the training pass
         self._model = model
         self._refresh: tuple[Any, Any] = None, None
 
@@ -75,10 +50,8 @@ class PublicStatistics:
         if getattr(self._model, "inputs", None):
             specs = tf.nest.flatten(self._model.inputs)
             if len(specs) != len(arrays):
-                raise ValueError(
-                    f"`public_batch` must have one array for each of the model's {len(specs)} inputs. "
-                    f"Received: {len(arrays)} arrays"
-                )
+                requirement = f"have one array for each of the model's {len(specs)} inputs"
+                raise _validate.argument_error("public_batch", f"{len(arrays)} arrays", requirement)
         names = ["public_batch"] if len(arrays) == 1 else [f"public_batch[{i}]" for i in range(len(arrays))]
         checked = [
             public_data.validate_batch(
@@ -94,21 +67,15 @@ class PublicStatistics:
         if len(sizes) > 1:
             raise ValueError(f"`public_batch` must have equally many rows everywhere. Received: {sorted(sizes)}")
         self.may_contain_training_rows = may_contain_training_rows
-        old = tf.nest.flatten(self.batch)
-        if len(old) == len(checked) and all(
-            a is not None and np.array_equal(a, b) for a, b in zip(old, checked, strict=True)
-        ):
+        old = [] if self.batch is None else tf.nest.flatten(self.batch)
+        if len(old) == len(checked) and all(map(np.array_equal, old, checked)):
             return False
         self.batch = tf.nest.pack_sequence_as(batch, [tf.convert_to_tensor(array) for array in checked])
         self._refresh = None, None
         return True
 
     def require_batch(self) -> Any:
-        """The batch.
-
-        Raises:
-          ValueError: if there is none.
-        """
+        """The batch, which there must be."""
         if self.batch is None:
             shape = getattr(self._model, "input_shape", None)
             shape = shape[1:] if isinstance(shape, tuple) and shape[:1] == (None,) else "(height, width, channels)"
@@ -170,12 +137,7 @@ def trace_in_replica(model: Any, function: Callable[..., Any], *specs: Any) -> N
 def trace_outputs(model: Any, x: Any) -> Any:
     """Creates all variables of a model, of layers in training only and in inference only too.
 
-    Args:
-      model: a DPModel.
-      x: nest of TensorSpecs, a batch without augmented copies.
-
-    Returns:
-      Nest of TensorSpecs, what the model returns in training.
+    Takes the specs of a batch without augmented copies, and returns those of what the model returns in training.
     """
     found = []
 

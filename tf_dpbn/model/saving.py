@@ -43,11 +43,7 @@ def load_record(model: Any, store: Any) -> None:
 
 
 def check_file(filepath: Any, save_format: str) -> None:
-    """Refuses files of whole models that would lose the ledger: .h5, and tf_keras' SavedModel.
-
-    Raises:
-      ValueError: with the format to choose.
-    """
+    """Refuses files of whole models that would lose the ledger: .h5, and tf_keras' SavedModel."""
     if not IS_KERAS_3 and not str(filepath).endswith(".keras") or save_format != "keras":
         raise _lossy_file(filepath, ".keras, or `export` for serving")
     if str(filepath).endswith(_LEGACY_ENDINGS):
@@ -55,11 +51,7 @@ def check_file(filepath: Any, save_format: str) -> None:
 
 
 def check_weights_file(filepath: Any, save_format: str | None) -> None:
-    """Refuses files of weights that would lose the ledger.
-
-    Raises:
-      ValueError: with the format to choose.
-    """
+    """Refuses files of weights that would lose the ledger."""
     legacy = str(filepath).endswith((*_LEGACY_ENDINGS, ".keras")) or save_format == "h5"
     if legacy and not str(filepath).endswith(".weights.h5"):
         raise _lossy_file(filepath, ".weights.h5")

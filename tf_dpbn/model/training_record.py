@@ -23,24 +23,18 @@ class TrainingRecord(tf.train.experimental.PythonState):
     """The record of one model: no part of its weights, but of its checkpoints (as serialized text).
 
     Steps are counted by the optimizer, which draws their noise; this record says how their batches were drawn.
-
-    Attributes:
-      next_step: the step that would run next, as a record of one step; None before `compile`.
-      non_finite: counts examples that were dropped because their gradient was non-finite.
-      released_means: what normalizations keep of earlier releases.
-      version: changes whenever the ledger changes otherwise than by steps of `next_step`.
     """
 
     def __init__(self) -> None:
-        self.next_step: StepRecord | None = None
-        self.version = 0
+        self.next_step: StepRecord | None = None  # the step that would run next; None before `compile`
+        self.version = 0  # changes whenever the ledger changes otherwise than by steps of `next_step`
         self._optimizer: DPOptimizer | None = None
         self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
         self._run = uuid.uuid4().hex
         self._closed = {self._run: Ledger()}  # by who took the steps: only this object adds to its own
-        self.released_means = ReleasedMeans()
+        self.released_means = ReleasedMeans()  # what normalizations keep of earlier releases
         with tf.init_scope():
-            zero = tf.constant(0, tf.int64)
+            zero = tf.constant(0, tf.int64)  # of examples that were dropped because their gradient was non-finite
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
 
     def open(
@@ -55,9 +49,6 @@ class TrainingRecord(tf.train.experimental.PythonState):
           optimizer: whose steps are counted.
           batches: the distribution of the batches; None takes the optimizer's.
           sampling: "poisson" if they are known to be drawn so, or "assumed".
-
-        Returns:
-          `next_step`.
         """
         self._close()
         if optimizer is not self._optimizer:
@@ -73,18 +64,11 @@ class TrainingRecord(tf.train.experimental.PythonState):
         return self.next_step
 
     def check_optimizer(self, optimizer: DPOptimizer) -> None:
-        """Refuses an optimizer that has counted another model's steps.
-
-        Raises:
-          ValueError: with the remedy.
-        """
+        """Refuses an optimizer that has counted another model's steps."""
         if optimizer is not self._optimizer and optimizer.counted_steps():
-            raise _validate.argument_error(
-                "optimizer",
-                type(optimizer).__name__,
-                "not have trained another model, whose steps it has counted",
-                "Build a new one: type(optimizer).from_config(optimizer.get_config()).",
-            )
+            requirement = "not have trained another model, whose steps it has counted"
+            remedy = "Build a new one: type(optimizer).from_config(optimizer.get_config())."
+            raise _validate.argument_error("optimizer", type(optimizer).__name__, requirement, remedy)
 
     def ledger(self) -> Ledger:
         """Everything that ran, the running steps included."""
@@ -131,11 +115,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
         return json.dumps({"runs": runs, "released_means": self.released_means.values()})
 
     def deserialize(self, text: str | bytes) -> None:
-        """Takes over a saved ledger; steps that ran here or elsewhere stay recorded.
-
-        Steps that another object took are added. Of those that were taken by the same one, this or another, the file
-        and this model may hold different states; the longer stays.
-        """
+        """Merges a saved ledger, and takes its released means; steps that ran here or elsewhere stay recorded."""
         saved = json.loads(text)
         self.released_means.load(saved["released_means"])
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})

@@ -9,20 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _graph
-from tf_dpbn._keras import (
-    build_compiled_loss,
-    call_model,
-    call_time_losses,
-    clear_call_time_losses,
-    compiled_data_loss,
-    flatten_layers,
-    isolated_call,
-    own_variables,
-    raw,
-    seed_states,
-    tracker_variables,
-)
+from tf_dpbn import _graph, _keras
 from tf_dpbn.model.checks import refuse_call_time_loss
 from tf_dpbn.normalization import PublicPass
 
@@ -34,37 +21,25 @@ _LARGEST_ROW = 2**20  # such outputs are pictures, not embeddings
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What a trace of the model's training pass shows.
+    """What the step has to know of the model's training pass."""
 
-    Attributes:
-      active: the normalization calls that are in training (see `normalization.PublicPass`).
-      needs_public_batch: some of these take statistics from a public batch.
-      has_state: some layer updates state that does not depend on the examples (spectral normalization, a counter).
-    """
-
-    active: frozenset[tuple[int, int]]
-    needs_public_batch: bool
-    has_state: bool
+    active: frozenset[tuple[int, int]]  # the normalization calls that are in training (see `normalization.PublicPass`)
+    needs_public_batch: bool  # some of these take statistics from a public batch
+    has_state: bool  # some layer updates state that does not depend on the examples (spectral normalization, a counter)
 
 
 def trace_structure(model: Any, x: Any, y: Any) -> Structure:
-    """Traces the model's training pass once, without running it, and checks what it does.
+    """Traces a compiled model's training pass on a batch (nests of tensors or specs), without running it.
 
-    Args:
-      model: a compiled model.
-      x, y: nests of tensors or TensorSpecs, a batch.
-
-    Raises:
-      ValueError: if a layer's state depends on the examples, a layer adds a loss during its call, or the loss compares
-        examples.
+    Refuses state that depends on the examples, losses that layers add, and a loss that compares examples.
     """
     specs = []
 
     def loss(y_pred: Any, y: Any) -> Any:
-        build_compiled_loss(model, y, y_pred)
+        _keras.build_compiled_loss(model, y, y_pred)
         specs.append(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (y, y_pred)))
-        with isolated_call([], tf.constant(0), tracker_variables(model)) as isolated:
-            return compiled_data_loss(model, y, y_pred, None, isolated)[0]
+        with _keras.isolated_call([], tf.constant(0), _keras.tracker_variables(model)) as isolated:
+            return _keras.compiled_data_loss(model, y, y_pred, None, isolated)[0]
 
     trace = trace_training_pass(model, x, y, loss)
     for layer in trace.layers_with_losses:
@@ -79,73 +54,52 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
 
 @dataclasses.dataclass(frozen=True)
 class StateChange:
-    """An operation that writes what depends on examples to state.
+    """An operation that writes what depends on examples to state."""
 
-    Attributes:
-      layers: names of the layers that own the state, as far as it is among the model's weights.
-      operation: name of the operation.
-      variables: those of them that it changes.
-      reason: what to tell the user.
-    """
-
-    layers: tuple[str, ...]
-    operation: str
-    reason: str
-    variables: tuple[Any, ...] = ()
+    layers: tuple[str, ...]  # names of those that own the state, as far as it is among the model's weights
+    operation: str  # its name
+    reason: str  # what to tell the user
+    variables: tuple[Any, ...] = ()  # which of the layers' it changes
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingTrace:
-    """What a trace of a training pass shows.
+    """What a trace of a training pass shows."""
 
-    Attributes:
-      scope: the normalization calls.
-      layers_with_losses: layers that added a loss while they were called.
-      changes_from_data: state changes that depend on the examples.
-      has_state: whether there are other state changes than those of random generators.
-    """
-
-    scope: PublicPass
-    layers_with_losses: list[Any]
+    scope: PublicPass  # the normalization calls
+    layers_with_losses: list[Any]  # that added a loss while they were called
     changes_from_data: list[StateChange]
-    has_state: bool
+    has_state: bool  # whether there are other state changes than those of random generators
 
 
 def trace_training_pass(
     model: Any, x: Any, y: Any = (), then: Callable[[Any, Any], Any] = lambda y_pred, y: ()
 ) -> TrainingTrace:
-    """Traces the model's training pass, without running it.
-
-    Args:
-      model: a model, compiled or not.
-      x: nest of tensors or TensorSpecs, a batch.
-      y: passed to `then`.
-      then: what else belongs to the pass, from (predictions, y).
-    """
+    """Traces the training pass of any model on a batch; `then` is what else belongs to it, from (predictions, y)."""
     scope = PublicPass()
 
     def forward(x: Any, y: Any) -> Any:
         with scope:
-            y_pred = call_model(model, x, training=True)
+            y_pred = _keras.call_model(model, x, training=True)
         return y_pred, then(y_pred, y)
 
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), (x, y))
-    clear_call_time_losses(model)
+    _keras.clear_call_time_losses(model)
     traced = tf.function(forward, autograph=False).get_concrete_function(*specs)
-    added = call_time_losses(model)
-    clear_call_time_losses(model)
+    added = _keras.call_time_losses(model)
+    _keras.clear_call_time_losses(model)
     return TrainingTrace(scope, added, *_state_changes(model, traced.graph))
 
 
 def _state_changes(model: Any, graph: Any) -> tuple[list[StateChange], bool]:
     """State changes that depend on examples; and whether there are any others."""
     owners = {}
-    for layer in [model, *flatten_layers(model)]:
-        owners.update({id(raw(variable)): layer.name for variable in own_variables(layer)})
-    variables = _graph.captured_variables(graph, [raw(variable) for variable in model.variables])
+    for layer in [model, *_keras.flatten_layers(model)]:
+        owners.update({id(_keras.raw(variable)): layer.name for variable in _keras.own_variables(layer)})
+    variables = _graph.captured_variables(graph, [_keras.raw(variable) for variable in model.variables])
     captured = {id(inside) for _, inside in graph.captures}
     data = _graph.data_tensors(graph, [t for t in graph.inputs if id(t) not in captured])
-    random_states = {id(state) for state in seed_states(model)}
+    random_states = {id(state) for state in _keras.seed_states(model)}
     from_data, has_state = [], False
     for operation in _graph.state_changes(graph):
         changed = [variables[id(t)] for t in operation.inputs if id(t) in variables]
@@ -161,9 +115,9 @@ def _reason_of_change(operation: Any, changed: Sequence[Any], names: Sequence[st
     parts = [f"{v.name!r} of layer {name!r}" for v, name in zip(changed, names, strict=True)]
     what = ", ".join(parts) or f"outside the model's weights (operation {operation.type} {operation.name!r})"
     return (
-        f"The model or its loss updates state {what} during training from the examples, un-noised: that "
-        "couples private examples. Use a layer or loss without such state (for a recurrent layer: "
-        f"stateful=False, use_cudnn='auto'), or freeze it. Received: {operation.type}"
+        f"The model or its loss updates state {what} during training from the examples, un-noised: that couples "
+        "private examples. Use a layer or loss without such state (for a recurrent layer: stateful=False, "
+        f"use_cudnn='auto'), or freeze it. Received: {operation.type}"
     )
 
 
@@ -171,31 +125,23 @@ def check_rows_alone(model: Any, y: Any, y_pred: Any) -> None:
     """Refuses a loss that compares the rows of a batch: of one example alone it is the same whatever is predicted.
 
     A loss whose value on a batch is merely not the mean of its values on the rows (Dice of a whole batch) is taken
-    example by example. Nothing is refused where the loss cannot be computed on made-up numbers.
-
-    Args:
-      model: compiled, its loss built.
-      y, y_pred: nests of what has shapes [batch, ...] and types.
-
-    Raises:
-      ValueError: naming the loss.
+    example by example. Nothing is refused where the loss cannot be computed on made-up numbers. `y` and `y_pred` are
+    nests of what has shapes [batch, ...] and types.
     """
     for fractions in (True, False):
         try:
             y_made, one, other = _made_up(y, 0, fractions), _made_up(y_pred, 1, True), _made_up(y_pred, 2, True)
-            pairs_rows = _depends_on_predictions(model, y_made, one, other) and not any(
-                _depends_on_predictions(model, *(_row(each, row) for each in (y_made, one, other)))
-                for row in range(_ROWS)
-            )
+            rows = [tf.nest.map_structure(lambda t, i=i: t[i : i + 1], (y_made, one, other)) for i in range(_ROWS)]
+            alone = any(_depends_on_predictions(model, *row) for row in rows)
+            pairs_rows = not alone and _depends_on_predictions(model, y_made, one, other)
         except Exception:  # whatever a loss of the user's raises on numbers that it was not made for
             continue
         if pairs_rows:
             raise ValueError(
                 f"`loss` must depend on one example at a time: for each of {_ROWS} made-up rows alone it is the same "
-                "(or not a number) whatever is predicted, and for all of them together it is not. What is clipped is "
-                "the gradient of one example, so a loss that pairs the rows of a batch (in-batch contrastive, triplet) "
-                "would learn nothing and spend privacy. Make the pair or triplet one example: a model that takes its "
-                f"members as several inputs, and a loss of what it returns for them. Received: loss={model.loss!r}"
+                "(or not a number) whatever is predicted, so a private step would learn nothing. Make the pair or "
+                "triplet one example: a model that takes its members as several inputs, and a loss of what it returns "
+                f"for them. Received: loss={model.loss!r}"
             )
 
 
@@ -214,13 +160,9 @@ def _made_up(like: Any, seed: int, fractions: bool) -> Any:
     return tf.nest.map_structure(made, like)
 
 
-def _row(tensors: Any, row: int) -> Any:
-    return tf.nest.map_structure(lambda t: t[row : row + 1], tensors)
-
-
 def _depends_on_predictions(model: Any, y: Any, one: Any, other: Any) -> bool:
     values = []
     for y_pred in (one, other):
-        with isolated_call([], tf.constant(0), tracker_variables(model)) as scope:
-            values.append(float(tf.reduce_sum(compiled_data_loss(model, y, y_pred, None, scope)[0])))
+        with _keras.isolated_call([], tf.constant(0), _keras.tracker_variables(model)) as scope:
+            values.append(float(tf.reduce_sum(_keras.compiled_data_loss(model, y, y_pred, None, scope)[0])))
     return bool(np.isfinite(values).all()) and abs(values[0] - values[1]) > 1e-6 * max(1.0, abs(values[0]))

@@ -14,31 +14,17 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class LocalTerm:
-    """How the statistics of one normalization call depend on one variable of the layer that feeds it.
+    """How the statistics of one normalization call depend on one variable of the layer that feeds it."""
 
-    Attributes:
-      index: position of the variable among the trainable variables.
-      channel_axes: axes of the variable that, flattened, enumerate the normalization's channels.
-      d_mean: d mean_o / d variable[.., o], of the variable's shape, float32 or wider.
-      d_variance: d variance_o / d variable[.., o], likewise.
-      alike: d_mean is the same for all o of a group, as where the normalization's input is linear in the variable.
-    """
-
-    index: int
-    channel_axes: tuple[int, ...]
-    d_mean: tf.Tensor
-    d_variance: tf.Tensor
+    index: int  # of the variable among the trainable variables
+    channel_axes: tuple[int, ...]  # of the variable: flattened, they enumerate the normalization's channels
+    d_mean: tf.Tensor  # d mean_o / d variable[.., o], of the variable's shape, float32 or wider
+    d_variance: tf.Tensor  # d variance_o / d variable[.., o], likewise
+    # Whether d_mean is the same for all o of a group, as where the normalization's input is linear in the variable.
     alike: bool = False
 
     def pull_back(self, c_mean: tf.Tensor, c_variance: tf.Tensor) -> tf.Tensor:
-        """pbar (x) c_mu + V * c_v for each of a batch of cotangents.
-
-        Args:
-          c_mean, c_variance: [..., channels], derivatives of the loss by mean and variance.
-
-        Returns:
-          [..., *variable.shape].
-        """
+        """pbar (x) c_mu + V * c_v, [..., *variable.shape], for cotangents of mean and variance, [..., channels]."""
         c_mean, c_variance = (tf.cast(c, self.d_mean.dtype) for c in (c_mean, c_variance))
         return self.spread(c_mean) * self.d_mean + self.spread(c_variance) * self.d_variance
 
@@ -127,14 +113,7 @@ def normalize(
     epsilon: float,
     axes: Sequence[int] = (-1,),
 ) -> tf.Tensor:
-    """gamma * (z - mean) * r + beta, by channel.
-
-    Args:
-      z: [batch, ...], float32 or wider.
-      mean, variance, gamma, beta: of the shape of the channel axes; gamma and beta may be None.
-      epsilon: added to the variance.
-      axes: the channel axes.
-    """
+    """gamma * (z - mean) * r + beta, by channel; z is [batch, ...], float32 or wider, gamma and beta may be None."""
     shape = _broadcast_shape(z.shape.rank, axes, mean)
     is_last = all(size == 1 for size in shape[:-1]) and mean.shape.rank == 1
 
@@ -154,12 +133,7 @@ def statistics_cotangents(
         c_mu = -gamma r d_beta,    c_v = -1/2 gamma r^2 d_gamma        (docs/algorithm.md, section 3)
 
     Linear in (d_gamma, d_beta): it holds for one example and for any weighted, noised sum of examples, which is what
-    makes the non-local correction free post-processing.
-
-    Args:
-      d_gamma, d_beta: gradients of the scale and offset, shape [channels].
-      gamma, variance: the scale and the variance used in the forward pass, shape [channels].
-      epsilon: the layer's epsilon.
+    makes the non-local correction free post-processing. All are [channels], of the layer and its forward pass.
     """
     r = tf.math.rsqrt(variance + epsilon)
     return -gamma * r * d_beta, -0.5 * gamma * tf.square(r) * d_gamma
@@ -209,9 +183,7 @@ def residuals(
     Args:
       z: [..., channels], one example, with any leading axes.
       mean, variance: of the shape of the channel axes.
-      epsilon: added to the variance in r.
-      axes: the channel axes.
-      mask: bool, of the shape of the first axes of z; False positions are left out.
+      epsilon, axes, mask: as for `moments` and `normalize`.
 
     Returns:
       [2 * channels], float32 or wider.
@@ -247,7 +219,6 @@ def updated(
       mean, variance: [channels].
       released: [2 * channels], see `residuals`.
       rate: scalar in (0, 1], one minus the momentum.
-      epsilon: added to the variance.
     """
     m, s = tf.split(tf.cast(released, mean.dtype), 2)
     rate = tf.cast(rate, mean.dtype)
@@ -266,7 +237,6 @@ def anchored(
     Args:
       mean, variance: mu_P and v_P, [channels]; sd_P = sqrt(v_P + epsilon).
       shift, log_scale: [channels], slow averages of released residuals.
-      epsilon: added to the variance.
     """
     shift, log_scale = tf.cast(shift, mean.dtype), tf.cast(log_scale, mean.dtype)
     wide = variance + epsilon
@@ -285,11 +255,7 @@ def anchored_cotangents(
 
         c_mu_P = c_mu,    c_v_P = exp(log_scale) c_v + shift / (2 sd_P) c_mu        (docs/algorithm.md, section 5)
 
-    without the part by c_v where v is held at 0.
-
-    Args:
-      c_mean, c_variance: [..., channels].
-      variance, shift, log_scale, epsilon: as for `anchored`.
+    without the part by c_v where v is held at 0. Cotangents are [..., channels], the others as for `anchored`.
     """
     shift, log_scale = tf.cast(shift, variance.dtype), tf.cast(log_scale, variance.dtype)
     wide = variance + epsilon
@@ -300,13 +266,7 @@ def anchored_cotangents(
 def updated_anchor(
     shift: tf.Tensor, log_scale: tf.Tensor, released: tf.Tensor, rate: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Moves shift and log_scale of `anchored` by the released, noised mean of residuals.
-
-    Args:
-      shift, log_scale: [channels].
-      released: [2 * channels], see `residuals`.
-      rate: scalar in (0, 1].
-    """
+    """Moves shift and log_scale of `anchored` by the released, noised mean of residuals, as `updated` moves moments."""
     m, s = tf.split(tf.cast(released, shift.dtype), 2)
     shift = shift + rate * m * tf.exp(0.5 * log_scale)  # sd / sd_P
     log_scale = log_scale + tf.math.log(tf.maximum(1.0 + rate * s, _LEAST_FACTOR))

@@ -1,9 +1,9 @@
 """Poisson sampling: draws of examples, and padded datasets of them."""
 
-from tf_dpbn.sampling.class_weight import apply_class_weight
 from tf_dpbn.sampling.dataset import (
     PoissonSource,
     PrivacyPlan,
+    apply_class_weight,
     poisson_dataset,
     real_example_mask,
     source_behind,

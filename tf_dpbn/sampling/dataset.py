@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,34 +58,31 @@ def poisson_dataset(
     """Builds a dataset of Poisson-sampled batches of one fixed shape.
 
     Build it within the scope of the distribution strategy it is for, if any. Every iteration over the dataset makes
-    fresh draws. The dataset carries what it is, readable by
-    `source_of`, and so does one derived from it by `prefetch` or `with_options`. Others (cache, map, repeat) do not,
-    since their distribution may be another: `DPModel.fit` takes them with a warning.
+    fresh draws. The dataset carries what it is, readable by `source_of`, and so does one derived from it by `prefetch`
+    or `with_options`. Others (cache, map, repeat) do not, since their distribution may be another: `DPModel.fit` takes
+    them with a warning.
 
     Args:
-      x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become
-        tuples. Rows of numeric numpy arrays, memory-mapped ones included, are read as they are drawn, without a copy
-        of the whole: do not change the arrays while you train.
+      x: inputs, an array [N, ...] or a nest (dict, tuple, list) of such arrays. Lists become tuples. Rows of numeric
+        numpy arrays, memory-mapped ones included, are read as they are drawn, without a copy of the whole: do not
+        change the arrays while you train.
       y: labels, likewise.
-      sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. An
-        example of weight 0 counts as padding.
+      sample_weight: one array [N] or [N, ...] of finite weights, or None for weights of 1. Weight 0 is padding.
       expected_batch_size: mean number B of examples in a batch; the sampling probability is B / N.
-      max_batch_size: rows M of every batch, at least B; see
-        `accounting.default_max_batch_size`.
+      max_batch_size: rows M of every batch, at least B; see `accounting.default_max_batch_size`.
       steps_per_epoch: draws in one iteration; None takes ceil(N / B).
-      augment: maps one example's inputs to augmented ones of the same shapes, at random; see `augmentation`.
-        It is called for one example at a time and must keep no state.
+      augment: maps one example's inputs to augmented ones of the same shapes, at random, without state; see
+        `augmentation`.
       augmentation_multiplicity: how many augmented copies K of each example to make; the number given to
         `DPModel.compile`. With K > 1 inputs are [M, K, ...].
       seed: whole number that fixes the draws of all iterations, in order; see `poisson_indices`.
 
     Returns:
-      A dataset of (x, y, weight) with rows [M, ...]. Padding rows are zeros (empty strings) with
-      weight 0. The weight is float32 [M] or [M, ...].
+      A dataset of (x, y, weight) with rows [M, ...]; the weight is float32 [M] or [M, ...]. Padding rows are zeros
+      (empty strings) with weight 0.
 
     Raises:
-      ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or
-        a bad count or seed.
+      ValueError: arrays of different or no lengths, non-finite weights, B > N, M < B, or a bad count or seed.
       TypeError: `x`, `y` or `sample_weight` holds something that is no dense array.
     """
     data = _as_arrays("x", x), _as_arrays("y", y)
@@ -98,13 +95,11 @@ def poisson_dataset(
         requirement = f"be at least `expected_batch_size`, {expected}"
         remedy = "`accounting.default_max_batch_size` gives one that draws seldom exceed."
         raise _validate.argument_error("max_batch_size", max_batch_size, requirement, remedy)
-    if steps_per_epoch is None:
-        steps_per_epoch = math.ceil(num_examples / expected)
     sampling = PoissonSampling(
         num_examples=num_examples,
         sampling_probability=expected / num_examples,
         max_batch_size=max_batch_size,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=math.ceil(num_examples / expected) if steps_per_epoch is None else steps_per_epoch,
         replicas=tf.distribute.get_strategy().num_replicas_in_sync,
     )
     multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
@@ -121,7 +116,12 @@ def poisson_dataset(
     dataset = dataset.map(gatherer.gather, num_parallel_calls=tf.data.AUTOTUNE)
     dataset.tf_dpbn_gatherer = gatherer  # kept, with the arrays
     if augment is not None:
-        dataset = dataset.map(_augmenter(augment, multiplicity), num_parallel_calls=tf.data.AUTOTUNE)
+
+        def augmented(x: Any, y: Any, weight: tf.Tensor) -> tuple:
+            made = augmentation.copies(augment, multiplicity, x)
+            return (made if multiplicity > 1 else tf.nest.map_structure(lambda t: t[:, 0], made)), y, weight
+
+        dataset = dataset.map(augmented, num_parallel_calls=tf.data.AUTOTUNE)
     options = tf.data.Options()  # of one draw, each worker takes its own rows
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     dataset = dataset.prefetch(tf.data.AUTOTUNE).with_options(options)
@@ -144,9 +144,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
-          x: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
-          y: likewise.
-          sample_weight: likewise, or None.
+          x, y, sample_weight: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
           **options: `augment`, `augmentation_multiplicity` and `seed`, as for `sampling.poisson_dataset`; leave the
             seed out when training for privacy.
 
@@ -154,8 +152,8 @@ class PrivacyPlan(accounting.PrivacyPlan):
           A dataset of `steps_per_epoch` draws (x, y, weight) of `max_batch_size` rows.
 
         Raises:
-          ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have
-            `num_examples` examples: the plan's epsilon would be that of another data set.
+          ValueError, TypeError: as `sampling.poisson_dataset`; also if the data does not have `num_examples` examples:
+            the plan's epsilon would be that of another data set.
         """
         length = _common_length(_as_arrays("x", x), _as_arrays("y", y))
         if length != self.num_examples:
@@ -201,14 +199,11 @@ def source_behind(dataset: Any) -> PoissonSource | None:
 
 
 def real_example_mask(sample_weight: Any) -> tf.Tensor:
-    """Tells examples from padding by their weights.
-
-    Args:
-      sample_weight: tensor [batch] or [batch, ...].
+    """Tells examples from padding by their weights, [batch] or [batch, ...].
 
     Returns:
-      A bool tensor [batch]: False where the weight is exactly 0, in all places of the row if it
-      has several. NaN counts as an example.
+      A bool tensor [batch]: False where the weight is exactly 0, in all places of the row if it has several. NaN counts
+      as an example.
 
     Raises:
       ValueError: `sample_weight` has no batch dimension.
@@ -221,16 +216,46 @@ def real_example_mask(sample_weight: Any) -> tf.Tensor:
     return tf.reduce_any(nonzero, axis=tf.range(1, rank))
 
 
+def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, float]) -> tf.data.Dataset:
+    """Multiplies each example's weight by that of its class, which Keras 3 does not do where there are weights already.
+
+    Args:
+      dataset: yields (x, y) or (x, y, weight); y holds class numbers [batch] or [batch, 1], or one-hot rows; weight is
+        [batch, ...].
+      class_weight: weight of each class, for classes 0 to K - 1.
+
+    Raises:
+      ValueError: if the classes are not 0 to K - 1, y has several parts, or an example has several labels.
+    """
+    classes = sorted(class_weight)
+    if not classes or classes != list(range(len(classes))):
+        requirement = "give a weight to every class from 0 up"
+        raise _validate.argument_error("class_weight", class_weight, requirement, "Use 1.0 for the others.")
+    labels = dataset.element_spec[1]
+    several = tf.nest.is_nested(labels)
+    if several or labels.shape.rank not in (1, 2):
+        requirement = f"be left out for {'several outputs' if several else f'labels of shape {labels.shape}'}"
+        raise _validate.argument_error("class_weight", class_weight, requirement, "Use sample weights.")
+    table = tf.constant([float(class_weight[k]) for k in classes])
+
+    def weigh(x: Any, y: tf.Tensor, weight: Any = None) -> tuple[Any, tf.Tensor, tf.Tensor]:
+        is_one_hot = y.shape.rank == 2 and y.shape[-1] != 1
+        factor = tf.gather(table, tf.argmax(y, -1) if is_one_hot else tf.cast(tf.reshape(y, [-1]), tf.int64))
+        if weight is None:
+            return x, y, factor
+        factor = tf.reshape(factor, [-1] + [1] * (weight.shape.rank - 1))
+        return x, y, tf.cast(weight, factor.dtype) * factor
+
+    return dataset.map(weigh)
+
+
 def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDraws | None) -> tf.data.Dataset:
     """Returns a dataset of one epoch of index vectors, int64 [rows]."""
     iterations = itertools.count()
 
     def epoch() -> Iterator[np.ndarray]:
-        if shared is None:
-            seeds = seed_sequence(seed, next(iterations))
-        else:
-            seeds = seed_sequence(shared.seed, *shared.stream())
-        rng = np.random.default_rng(seeds)
+        stream = (seed, next(iterations)) if shared is None else (shared.seed, *shared.stream())
+        rng = np.random.default_rng(seed_sequence(*stream))
         for indices, _ in itertools.islice(draws(sampling, rng), sampling.steps_per_epoch):
             yield indices
 
@@ -240,11 +265,7 @@ def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDr
 
 
 class _RowGatherer:
-    """Makes an index vector the batch of these rows of numpy arrays and tensors.
-
-    Args:
-      data: nest of them, [N, ...]; it is there as long as this object, which the dataset has to keep.
-    """
+    """Makes an index vector the batch of these rows of a nest of numpy arrays and tensors, which it keeps alive."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -280,14 +301,6 @@ def _rows_of_tensor(tensor: tf.Tensor, indices: tf.Tensor) -> tf.Tensor:
     return tf.where(keep, gathered, tf.zeros_like(gathered))
 
 
-def _augmenter(augment: Callable[[Any], Any], multiplicity: int) -> Callable[..., tuple]:
-    def mapped(x: Any, y: Any, weight: tf.Tensor) -> tuple:
-        made = augmentation.copies(augment, multiplicity, x)
-        return (made if multiplicity > 1 else tf.nest.map_structure(lambda t: t[:, 0], made)), y, weight
-
-    return mapped
-
-
 def _as_arrays(name: str, nest: Any) -> Any:
     """Returns `nest` with lists as tuples, numeric numpy arrays as they are, others as tensors in host memory."""
     if isinstance(nest, dict):
@@ -297,9 +310,8 @@ def _as_arrays(name: str, nest: Any) -> Any:
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
     if hasattr(nest, "columns") and hasattr(nest, "dtypes"):
         nest = _frame_values(name, nest)
-    remedy = "Give dense arrays of numbers or strings, all with the examples in front."
+    remedy, kind = "Give dense arrays of numbers or strings, all with the examples in front.", type(nest).__name__
     if nest is None or isinstance(nest, (tf.RaggedTensor, tf.SparseTensor, tf.data.Dataset)):
-        kind = type(nest).__name__
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError)
     if isinstance(nest, np.ndarray) and nest.ndim and nest.dtype.kind in "fiub" and nest.dtype.itemsize <= 8:
         return np.asarray(nest)
@@ -307,7 +319,6 @@ def _as_arrays(name: str, nest: Any) -> Any:
         with tf.device("CPU:0"):  # the whole data set need not fit into an accelerator
             tensor = tf.convert_to_tensor(nest)
     except (TypeError, ValueError) as error:
-        kind = type(nest).__name__
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError) from error
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
@@ -337,8 +348,7 @@ def _common_length(*nests: Any) -> int:
     """Returns the number of examples that all arrays of `nests` have."""
     lengths = [int(array.shape[0]) for array in tf.nest.flatten(nests)]
     if not lengths or len(set(lengths)) != 1 or lengths[0] == 0:
-        requirement = "all have the same number of examples, at least 1"
-        raise _validate.argument_error("x, y", lengths, requirement)
+        raise _validate.argument_error("x, y", lengths, "all have the same number of examples, at least 1")
     return lengths[0]
 
 
@@ -347,8 +357,7 @@ def _weights(sample_weight: Any, num_examples: int) -> np.ndarray:
     weights = np.ones(num_examples) if sample_weight is None else np.asarray(sample_weight)
     if weights.dtype.kind not in "fiub":
         requirement = "be one array of real numbers"
-        kind = weights.dtype
-        raise _validate.argument_error("sample_weight.dtype", kind, requirement, "", TypeError)
+        raise _validate.argument_error("sample_weight.dtype", weights.dtype, requirement, kind=TypeError)
     if weights.ndim == 0 or weights.shape[0] != num_examples:
         requirement = f"have one row for each of the {num_examples} examples"
         raise _validate.argument_error("sample_weight.shape", weights.shape, requirement)

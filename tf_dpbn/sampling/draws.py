@@ -1,8 +1,8 @@
 """Poisson sampling: the distribution of the batches, and draws of example numbers.
 
-Formal Guarantees. Privacy amplification by subsampling, as used by `accounting`, needs batches in
-which every example lies with probability q, independently of all others and of all other steps.
-Shuffled or fixed-order batches do not have that distribution; the draws made here do.
+Formal Guarantees. Privacy amplification by subsampling, as used by `accounting`, needs batches in which every example
+lies with probability q, independently of all others and of all other steps. Shuffled or fixed-order batches do not have
+that distribution; the draws made here do.
 
 | case                          | what happens                                                    |
 | ----------------------------- | --------------------------------------------------------------- |
@@ -15,9 +15,9 @@ Shuffled or fixed-order batches do not have that distribution; the draws made he
 | several workers, one data set | all need the same secret seed, and each its own share of rows   |
 | the dataset is cached         | NOT Poisson sampling: each pass repeats the draws of the first  |
 
-Examples take uniformly random rows of the batch. So one example more or less changes one row, and
-the distribution of all other rows stays as it was: microbatches and replicas, which split the batch by
-rows, keep the sensitivity of a single example.
+Examples take uniformly random rows of the batch. So one example more or less changes one row, and the distribution of
+all other rows stays as it was: microbatches and replicas, which split the batch by rows, keep the sensitivity of a
+single example.
 """
 
 from __future__ import annotations
@@ -85,15 +85,12 @@ class SharedDraws:
     """
 
     def __init__(self, seed: int | None, digest: int) -> None:
-        self.seed = _shared_seed(seed)
-        self.digest = digest
-        self._fits = 0
+        self.seed, self.digest, self._fits = _shared_seed(seed), digest, 0
         self._steps: Callable[[], int] = int
 
     def begin(self, steps: Callable[[], int]) -> None:
         """Notes that `fit` begins; `steps` counts private steps."""
-        self._fits += 1
-        self._steps = steps
+        self._fits, self._steps = self._fits + 1, steps
 
     def stream(self) -> tuple[int, int]:
         """The number of the stream for an iteration that begins now."""
@@ -105,13 +102,12 @@ def poisson_indices(sampling: PoissonSampling, *, seed: int | None = None) -> It
 
     Args:
       sampling: the distribution of the batches.
-      seed: whole number that fixes the sequence; for tests. None takes the operating system's
-        entropy, which no global seed of Python, numpy, TensorFlow or Keras makes predictable.
+      seed: whole number that fixes the sequence; for tests. None takes the operating system's entropy, which no global
+        seed of Python, numpy, TensorFlow or Keras makes predictable.
 
     Returns:
-      An iterator over (indices, mask), one pair a draw: int64 [rows], the example's number or -1 for
-      padding; float32 [rows], 1 for an example, 0 for padding. The rows of the examples are
-      uniformly random; padding may lie between them.
+      An iterator over (indices, mask), one pair a draw: int64 [rows], the example's number or -1 for padding; float32
+      [rows], 1 for an example, 0 for padding. The rows of the examples are uniformly random.
 
     Raises:
       ValueError: bad `seed`.
@@ -148,12 +144,8 @@ def _shared_seed(seed: int | None) -> int:
     """The first worker's seed, secret unless it was given, on all workers of the current strategy."""
     mask = 2**63 - 1
     words = [secrets.randbits(63), secrets.randbits(63)] if seed is None else [seed >> 63 & mask, seed & mask]
-    variable = tf.Variable(
-        words,
-        dtype=tf.int64,
-        trainable=False,
-        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,  # created with the first worker's value
-    )
+    first = tf.VariableAggregation.ONLY_FIRST_REPLICA  # created with the first worker's value
+    variable = tf.Variable(words, dtype=tf.int64, trainable=False, aggregation=first)
     high, low = tf.distribute.get_strategy().experimental_local_results(variable)[0].numpy().tolist()
     return high << 63 | low
 
