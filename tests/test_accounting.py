@@ -306,11 +306,8 @@ CORRUPT = [
     "[]",
     "[" * 100_000,
     damage(entries=None),
-    damage(entries=[{}]),
     damage(entry_steps=10**400),
-    damage(entry_noise_multipliers="11"),
     damage(entry_noise_multipliers=[math.nan]),
-    damage(entry_sampling=["poisson"]),
 ]
 
 

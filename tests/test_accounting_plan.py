@@ -93,6 +93,8 @@ def test_plan_calibrates_to_the_target_with_truncation_included(accountant, rows
     assert 0.01 < share < 1.0 if rows else 0.0 < share <= 0.01
     assert (made.steps, made.steps_per_epoch, made.sampling_probability) == (1000, 100, 0.01)
     assert made.max_batch_size == (rows or 768)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.noise_multiplier = 0.1
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,8 @@ def test_plan_with_given_noise_and_steps():
         ({"target_epsilon": 3.0, "noise_multiplier": 1.0}, "exactly one of `target_epsilon`"),
         ({"steps": 3, "epochs": 1}, "exactly one of `epochs`"),
         ({"target_epsilon": 0.0}, "target_epsilon=0.0"),
-        ({"delta": 1.0}, "delta=1.0"),
         ({"expected_batch_size": 60_001}, "expected_batch_size=60001"),
         ({"steps": 0}, "steps=0"),
-        ({"accountant": "gdp"}, "accountant='gdp'"),
         ({"max_batch_size": 599}, "max_batch_size=599"),
         ({"max_batch_size": 600}, "all of delta.*max_batch_size=600"),
     ],
@@ -138,16 +138,6 @@ def test_plan_warns_of_a_delta_of_one_over_n_or_more_alone():
         accounting.PrivacyPlan(delta=0.01, num_examples=100, expected_batch_size=10, steps=1, noise_multiplier=1.0)
     assert caught[0].filename == __file__
     plan(delta=1.6e-5)  # warnings are errors here
-
-
-def test_plan_is_frozen_and_shows_its_calibrated_noise():
-    made = plan(target_epsilon=3.0)
-    given = {"next_record_config": made.record(1), "target_epsilon": 3.0, "delta": 1e-5}
-    assert accounting.max_steps(accounting.Ledger(), **given) == made.steps
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        made.noise_multiplier = 0.1
-    assert f"noise_multiplier={made.noise_multiplier!r}" in repr(made)
-    assert made == plan(target_epsilon=3.0)
 
 
 def test_replace_finds_anew_what_was_filled_in_and_keeps_what_was_given():

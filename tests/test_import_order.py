@@ -213,25 +213,9 @@ def test_only_one_module_imports_keras():
     assert "tf.keras" in called_names(SOURCES["_keras"])
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from tf_dpbn.model import DPModel",
-        "def f():\n    from tf_dpbn.clipping.per_example import PerExampleEngine",
-        "import tf_dpbn",
-    ],
-)
-def test_the_check_sees_an_import_that_goes_upwards(source):
-    assert upward("normalization.layer", ast.parse(source))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "tf.random.stateless_normal([3], seed)",
-        "keras.random.normal([3])",
-        "tf.random.Generator.from_seed(1)\ntf.random.truncated_normal([3])",
-    ],
-)
-def test_the_check_sees_noise(source):
-    assert draws_normal(ast.parse(source))
+def test_these_checks_see_an_import_that_goes_upwards_and_noise():
+    inside = "def f():\n    from tf_dpbn.clipping.per_example import PerExampleEngine"
+    for source in ("from tf_dpbn.model import DPModel", inside, "import tf_dpbn"):
+        assert upward("normalization.layer", ast.parse(source))
+    for name in ("tf.random.stateless_normal", "keras.random.normal", "tf.random.truncated_normal"):
+        assert draws_normal(ast.parse(f"{name}([3], seed)"))

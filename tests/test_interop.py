@@ -322,17 +322,13 @@ def test_an_interrupted_fit_leaves_nothing_open():
         model.fit(data, verbose=0)  # compiled with an optimizer without noise
 
 
-class Mixing(keras.Model):
-    def train_step(self, data):
-        x, y, weight = data
-        return super().train_step((0.5 * x + 0.5 * x[::-1], y, weight))
+def own_step():
+    class Mixing(keras.Model):
+        def train_step(self, data):
+            x, y, weight = data
+            return super().train_step((0.5 * x + 0.5 * x[::-1], y, weight))
 
-
-def test_steps_of_the_users_own_are_refused():
-    model = helpers.bn_stack(1, normalization("noised"), model=Mixing)
-    helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
-    with pytest.raises(ValueError, match="train by the step of tf.keras.Model"):
-        model.fit(tf.data.Dataset.from_tensors(padded()), callbacks=[tfp.callback()], verbose=0)
+    return helpers.compiled(helpers.bn_stack(1, normalization("noised"), model=Mixing), tfp.LOSS, tfp.optimizer())
 
 
 def by_pixel():
@@ -366,6 +362,9 @@ def test_no_loss_lets_rows_meet(case):
     rows = [stepper.sums(x, y, one) for one in np.eye(ROWS, dtype="float32")]
     assert all(0.05 < np.linalg.norm(row) < 0.1 * neighbours.SLACK for row in rows)
     np.testing.assert_allclose(stepper.sums(x, y, ones), sum(rows), atol=1e-5)
+    x[3], y[3] = 7.0, y[0]
+    ones[3] = 0.0
+    np.testing.assert_allclose(stepper.sums(x, y, ones), sum(rows) - rows[3], atol=1e-5)
 
 
 def test_weights_must_tell_padding():
@@ -473,6 +472,7 @@ REFUSALS = {
         "would void the guarantee",
     ),
     "axes swapped": (swapped, ValueError, r"examples in the first axis.*\(6, 1009, 2\) for a batch of 1009"),
+    "own step": (own_step, ValueError, "train by the step of tf.keras.Model"),
     "not compiled": (lambda: helpers.bn_stack(1, normalization("public")), RuntimeError, r"compile\(optimizer="),
     "no normalization": (lambda: sequential(keras.Input((4,))), ValueError, "have a DPBatchNormalization"),
     "unknown shape": (lambda: sequential(tf_dpbn.DPBatchNormalization()), ValueError, "know the shape of its inputs"),
@@ -487,14 +487,11 @@ def test_what_would_not_be_private_is_refused_before_training(case):
         begins(make(), tfp.callback())
 
 
-def test_missing_statistics_are_refused():
+def test_missing_statistics_and_an_optimizer_with_less_noise_than_planned_are_refused():
+    model = stock("noised", noise_multiplier=1.0)
     with pytest.raises(ValueError, match="`public_batch` must be given"):
         begins(stock(), tfp.callback(public_batch=None))
     with pytest.raises(ValueError, match="`statistics_noise_multiplier` must be given"):
-        begins(stock("noised"), tfp.callback(statistics_noise_multiplier=None))
-
-
-def test_an_optimizer_with_less_noise_than_planned_is_refused():
-    model, the_plan = stock("noised", noise_multiplier=1.0), plan()
+        begins(model, tfp.callback(statistics_noise_multiplier=None))
     with pytest.raises(ValueError, match=r"at least 1\.05.*noise_multipliers\(plan, model\)\[0\].*=1\.0"):
-        begins(model, interop.StatisticsCallback.from_plan(the_plan))
+        begins(model, interop.StatisticsCallback.from_plan(plan()))

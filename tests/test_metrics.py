@@ -161,25 +161,21 @@ def test_training_on_a_padded_batch_logs_what_keras_logs_on_its_rows(jit_compile
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
-def seen_weights() -> tuple[Any, list[Any]]:
-    """A metric, and the weights that it got while it was traced."""
-    seen: list[Any] = []
+@pytest.mark.parametrize("kind", ["none", "weights", "class_weight"])
+def test_weighted_metrics_get_the_weights_of_the_user_and_none_that_only_padding_made(kind):
+    seen: list[bool] = []
 
     class Spy(CountsRows):
         def update_state(self, y_true, y_pred, sample_weight=None):
-            seen.append(sample_weight is not None)
+            seen.append(sample_weight is not None)  # while it is traced
             super().update_state(y_true, y_pred)
 
-    return Spy(name="spy"), seen
-
-
-@pytest.mark.parametrize("kind", ["none", "weights", "class_weight"])
-def test_weighted_metrics_get_the_weights_of_the_user_and_none_that_only_padding_made(kind):
     x, y = helpers.images(12, (CLASSES,))
-    spy, seen = seen_weights()
     inputs = keras.Input((CLASSES,))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(inputs))
-    helpers.compiled(model, optimizer=helpers.dp_optimizer(expected_batch_size=4), weighted_metrics=[spy], stub=True)
+    helpers.compiled(
+        model, optimizer=helpers.dp_optimizer(expected_batch_size=4), weighted_metrics=[Spy("spy")], stub=True
+    )
     batches = tf_dpbn.sampling.poisson_dataset(
         x, y, np.ones(12) if kind == "weights" else None, expected_batch_size=4, max_batch_size=8
     )

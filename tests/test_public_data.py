@@ -145,13 +145,6 @@ def test_dead_leaves_have_flat_areas_as_large_as_their_radii_and_edges():
     assert equal_neighbours(uniform_noise((32, 32, 3), 100, seed=16)).mean() < 0.01
 
 
-def test_dead_leaves_have_uniform_colours():
-    corners = dead_leaves((6, 6, 2), 400, dtype="float64", seed=20)[:, 0, 0]
-    assert stats.kstest(corners[:, 0], "uniform").pvalue > 1e-3
-    assert stats.kstest(corners[:, 1], "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(corners.T)[0, 1]) < 0.15
-
-
 @pytest.mark.parametrize(
     "batch,arguments,expected_type",
     [
