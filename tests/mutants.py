@@ -30,7 +30,7 @@ _TIMEOUT = flags.DEFINE_integer(
 
 ROOT = pathlib.Path(__file__).parents[1]
 _REQUIRED = 0.9
-_RULES, _ENGINES, _PROOF = (f"tests/conformance/test_{name}.py" for name in ("rules", "engines", "independence"))
+_RULES, _ENGINES, _PROOF = (f"tests/conformance/test_{n}.py" for n in ("rules", "engines", "independence"))
 _MECHANISMS, _STATISTICS, _RELEASED = (
     f"tests/test_{n}.py" for n in ("mechanisms", "statistics", "released_statistics")
 )
@@ -40,6 +40,11 @@ _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
 _DEVICES, _GPU = "tests/test_devices.py", "tests/test_gpu_graphs.py"
+
+
+_GRAM, _OF_STATISTICS = ((_GALLERY, f"right_library and {name}") for name in ("gram", "statistics"))
+_PADDING = (_ENGINES, "padding_anywhere and book_keeping and False")
+_TWICE = (_ENGINES, "microbatches_agree and twice and vectorized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,371 +64,224 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-def _selected(path: str, keywords: str) -> tuple[str, ...]:
-    return (path, "-k", keywords)
+def _selected(path: str, *keywords: str) -> tuple[str, ...]:
+    return (path, *(each for keyword in keywords for each in ("-k", keyword)))
 
 
-MUTANTS = (
-    Mutant("mechanisms.py", "l2_norm_clip / tf.maximum(norms, l2_norm_clip)", "l2_norm_clip / norms", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "keep = tf.math.is_finite(norms)", "keep = tf.ones_like(norms, tf.bool)", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "keep = tf.logical_and(keep, mask)", "keep = tf.logical_or(keep, mask)", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "norms = tf.sqrt(squared_norms)", "norms = squared_norms", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "stddev = multiplier * _validate", "stddev = 1.0 * _validate", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "tf.cast(stddev * each, tensor.dtype)", "tf.cast(each, tensor.dtype)", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "middle * 2.0**-64 + (low + 0.5) * 2.0**-96", "2.0**-33", (_FLOATS,)),
-    Mutant("mechanisms.py", "radius * tf.sin(angle)", "radius * tf.cos(angle)", (_MECHANISMS,)),
-    Mutant("accounting/events.py", "event.count * tail_delta", "0.0 * tail_delta", (_ACCOUNTING,)),
-    Mutant(
-        "clipping/microbatches.py",
-        "a + b for a, b",
-        "tf.cast(tf.cast(a + b, tf.float32), tf.float64) for a, b",
-        (_FLOATS,),
+# File below tf_dpbn -> (old, new, test file, and, if not all of it, which of its tests).
+_CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "mechanisms.py": (
+        ("l2_norm_clip / tf.maximum(norms, l2_norm_clip)", "l2_norm_clip / norms", _MECHANISMS),
+        ("keep = tf.math.is_finite(norms)", "keep = tf.ones_like(norms, tf.bool)", _MECHANISMS),
+        ("keep = tf.logical_and(keep, mask)", "keep = tf.logical_or(keep, mask)", _MECHANISMS),
+        ("norms = tf.sqrt(squared_norms)", "norms = squared_norms", _MECHANISMS),
+        ("stddev = multiplier * _validate", "stddev = 1.0 * _validate", _MECHANISMS),
+        ("tf.cast(stddev * each, tensor.dtype)", "tf.cast(each, tensor.dtype)", _MECHANISMS),
+        ("middle * 2.0**-64 + (low + 0.5) * 2.0**-96", "2.0**-33", _FLOATS),
+        ("radius * tf.sin(angle)", "radius * tf.cos(angle)", _MECHANISMS),
+        ("if multiplier > 0:", "if multiplier > 1:", _MECHANISMS),
+        ("self._draws.assign_add(1)", "self._draws.read_value()", _MECHANISMS),
+        ("[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", _MECHANISMS),
+        ("tf.cast(tensor / denominator, tf.float32)", "tf.cast(tensor, tf.float32)", _MECHANISMS),
     ),
-    Mutant("mechanisms.py", "if multiplier > 0:", "if multiplier > 1:", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "self._draws.assign_add(1)", "self._draws.read_value()", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", (_MECHANISMS,)),
-    Mutant("mechanisms.py", "tf.cast(tensor / denominator, tf.float32)", "tf.cast(tensor, tf.float32)", (_MECHANISMS,)),
-    Mutant("normalization/moments.py", "-0.5 * gamma", "0.5 * gamma", (_STATISTICS,)),
-    Mutant(
-        "normalization/moments.py",
-        "(second - variance) * tf.square(r)",
-        "(second - variance) * r",
-        _selected(_RELEASED, "mean_residual or masked_positions"),
+    "accounting/events.py": (
+        ("event.count * tail_delta", "0.0 * tail_delta", _ACCOUNTING),
+        ("** 2 for sigma in sigmas)", "** 2 for sigma in sigmas[:1])", _ACCOUNTING, "effective or folded or lost"),
+        ("stats.binom.sf(rows - 1,", "stats.binom.sf(rows,", _ACCOUNTING, "truncation"),
+        ("sigma / math.sqrt(1.0 - rho)", "sigma / (1.0 - rho)", _RELEASED, "split_noise"),
+        ("max(epsilon, 0.0)", "epsilon / 2.0", _ACCOUNTING, "closed_form"),
     ),
-    Mutant(
-        "normalization/moments.py", "_LEAST_FACTOR = 0.25", "_LEAST_FACTOR = 0.0", _selected(_RELEASED, "survives_any")
+    "clipping/microbatches.py": (
+        ("a + b for a, b", "tf.cast(tf.cast(a + b, tf.float32), tf.float64) for a, b", _FLOATS),
+        (
+            "squared, release.l2_norm_clip, mask)",
+            "squared, 2.0 * release.l2_norm_clip, mask)",
+            _ENGINES,
+            "whoever_made_them",
+        ),
+        ("squared, release.l2_norm_clip, mask)", "squared, release.l2_norm_clip, None)", *_OF_STATISTICS),
+        ("(total,), release.l2_norm_clip)", "(total,), 0.5 * release.l2_norm_clip)", *_OF_STATISTICS),
+        ("float(l2_norm_clip))]", "0.5 * float(l2_norm_clip))]", *_GRAM),
+        ("return (*data, positions < examples)", "return (*data, positions <= examples)", *_PADDING),
+        ("i * size, size, examples)", "i * size + 1, size, examples)", *_PADDING),
     ),
-    Mutant(
-        "normalization/moments.py",
-        "tf.maximum(1.0 - momentum,",
-        "tf.minimum(1.0 - momentum,",
-        _selected(_RELEASED, "approach_the_moments or deep_stack"),
+    "normalization/moments.py": (
+        ("-0.5 * gamma", "0.5 * gamma", _STATISTICS),
+        (
+            "(second - variance) * tf.square(r)",
+            "(second - variance) * r",
+            _RELEASED,
+            "mean_residual or masked_positions",
+        ),
+        ("_LEAST_FACTOR = 0.25", "_LEAST_FACTOR = 0.0", _RELEASED, "survives_any"),
+        ("tf.maximum(1.0 - momentum,", "tf.minimum(1.0 - momentum,", _RELEASED, "approach_the_moments or deep_stack"),
+        ("+ 0.5 * shift * tf.math.rsqrt", "+ shift * tf.math.rsqrt", _RELEASED, "anchored_corrections"),
+        ("+ self.spread(c_variance) * self.d_variance", "- self.spread(c_variance) * self.d_variance", *_TWICE),
     ),
-    Mutant(
-        "normalization/moments.py",
-        "+ 0.5 * shift * tf.math.rsqrt",
-        "+ shift * tf.math.rsqrt",
-        _selected(_RELEASED, "anchored_corrections"),
+    "clipping/contributions.py": (
+        ("squared += 2.0 * tf", "squared += 1.0 * tf", *_GRAM),
+        (
+            "squared = size if single else",
+            "squared = size if True else",
+            _RULES,
+            "plain_differentiation and dense_rank_3",
+        ),
+        ("weighted_sum(weights, cotangent)", "weighted_sum(tf.ones_like(weights), cotangent)", *_GRAM),
     ),
-    Mutant(
-        "clipping/contributions.py",
-        "squared += 2.0 * tf",
-        "squared += 1.0 * tf",
-        _selected(_GALLERY, "right_library and gram"),
+    "clipping/independence.py": (
+        ("and size % (proof.rows * inner) == 0", "and size >= inner", _PROOF, "pairs_of_examples"),
+        ("if state is None and not _is_alike(tensor, found.axis - rank):", "if False:", _PROOF, "place"),
+        ("if state.axis in found:", "if False:", _PROOF, "mean or maximum"),
+        ("if axis == summed:", "if False:", _PROOF, "covariance or left"),
+        ("or state.axis != 0:", "or False:", _PROOF, "convolution_over"),
+        ('if operation.get_attr("is_training") or', "if", _PROOF, "fused"),
+        ("if names.count(label) > 1 or", "if", _PROOF, "einsum"),
+        ("strides[k] == 1 and", "True and", _PROOF, "by_a_stride"),
+        ("if operation.op_def.is_stateful and", "if False and", _PROOF, "state"),
     ),
-    Mutant(
-        "clipping/contributions.py",
-        "squared = size if single else",
-        "squared = size if True else",
-        _selected(_RULES, "plain_differentiation and dense_rank_3"),
+    "clipping/batch_trace.py": (
+        ("    check_same_operations(operations, one_more)", "    pass", _PROOF, "arithmetic"),
+        ("(products - mean * d_beta)", "products", _ENGINES, "microbatches_agree and twice and book_keeping"),
     ),
-    Mutant(
-        "clipping/rows.py",
-        "return values if finite is None",
-        "return values if True",
-        _selected(_RULES, "non_finite"),
+    "clipping/rows.py": (
+        ("return values if finite is None", "return values if True", _RULES, "non_finite"),
+        ("(slice(None),) * (tensor", "() * (tensor", _GPU, "every_axis"),
     ),
-    Mutant(
-        "clipping/contributions.py",
-        "weighted_sum(weights, cotangent)",
-        "weighted_sum(tf.ones_like(weights), cotangent)",
-        _selected(_GALLERY, "right_library and gram"),
+    "clipping/per_example.py": (
+        (
+            "tf.add_n([sum_of_squares(g) for g in gradients])",
+            "tf.add_n([sum_of_squares(g) for g in gradients[1:]])",
+            _ENGINES,
+            "loop_over_examples and vectorized and custom",
+        ),
+        ("gradients[term.index] += tf", "gradients[term.index] -= tf", *_TWICE),
+        ("finite_only(finite, g)", "g", _GALLERY, "right_library and vectorized"),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "clip_weights(squared, release.l2_norm_clip, mask)",
-        "clip_weights(squared, 2.0 * release.l2_norm_clip, mask)",
-        _selected(_ENGINES, "whoever_made_them"),
+    "clipping/book_keeping.py": (
+        ("l2_norm_clip, mask), finite", "l2_norm_clip, None), finite", *_PADDING),
+        (
+            "if any(_graph.calls_functions(operation) for operation in operations):",
+            "if False:",
+            _ENGINES,
+            "derivatives_within",
+        ),
+        (
+            "if any(_graph.calls_functions(operation) for operation in operations):",
+            "if True:",
+            "tests/test_model.py",
+            "no_graph_behind and book_keeping",
+        ),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "clip_weights(squared, release.l2_norm_clip, mask)",
-        "clip_weights(squared, release.l2_norm_clip, None)",
-        _selected(_GALLERY, "right_library and statistics"),
+    "normalization/local_terms.py": (
+        ("d_variances.append(2.0 *", "d_variances.append(1.0 *", _RELEASED, "length_of_the_kernel"),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "ClippedSum((total,), release.l2_norm_clip)",
-        "ClippedSum((total,), 0.5 * release.l2_norm_clip)",
-        _selected(_GALLERY, "right_library and statistics"),
+    "clipping/rules/convolution.py": (
+        (
+            "before, after = total // 2, total - total // 2",
+            "before, after = total - total // 2, total // 2",
+            _RULES,
+            "plain_differentiation and strided_same",
+        ),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "float(l2_norm_clip))]",
-        "0.5 * float(l2_norm_clip))]",
-        _selected(_GALLERY, "right_library and gram"),
+    "clipping/rules/matmul.py": (
+        (
+            "left, right = (cotangent, data) if self._transposed",
+            "left, right = (cotangent, data) if not self._transposed",
+            _RULES,
+            "plain_differentiation and dense",
+        ),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "return (*data, positions < examples)",
-        "return (*data, positions <= examples)",
-        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    "clipping/rules/elementwise.py": (
+        (
+            "widen(cotangent) * widen(inputs[0]) if self._scale",
+            "widen(cotangent) if self._scale",
+            _RULES,
+            "plain_differentiation and scale_and_bias",
+        ),
     ),
-    Mutant(
-        "clipping/microbatches.py",
-        "i * size, size, examples)",
-        "i * size + 1, size, examples)",
-        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
+    "clipping/rules/embedding.py": (
+        ("first = tf.logical_and(inside, tf.logical_not(earlier))", "first = inside", _RULES, "lookups_count"),
     ),
-    Mutant(
-        "clipping/independence.py",
-        "and size % (proof.rows * inner) == 0",
-        "and size >= inner",
-        _selected(_PROOF, "pairs_of_examples"),
+    "accounting/ledger.py": (
+        (
+            "(events, delta - self.truncation_delta(), accountant)",
+            "(events, delta, accountant)",
+            _ACCOUNTING,
+            "truncation",
+        ),
+        ("self._steps.get(key, 0) + record.steps", "record.steps", _ACCOUNTING, "merge"),
     ),
-    Mutant(
-        "clipping/independence.py",
-        "if state is None and not _is_alike(tensor, found.axis - rank):",
-        "if False:",
-        _selected(_PROOF, "place"),
+    "accounting/planning.py": (
+        ("delta=self.delta - truncation,", "delta=self.delta,", _PLAN),
+        ("return low\n\n\n@dataclasses", "return high\n\n\n@dataclasses", _PLAN),
     ),
-    Mutant("clipping/independence.py", "if state.axis in found:", "if False:", _selected(_PROOF, "mean or maximum")),
-    Mutant("clipping/independence.py", "if axis == summed:", "if False:", _selected(_PROOF, "covariance or left")),
-    Mutant("clipping/independence.py", "or state.axis != 0:", "or False:", _selected(_PROOF, "convolution_over")),
-    Mutant("clipping/independence.py", 'if operation.get_attr("is_training") or', "if", _selected(_PROOF, "fused")),
-    Mutant("clipping/independence.py", "if names.count(label) > 1 or", "if", _selected(_PROOF, "einsum")),
-    Mutant("clipping/independence.py", "strides[k] == 1 and", "True and", _selected(_PROOF, "by_a_stride")),
-    Mutant(
-        "clipping/batch_trace.py",
-        "    check_same_operations(operations, one_more)",
-        "    pass",
-        _selected(_PROOF, "arithmetic"),
+    "sampling/draws.py": (
+        ("coins < sampling.sampling_probability", "coins < 0.9 * sampling.sampling_probability", _SAMPLING),
+        (
+            "drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)",
+            "drawn = drawn[: sampling.max_batch_size]",
+            _SAMPLING,
+        ),
+        ("rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", _SAMPLING),
+        ("secrets.randbits(128) if seed is None else seed", "0 if seed is None else seed", _SAMPLING),
     ),
-    Mutant(
-        "clipping/independence.py",
-        "if operation.op_def.is_stateful and",
-        "if False and",
-        _selected(_PROOF, "state"),
+    "sampling/dataset.py": (
+        ("return tf.where(keep, gathered, tf.zeros_like(gathered))", "return gathered", _DATASET),
+        ("nonzero = tf.not_equal(", "nonzero = tf.greater(", _DATASET),
     ),
-    Mutant(
-        "clipping/batch_trace.py",
-        "(products - mean * d_beta)",
-        "products",
-        _selected(_ENGINES, "microbatches_agree and twice and book_keeping"),
+    "optimizers.py": (
+        (
+            "add_gaussian_noise(each, multiplier, self",
+            "add_gaussian_noise(each, multipliers[0], self",
+            _RELEASED,
+            "promised_noise",
+        ),
+        (
+            "self.expected_batch_size / self.num_examples",
+            "0.5 * self.expected_batch_size / self.num_examples",
+            _LEDGER,
+            "epsilon_is_that",
+        ),
+        ("self._steps.count(len(clipped) - 1)", "tf.constant(0)", _LEDGER, "recorded_by"),
+        ("with tf.control_dependencies(sums):", "with tf.control_dependencies([]):", _LEDGER, "beyond_the_end"),
     ),
-    Mutant(
-        "clipping/per_example.py",
-        "tf.add_n([sum_of_squares(g) for g in gradients])",
-        "tf.add_n([sum_of_squares(g) for g in gradients[1:]])",
-        _selected(_ENGINES, "loop_over_examples and vectorized and custom"),
+    "model/training_record.py": (
+        ("steps - self._counted.get(multipliers, 0)", "steps", _LEDGER, "recorded_by"),
+        ("if optimizer is not self._optimizer:", "if True:", _LEDGER, "while_the_ledger"),
     ),
-    Mutant(
-        "clipping/per_example.py",
-        "gradients[term.index] += tf",
-        "gradients[term.index] -= tf",
-        _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
+    "model/dp_model.py": (
+        ("if not self._is_in_step:", "if False:", _LEDGER, "elsewhere"),
+        ("self._record.open(optimizer)  # later", "pass  # later", _LEDGER, "assumed_even_after"),
+        (
+            "released.plus(correction).plus(penalty_gradients)",
+            "released.plus(penalty_gradients)",
+            _ORACLE,
+            "local_and_nonlocal",
+        ),
+        ("released.plus(correction).plus(penalty_gradients)", "released.plus(correction)", _WEIGHTS, "regularizer"),
+        (
+            "public.update_statistics([each.tensors[0] for each in statistics])",
+            "public.update_statistics([each.tensors[0] for each in clipped[1:]])",
+            _RELEASED,
+            "promised_noise",
+        ),
+        ("            require_full_float32()\n", "", _DEVICES),
     ),
-    Mutant(
-        "clipping/per_example.py",
-        "finite_only(finite, g)",
-        "g",
-        _selected(_GALLERY, "right_library and vectorized"),
+    "_devices.py": (("tensor_float_32_execution(False)", "tensor_float_32_execution(True)", _DEVICES),),
+    "clipping/vectorization.py": (("images.shape.rank != 5", "images.shape.rank != 6", _GPU, "sums"),),
+    "normalization/public_pass.py": ((">= _DEEP", "> _DEEP", "tests/test_conversion.py", "from_eight"),),
+    "auditing/bounds.py": (
+        ("2.0 * canaries * delta * worst", "2.0 * guesses * delta * worst", _AUDITING, "papers"),
+        (
+            '- _validate.open_probability("confidence", confidence)) / 2.0',
+            '- _validate.open_probability("confidence", confidence))',
+            _AUDITING,
+            "by_hand",
+        ),
     ),
-    Mutant(
-        "clipping/book_keeping.py",
-        "clip_weights(squared, l2_norm_clip, mask), finite",
-        "clip_weights(squared, l2_norm_clip, None), finite",
-        _selected(_ENGINES, "padding_anywhere and book_keeping and False"),
-    ),
-    Mutant(
-        "normalization/moments.py",
-        "+ self.spread(c_variance) * self.d_variance",
-        "- self.spread(c_variance) * self.d_variance",
-        _selected(_ENGINES, "microbatches_agree and twice and vectorized"),
-    ),
-    Mutant(
-        "normalization/local_terms.py",
-        "d_variances.append(2.0 *",
-        "d_variances.append(1.0 *",
-        _selected(_RELEASED, "length_of_the_kernel"),
-    ),
-    Mutant(
-        "clipping/rules/convolution.py",
-        "before, after = total // 2, total - total // 2",
-        "before, after = total - total // 2, total // 2",
-        _selected(_RULES, "plain_differentiation and strided_same"),
-    ),
-    Mutant(
-        "clipping/rules/matmul.py",
-        "left, right = (cotangent, data) if self._transposed",
-        "left, right = (cotangent, data) if not self._transposed",
-        _selected(_RULES, "plain_differentiation and dense"),
-    ),
-    Mutant(
-        "clipping/rules/elementwise.py",
-        "widen(cotangent) * widen(inputs[0]) if self._scale",
-        "widen(cotangent) if self._scale",
-        _selected(_RULES, "plain_differentiation and scale_and_bias"),
-    ),
-    Mutant(
-        "clipping/rules/embedding.py",
-        "first = tf.logical_and(inside, tf.logical_not(earlier))",
-        "first = inside",
-        _selected(_RULES, "lookups_count"),
-    ),
-    Mutant(
-        "accounting/events.py",
-        "(smallest / sigma) ** 2 for sigma in sigmas)",
-        "(smallest / sigma) ** 2 for sigma in sigmas[:1])",
-        _selected(_ACCOUNTING, "effective or folded or lost"),
-    ),
-    Mutant(
-        "accounting/events.py", "stats.binom.sf(rows - 1,", "stats.binom.sf(rows,", _selected(_ACCOUNTING, "truncation")
-    ),
-    Mutant(
-        "accounting/ledger.py",
-        "(events, delta - self.truncation_delta(), accountant)",
-        "(events, delta, accountant)",
-        _selected(_ACCOUNTING, "truncation"),
-    ),
-    Mutant(
-        "accounting/events.py",
-        "sigma / math.sqrt(1.0 - rho)",
-        "sigma / (1.0 - rho)",
-        _selected(_RELEASED, "split_noise"),
-    ),
-    Mutant(
-        "accounting/ledger.py",
-        "self._steps.get(key, 0) + record.steps",
-        "record.steps",
-        _selected(_ACCOUNTING, "merge"),
-    ),
-    Mutant("accounting/events.py", "max(epsilon, 0.0)", "epsilon / 2.0", _selected(_ACCOUNTING, "closed_form")),
-    Mutant("accounting/planning.py", "delta=self.delta - truncation,", "delta=self.delta,", (_PLAN,)),
-    Mutant("accounting/planning.py", "return low\n\n\n@dataclasses", "return high\n\n\n@dataclasses", (_PLAN,)),
-    Mutant(
-        "sampling/draws.py",
-        "coins < sampling.sampling_probability",
-        "coins < 0.9 * sampling.sampling_probability",
-        (_SAMPLING,),
-    ),
-    Mutant(
-        "sampling/draws.py",
-        "drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)",
-        "drawn = drawn[: sampling.max_batch_size]",
-        (_SAMPLING,),
-    ),
-    Mutant(
-        "sampling/draws.py", "rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", (_SAMPLING,)
-    ),
-    Mutant(
-        "sampling/draws.py",
-        "secrets.randbits(128) if seed is None else seed",
-        "0 if seed is None else seed",
-        (_SAMPLING,),
-    ),
-    Mutant(
-        "sampling/dataset.py",
-        "return tf.where(keep, gathered, tf.zeros_like(gathered))",
-        "return gathered",
-        (_DATASET,),
-    ),
-    Mutant("sampling/dataset.py", "nonzero = tf.not_equal(", "nonzero = tf.greater(", (_DATASET,)),
-    Mutant(
-        "optimizers.py",
-        "add_gaussian_noise(each, multiplier, self",
-        "add_gaussian_noise(each, multipliers[0], self",
-        _selected(_RELEASED, "promised_noise"),
-    ),
-    Mutant(
-        "optimizers.py",
-        "self.expected_batch_size / self.num_examples",
-        "0.5 * self.expected_batch_size / self.num_examples",
-        _selected(_LEDGER, "epsilon_is_that"),
-    ),
-    Mutant(
-        "optimizers.py",
-        "self._steps.count(len(clipped) - 1)",
-        "tf.constant(0)",
-        _selected(_LEDGER, "recorded_by"),
-    ),
-    Mutant(
-        "optimizers.py",
-        "with tf.control_dependencies(sums):",
-        "with tf.control_dependencies([]):",
-        _selected(_LEDGER, "beyond_the_end"),
-    ),
-    Mutant(
-        "model/training_record.py",
-        "steps - self._counted.get(multipliers, 0)",
-        "steps",
-        _selected(_LEDGER, "recorded_by"),
-    ),
-    Mutant(
-        "model/training_record.py",
-        "if optimizer is not self._optimizer:",
-        "if True:",
-        _selected(_LEDGER, "while_the_ledger"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "if not self._is_in_step:",
-        "if False:",
-        _selected(_LEDGER, "elsewhere"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "self._record.open(optimizer)  # later",
-        "pass  # later",
-        _selected(_LEDGER, "assumed_even_after"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "released.plus(correction).plus(penalty_gradients)",
-        "released.plus(penalty_gradients)",
-        _selected(_ORACLE, "local_and_nonlocal"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "released.plus(correction).plus(penalty_gradients)",
-        "released.plus(correction)",
-        _selected(_WEIGHTS, "regularizer"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "public.update_statistics([each.tensors[0] for each in statistics])",
-        "public.update_statistics([each.tensors[0] for each in clipped[1:]])",
-        _selected(_RELEASED, "promised_noise"),
-    ),
-    Mutant(
-        "model/dp_model.py",
-        "            require_full_float32()\n",
-        "",
-        (_DEVICES,),
-    ),
-    Mutant(
-        "_devices.py",
-        "tensor_float_32_execution(False)",
-        "tensor_float_32_execution(True)",
-        (_DEVICES,),
-    ),
-    Mutant("clipping/rows.py", "(slice(None),) * (tensor", "() * (tensor", _selected(_GPU, "every_axis")),
-    Mutant("clipping/vectorization.py", "images.shape.rank != 5", "images.shape.rank != 6", _selected(_GPU, "sums")),
-    Mutant(
-        "clipping/book_keeping.py",
-        "if any(_graph.calls_functions(operation) for operation in operations):",
-        "if False:",
-        _selected("tests/conformance/test_engines.py", "derivatives_within"),
-    ),
-    Mutant(
-        "clipping/book_keeping.py",
-        "if any(_graph.calls_functions(operation) for operation in operations):",
-        "if True:",
-        _selected("tests/test_model.py", "no_graph_behind and book_keeping"),
-    ),
-    Mutant("normalization/public_pass.py", ">= _DEEP", "> _DEEP", _selected("tests/test_conversion.py", "from_eight")),
-    Mutant(
-        "auditing/bounds.py",
-        "2.0 * canaries * delta * worst",
-        "2.0 * guesses * delta * worst",
-        _selected(_AUDITING, "papers"),
-    ),
-    Mutant(
-        "auditing/bounds.py",
-        '- _validate.open_probability("confidence", confidence)) / 2.0',
-        '- _validate.open_probability("confidence", confidence))',
-        _selected(_AUDITING, "by_hand"),
-    ),
+}
+MUTANTS = tuple(
+    Mutant(file, old, new, _selected(*tests)) for file, found in _CHANGES.items() for old, new, *tests in found
 )
 
 

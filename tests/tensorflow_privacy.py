@@ -53,19 +53,16 @@ class Stepper:
 
     def __init__(self, model: Any, watcher: Any) -> None:
         self.model, self.watcher, self.start = model, watcher, model.get_weights()
-        if watcher is not None:
-            watcher.set_model(model)
-            watcher.on_train_begin()
+        watcher.set_model(model)
+        watcher.on_train_begin()
         self._step = tf.function(model.train_step, autograph=False)
         self._forward = tf.function(lambda x: model(x, training=True), autograph=False)
 
     def _run(self, function: Any, *arguments: Any) -> Any:
         self.model.set_weights(self.start)
-        if self.watcher is not None:
-            self.watcher.on_train_batch_begin(0)
+        self.watcher.on_train_batch_begin(0)
         found = function(*arguments)
-        if self.watcher is not None:
-            self.watcher.on_train_batch_end(0)
+        self.watcher.on_train_batch_end(0)
         return found
 
     def sums(self, x: Any, y: Any, weight: Any) -> np.ndarray:

@@ -14,31 +14,8 @@ import applications
 import nets
 import report
 import step_time
-import timing
 from architectures import ARCHITECTURES
 from tf_dpbn import DPBatchNormalization, DPModel
-
-
-def test_ratios_are_taken_round_by_round_and_have_the_quartiles_of_numpy():
-    # The median of the ratios, not the ratio of the medians (8 / 2).
-    assert timing.ratios([2.0, 8.0, 30.0], [1.0, 2.0, 10.0]).median == 3.0
-    assert timing.ratios([2.0], [1.0, 100.0]).median == 2.0  # it was slow and left after one round
-    values = [5.0, 1.0, 4.0, 2.0, 10.0, 3.0]
-    found = timing.quartiles(values)
-    np.testing.assert_allclose([found.lower, found.median, found.upper], np.percentile(values, [25, 50, 75]))
-
-
-def test_steps_take_turns_and_slow_ones_leave_early():
-    calls = []
-
-    def step(name, milliseconds):
-        return lambda: calls.append(name) or milliseconds
-
-    steps = {"a": step("a", 1.0), "b": step("b", 2.0), "slow": step("slow", timing.SLOW_MILLISECONDS)}
-    times = timing.take_turns(steps, rounds=3, slow_rounds=1, warm_up=2)
-    assert calls[:6] == ["a", "a", "b", "b", "slow", "slow"]
-    assert calls[6:] == ["a", "b", "slow", "b", "a", "a", "b"]  # each round begins with the next one
-    assert times == {"a": [1.0] * 3, "b": [2.0] * 3, "slow": [timing.SLOW_MILLISECONDS]}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

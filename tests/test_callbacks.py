@@ -2,10 +2,8 @@
 
 import csv
 import functools
-import pathlib
 
 import pytest
-import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
@@ -54,15 +52,6 @@ def fit(model, *callbacks, epochs=1, **kwargs):
 # ---------------------------------------------------------------------- PrivacyLogger
 
 
-def tensorboard_values(folder, tag):
-    found = []
-    for path in pathlib.Path(folder).rglob("events.out.tfevents.*"):
-        for record in tf.data.TFRecordDataset(str(path)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            found += [float(tf.make_ndarray(value.tensor)) for value in event.summary.value if value.tag == tag]
-    return found
-
-
 def test_epsilon_reaches_everything_that_reads_the_logs(model, tmp_path, capsys):
     seen = []
     reader = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs["epsilon"]))
@@ -73,13 +62,6 @@ def test_epsilon_reaches_everything_that_reads_the_logs(model, tmp_path, capsys)
         assert [float(row["epsilon"]) for row in csv.DictReader(file)] == pytest.approx(expected)
     assert f"epsilon: {expected[0]:.4f}" in capsys.readouterr().out
     assert fit(model, PrivacyLogger()).history["epsilon"] == [epsilon_of(12)]  # what ran before counts
-
-
-def test_epsilon_reaches_tensorboard(model, tmp_path):
-    pytest.importorskip("tensorboard")
-    board = keras.callbacks.TensorBoard(str(tmp_path), write_graph=False)
-    fit(model, PrivacyLogger(), board, epochs=2)
-    assert tensorboard_values(tmp_path, "epoch_epsilon") == pytest.approx([epsilon_of(4), epsilon_of(8)])
 
 
 def test_delta_is_the_optimizers_or_given():
@@ -104,10 +86,7 @@ def test_stock_models_are_refused(callback):
     ("make", "message"),
     [
         (lambda: PrivacyLogger(0.0), "delta=0.0"),
-        (lambda: PrivacyLogger(accountant="moments"), "accountant='moments'"),
         (lambda: PrivacyBudget(-1.0), "epsilon=-1.0"),
-        (lambda: PrivacyBudget(1.0, 1.0), "delta=1.0"),
-        (lambda: PrivacyBudget(1.0, accountant="moments"), "accountant='moments'"),
     ],
 )
 def test_arguments_out_of_range_are_refused(make, message):
@@ -120,10 +99,6 @@ def test_arguments_out_of_range_are_refused(make, message):
 
 def test_training_stops_at_the_last_step_that_fits_over_several_fits(model):
     budget = PrivacyBudget(budget_for(7))
-    allowed = accounting.max_steps(
-        accounting.Ledger(), next_record_config=PLAN.record(1), target_epsilon=budget_for(7), delta=DELTA
-    )
-    assert allowed == 7
     fit(model, budget)
     assert model.ledger.steps == 4
     fit(model, budget, epochs=5)
@@ -139,7 +114,6 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits(model):
     "epochs,allowed,verbose,told",
     [
         (4, 6, 1, "in epoch 2 of 4, after 6 private steps"),
-        (4, 6, 2, "after 6 private"),
         (2, 8, 1, None),
         (4, 6, 0, None),
     ],
@@ -174,12 +148,6 @@ def test_an_optimizer_of_another_plan_than_the_data_is_named(model):
         fit(make_model(optimizer))
 
 
-def test_more_epochs_than_planned_need_no_warning_with_a_budget_or_more_noise(model):
-    fit(model, PrivacyBudget(PLAN.epsilon), epochs=50)
-    optimizer = helpers.dp_optimizer(noise_multiplier=8.0, expected_batch_size=4)
-    fit(make_model(optimizer), epochs=5)
-
-
 def test_a_stride_of_several_steps_never_exceeds_the_budget():
     model = make_model(steps_per_execution=3)
     with pytest.raises(ValueError, match="leave room for another step after 0 steps"):
@@ -212,16 +180,6 @@ def test_a_checkpoint_loaded_by_a_later_callback_counts(when, model, tmp_path):
     loading = keras.callbacks.LambdaCallback(**{when: lambda *_, **__: next(loads, int)()})
     fit(model, PrivacyBudget(budget_for(7)), loading, epochs=4)
     assert model.ledger == tf_dpbn.Ledger([PLAN.record(7)])
-
-
-def test_a_loaded_checkpoint_that_uses_up_the_budget_stops_training(model, tmp_path):
-    path = str(tmp_path / "earlier.weights.h5")
-    fit(model)
-    model.save_weights(path)
-    loading = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: model.load_weights(path))
-    with pytest.raises(ValueError, match="after 4 steps"):
-        fit(helpers.forget(model), PrivacyBudget(budget_for(4)), loading)
-    assert model.ledger.steps == 4
 
 
 @pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 does not tune the number of steps")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tf_dpbn
-from tests import helpers, zoo
+from tests import helpers, programs, zoo
 from tf_dpbn._keras import IS_KERAS_3, BatchNormalizationBase, flatten_layers, keras
 from tf_dpbn.conversion import Finding, Findings
 
@@ -94,13 +90,6 @@ class Subclassed(keras.Model):
         return self.head(self.layer(x, training=training))
 
 
-def frozen_affine():
-    layer = norm()
-    layer.build((None, 6))
-    layer.gamma.trainable = layer.beta.trainable = False
-    return network(layer)
-
-
 def batch_norm_by_hand(x):
     mean, variance = tf.nn.moments(x, [0])
     return (x - mean) * tf.math.rsqrt(variance + 1e-3)
@@ -111,32 +100,21 @@ UNSAFE = {
     "batch_norm": lambda: network(norm()),
     "batch_norm_nested": lambda: network(sequential(norm())),
     "batch_norm_called_in_training": lambda: network(lambda x: norm()(x, training=True)),
-    "batch_norm_synchronized": lambda: network(norm(synchronized=True)),
     "batch_norm_for_each_step": lambda: network(layers.TimeDistributed(norm()), layers.Flatten(), shape=SERIES),
     "batch_norm_in_a_layer": lambda: network(Holder(norm())),
     "batch_norm_by_hand": lambda: network(Function(batch_norm_by_hand)),
     "batch_mean": lambda: network(layers.Dense(5), Function(lambda x: x - tf.reduce_mean(x, 0, keepdims=True))),
-    "batch_mean_of_embedded": lambda: network(
-        layers.Embedding(2, 3), layers.Flatten(), Function(lambda x: x - tf.reduce_mean(x, 0)), dtype="int32"
-    ),
-    "batch_mean_behind_dropout": lambda: network(
-        layers.Dropout(0.5), Function(lambda x: x - tf.reduce_mean(x, 0)), layers.Dropout(0.5)
-    ),
     "batch_softmax": lambda: network(layers.Softmax(axis=0, name="culprit")),
     "batch_attention": lambda: network(Function(lambda x: tf.nn.softmax(tf.matmul(x, x, transpose_b=True)) @ x)),
     "mixup": lambda: network(Function(lambda x: 0.9 * x + 0.1 * tf.reverse(x, [0]), in_inference=False)),
     "shuffled_batch": lambda: network(Function(tf.random.shuffle)),
-    "last_example": lambda: network(Function(lambda x: x + 1e-3 * x[-1:])),
     "stateful_lstm": lambda: network(
         layers.LSTM(3, stateful=True, name="culprit"), shape=None, batch_shape=(4, *SERIES)
     ),
     "running_mean": lambda: network(zoo.RunningMean(name="culprit")),
     "activity_regularizer": lambda: network(layers.Dense(3, activity_regularizer="l2", name="culprit")),
-    "activity_regularization": lambda: network(layers.ActivityRegularization(0.1, name="culprit")),
     "add_loss": lambda: network(zoo.AddsLoss(name="culprit")),
 }
-if IS_KERAS_3:
-    UNSAFE["batch_norm_with_frozen_affine"] = frozen_affine
 
 
 @pytest.mark.parametrize("name", UNSAFE)
@@ -163,14 +141,11 @@ SAFE = {
     "frozen_batch_norm_called_in_training": lambda: network(lambda x: norm(trainable=False)(x, training=True)),
     "frozen_nested_batch_norm": lambda: network(frozen(sequential(norm()))),
     "dropout": lambda: network(layers.Dropout(0.5)),
-    "noise": lambda: network(layers.GaussianNoise(1.0), layers.GaussianDropout(0.3)),
     "noise_of_tensorflow": lambda: network(Function(lambda x: x + tf.random.normal(tf.shape(x)))),
-    "spatial_dropout": lambda: network(layers.SpatialDropout2D(0.5), layers.Flatten(), shape=IMAGE),
     "masked_lstm": lambda: network(layers.Embedding(5, 4, mask_zero=True), layers.LSTM(3), shape=(7,), dtype="int32"),
     "spectral_normalization": lambda: network(layers.SpectralNormalization(layers.Dense(4))),
     "counter": lambda: network(zoo.Counter()),
     "kernel_regularizer": lambda: network(layers.Dense(3, kernel_regularizer="l2")),
-    "unit_normalization": lambda: network(layers.UnitNormalization()),
     "rescaling_and_normalization": lambda: network(layers.Rescaling(0.5), layers.Normalization(mean=1.0, variance=2.0)),
     "random_flip": lambda: network(layers.RandomFlip(), layers.Flatten(), shape=IMAGE),
     "two_inputs": two_inputs,
@@ -261,14 +236,12 @@ def test_validate_leaves_the_model_as_it_was(name):
 
 def test_findings_print_as_a_table():
     first = Finding("bn", "error", "It couples examples. " * 3, "Replace it.")
-    warning = Finding("other", "warning", "odd", "look")
-    findings = Findings([first, warning])
-    assert list(findings) == [first, warning] and len(findings) == 2 and findings and not findings.ok
+    findings = Findings([first, Finding("other", "warning", "odd", "look")])
+    assert len(findings) == 2 and findings and not findings.ok
     lines = str(findings).splitlines()
     assert lines[0].split() == ["layer", "severity", "reason", "remedy"]
-    assert {line.index(word) for line, word in zip(lines[:2], ["remedy", "Replace"], strict=True)} == {82}
     assert len(lines) == 4 and max(map(len, lines)) <= 126
-    assert bool(Findings([warning])) is False and "No findings" in str(Findings())
+    assert not Findings([findings[1]]) and "No findings" in str(Findings())
 
 
 # ---------------------------------------------------------------------- convert and to_stock
@@ -294,20 +267,10 @@ def several_inputs_and_outputs():
     return keras.Model({"a": a, "b": b}, {"x": layers.Dense(2)(x), "y": layers.Dense(3)(y)})
 
 
-def nested():
-    inner = keras.Model(*(lambda i: (i, layers.BatchNormalization()(layers.Dense(4)(i))))(keras.Input(VECTOR)))
-    middle = keras.Sequential([keras.Input(VECTOR), inner, layers.ReLU()], name="middle")
-    return network(middle, layers.BatchNormalization())
-
-
 def partly_frozen():
     base = keras.Sequential([keras.Input(VECTOR), layers.Dense(6), layers.BatchNormalization()], name="base")
     base.trainable = False
     return network(base, layers.Dense(4, name="tuned"), layers.BatchNormalization(name="tuned_norm"))
-
-
-def called_in_inference():
-    return network(lambda x: layers.BatchNormalization()(x, training=False), layers.Dropout(0.5))
 
 
 def lazily_built():
@@ -338,24 +301,29 @@ def tiny_resnet():
     return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(layers.BatchNormalization()(x))))
 
 
+def with_live_objects():
+    """Functions, and a class, that no file could bring back; inside other layers too."""
+    slope = tf.constant(3.0)
+    inputs = keras.Input((7, 4))
+    h = layers.Lambda(lambda t, by: t * slope * by, arguments={"by": 2.0}, output_shape=(7, 4), name="scaled")(inputs)
+    h = layers.TimeDistributed(layers.Dense(4, activation=lambda t: t * slope), name="each")(h)
+    h = layers.TimeDistributed(layers.Lambda(lambda t: t - slope, output_shape=(4,)), name="shifted")(h)
+    h = layers.Dense(3, activation=lambda t: tf.nn.relu(t) * slope)(layers.BatchNormalization()(h))
+    return keras.Model(inputs, h)
+
+
 CONVERTIBLE = {
+    "with_live_objects": with_live_objects,
     "many_arguments": many_arguments,
     "shared": shared,
     "several_inputs_and_outputs": several_inputs_and_outputs,
-    "nested": nested,
     "partly_frozen": partly_frozen,
-    "called_in_inference": called_in_inference,
     "lazily_built": lazily_built,
     "has_a_dp_model_inside": has_a_dp_model_inside,
     "is_a_dp_model": is_a_dp_model,
     "tiny_resnet": tiny_resnet,
     "holder": lambda: network(Holder(layers.BatchNormalization(name="inside"), name="holder")),
-    "time_distributed": lambda: network(
-        layers.TimeDistributed(sequential(layers.BatchNormalization(), shape=(4,))), layers.Flatten(), shape=SERIES
-    ),
     "sequential": lambda: sequential(layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.5)),
-    "recurrent": lambda: network(layers.Bidirectional(layers.GRU(2)), layers.BatchNormalization(), shape=(3, 2)),
-    "adapted": lambda: network(layers.Normalization(), layers.BatchNormalization()),
 }
 
 
@@ -383,14 +351,12 @@ def of_package(model):
 
 def random_model(name):
     model = CONVERTIBLE[name]()
-    if name == "adapted":
-        model.layers[1].adapt(helpers.images(20, VECTOR)[0] * 3.0 + 1.0)
-    else:
-        helpers.randomize(model)
+    helpers.randomize(model)
     return model
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.filterwarnings("ignore:.*lambda")
 def test_models_predict_the_same_in_all_forms_and_share_nothing(name):
     model = random_model(name)
     before = model.get_weights()
@@ -466,14 +432,7 @@ def trained(model, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name, statistics",
-    [
-        pytest.param("tiny_resnet", "public", marks=pytest.mark.thorough),
-        ("has_a_dp_model_inside", "anchored"),
-        ("sequential", "noised"),
-    ],
-)
+@pytest.mark.parametrize("name, statistics", [("has_a_dp_model_inside", "anchored"), ("sequential", "noised")])
 def test_a_converted_model_trains_and_goes_back(name, statistics, tmp_path):
     model = random_model(name)
     converted = trained(tf_dpbn.convert(model, statistics=statistics), microbatch_size=4)
@@ -484,9 +443,6 @@ def test_a_converted_model_trains_and_goes_back(name, statistics, tmp_path):
     assert_same_predictions(converted, tf_dpbn.to_stock(converted), x)
     converted.save(tmp_path / "m.keras")
     assert_same_predictions(converted, keras.models.load_model(tmp_path / "m.keras"), x)
-    converted.export(str(tmp_path / "served"))
-    served = tf.saved_model.load(str(tmp_path / "served"))
-    np.testing.assert_allclose(served.serve(x), converted.predict(x, verbose=0), rtol=1e-5, atol=1e-5)
 
 
 _LOAD = """
@@ -507,13 +463,8 @@ def test_a_stock_file_loads_where_the_package_cannot_be_imported(tmp_path):
     x = example(converted)
     np.savez(tmp_path / "data.npz", x=x, y=converted.predict(x, verbose=0))
     tf_dpbn.to_stock(converted).save(tmp_path / "m.keras")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    arguments = [str(tmp_path / "m.keras"), str(tmp_path / "data.npz")]
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    expected = "keras" if IS_KERAS_3 else "tf_keras"
-    assert done.stdout.strip().endswith(f"reproduced {expected}"), done.stderr
+    printed = programs.last_line("-c", _LOAD, str(tmp_path / "m.keras"), str(tmp_path / "data.npz"))
+    assert printed == f"reproduced {'keras' if IS_KERAS_3 else 'tf_keras'}"
 
 
 def test_ledger_public_batch_and_released_averages_go_over():
@@ -585,10 +536,6 @@ def functional_with_behaviour():
     return Functional(inputs, layers.BatchNormalization()(inputs))
 
 
-def legacy(**options):
-    return network(tf.compat.v1.keras.layers.BatchNormalization(name="old", **options), shape=(4,))
-
-
 DERIVE = r"class Subclassed.*Derive the class from tf_dpbn.DPModel and use tf_dpbn.DPBatchNormalization"
 REFUSED = {
     "subclassed": (lambda: Subclassed(norm()), TypeError, DERIVE),
@@ -613,7 +560,6 @@ REFUSED = {
 }
 if not IS_KERAS_3:
     REFUSED["renorm"] = (lambda: network(norm(renorm=True)), ValueError, "'culprit' has renorm.*Build it without")
-    REFUSED["virtual_batch_size"] = (lambda: legacy(virtual_batch_size=2), ValueError, "'old'")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -623,47 +569,16 @@ def test_convert_refuses_with_the_remedy(name):
         tf_dpbn.convert(make())
 
 
-def test_convert_refuses_unknown_statistics():
+def test_unknown_statistics_and_a_subclassed_private_model_are_refused():
     with pytest.raises(ValueError, match="Received: statistics='private'"):
         tf_dpbn.convert(sequential(), statistics="private")
 
-
-def test_to_stock_refuses_a_subclassed_model_and_names_export():
     class Own(tf_dpbn.DPModel):
         def call(self, x):
             return x
 
     with pytest.raises(TypeError, match="class Own.*`export` makes a SavedModel"):
         tf_dpbn.to_stock(Own())
-
-
-# ---------------------------------------------------------------- live objects
-
-
-def with_live_objects():
-    """Functions, and a class, that no file could bring back; inside other layers too."""
-    slope = tf.constant(3.0)
-    inputs = keras.Input((7, 4))
-    h = layers.Lambda(lambda t, by: t * slope * by, arguments={"by": 2.0}, output_shape=(7, 4), name="scaled")(inputs)
-    h = layers.TimeDistributed(layers.Dense(4, activation=lambda t: t * slope), name="each")(h)
-    h = layers.TimeDistributed(layers.Lambda(lambda t: t - slope, output_shape=(4,)), name="shifted")(h)
-    h = layers.Dense(3, activation=lambda t: tf.nn.relu(t) * slope)(layers.BatchNormalization()(h))
-    model = keras.Model(inputs, h)
-    helpers.randomize(model)
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:.*lambda")
-def test_layers_with_functions_of_their_own_are_rebuilt_in_memory():
-    stock = with_live_objects()
-    x = np.random.default_rng(0).normal(size=(3, 7, 4)).astype("float32")
-    private = tf_dpbn.convert(stock)
-    plain = tf_dpbn.to_stock(private)
-    for model in (private, plain):
-        np.testing.assert_allclose(model(x), stock(x), rtol=1e-5)
-        assert not {id(v) for v in model.weights} & {id(v) for v in stock.weights}
-        assert not {id(layer) for layer in flatten_layers(model)} & {id(layer) for layer in flatten_layers(stock)}
-    assert private.get_layer("scaled").function is stock.get_layer("scaled").function
 
 
 # ---------------------------------------------------------------- what findings advise
@@ -679,9 +594,9 @@ def test_batch_normalization_is_judged_by_whether_training_moves_its_statistics(
     model.compile("sgd", "mse")
     x = np.random.default_rng(0).normal(1.0, 1.0, (8, *VECTOR)).astype("float32")
     model.fit(x, x[:, :2], verbose=0)
-    moved = [bool(np.any(np.asarray(base.get_layer("culprit").moving_mean)))] * 2
-    assert [each.severity for each in findings] == ["error" if each else "warning" for each in moved]
-    assert findings.ok == (not any(moved))
+    moved = bool(np.any(np.asarray(base.get_layer("culprit").moving_mean)))
+    assert [each.severity for each in findings] == 2 * ["error" if moved else "warning"]
+    assert findings.ok == (not moved)
 
 
 def test_a_model_made_plain_has_the_statistics_of_the_last_weights_and_is_ready_for_export(tmp_path):
@@ -692,9 +607,6 @@ def test_a_model_made_plain_has_the_statistics_of_the_last_weights_and_is_ready_
     plain = tf_dpbn.to_stock(model)
     mean = tf.reduce_mean(plain.layers[0](model.public_batch), 0)
     np.testing.assert_allclose(normalizations(plain)[0].moving_mean, mean, rtol=1e-5, atol=1e-6)
-    for each in (plain, tf_dpbn.to_stock(tf_dpbn.convert(network(norm())))) if IS_KERAS_3 else ():
-        signature = keras.src.export.export_utils.get_input_signature(each)
-        assert each._called and tuple(signature[0].shape) == (None, 6)
     plain.export(str(tmp_path / "served"))
     loaded = tf.saved_model.load(str(tmp_path / "served"))
     np.testing.assert_allclose(loaded.serve(x[:3]), model(x[:3]), rtol=1e-4, atol=1e-6)

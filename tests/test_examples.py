@@ -157,10 +157,9 @@ def test_idx_files_are_read(idx_dir):
     np.testing.assert_array_equal(data.x_train, expected)
     np.testing.assert_array_equal(data.y_test, np.arange(10))
     labels = idx_dir / "train-labels.idx1-ubyte"
-    for content, message in ((b"<html>", "not an IDX file"), (idx_bytes(np.zeros(31, np.uint8)), r"\(31,\)")):
-        labels.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            datasets.load("mnist", str(idx_dir))
+    labels.write_bytes(b"<html>")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        datasets.load("mnist", str(idx_dir))
     labels.unlink()
     with pytest.raises(FileNotFoundError, match="train-labels-idx1-ubyte.gz.*Received: data_dir="):
         datasets.load("mnist", str(idx_dir))

@@ -138,7 +138,8 @@ def test_there_are_no_circles():
         done += ready
 
 
-def test_nothing_else_imports_interop():
+def test_public_data_and_bounds_need_no_tensorflow_and_nothing_imports_interop():
+    assert not (third_parties(SOURCES["public_data"]) | third_parties(SOURCES["auditing.bounds"])) & FRAMEWORKS
     others = [module for module in MODULES if not module.startswith("interop")]
     assert not {module for module in others if any(m.startswith("interop") for m in imported_modules(SOURCES[module]))}
 
@@ -183,37 +184,14 @@ def test_a_missing_tf_keras_is_named_with_its_extra():
     assert done.returncode and "pip install 'tf_dpbn[legacy]'" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        ([], "tf_dpbn 0"),
-        (
-            [
-                "plan",
-                "--target_epsilon=3",
-                "--delta=1e-5",
-                "--num_examples=1000",
-                "--expected_batch_size=50",
-                "--epochs=2",
-            ],
-            "steps 40 of 50",
-        ),
-    ],
-)
-def test_command_line(arguments, expected, capsys):
-    __main__.main(arguments)
-    assert expected in capsys.readouterr().out
-
-
-def test_command_line_refuses_in_words():
-    arguments = ["plan", "--target_epsilon=-3", "--delta=1e-5", "--num_examples=1000", "--expected_batch_size=50"]
+def test_command_line(capsys):
+    __main__.main([])
+    assert "tf_dpbn 0" in capsys.readouterr().out
+    plan = ["plan", "--delta=1e-5", "--num_examples=1000", "--expected_batch_size=50", "--epochs=2"]
+    __main__.main([*plan, "--target_epsilon=3"])
+    assert "steps 40 of 50" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="`target_epsilon` must be a finite number greater than 0"):
-        __main__.main([*arguments, "--steps=3"])
-
-
-@pytest.mark.parametrize("module", ["public_data", "auditing.bounds"])
-def test_needs_no_tensorflow(module):
-    assert not third_parties(SOURCES[module]) & FRAMEWORKS
+        __main__.main([*plan, "--target_epsilon=-3"])
 
 
 def test_only_mechanisms_draws_noise():
@@ -235,29 +213,9 @@ def test_only_one_module_imports_keras():
     assert "tf.keras" in called_names(SOURCES["_keras"])
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "from tf_dpbn import model",
-        "from tf_dpbn.model import DPModel",
-        "import tf_dpbn.callbacks",
-        "def f():\n    from tf_dpbn.clipping.per_example import PerExampleEngine",
-        "import tf_dpbn",
-    ],
-)
-def test_the_check_sees_an_import_that_goes_upwards(source):
-    assert upward("normalization.layer", ast.parse(source))
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "tf.random.stateless_normal([3], seed)",
-        "tf.random.normal([3])",
-        "keras.random.normal([3])",
-        "from tensorflow.random import stateless_normal\nstateless_normal([3], seed)",
-        "tf.random.Generator.from_seed(1)\ntf.random.truncated_normal([3])",
-    ],
-)
-def test_the_check_sees_noise(source):
-    assert draws_normal(ast.parse(source))
+def test_these_checks_see_an_import_that_goes_upwards_and_noise():
+    inside = "def f():\n    from tf_dpbn.clipping.per_example import PerExampleEngine"
+    for source in ("from tf_dpbn.model import DPModel", inside, "import tf_dpbn"):
+        assert upward("normalization.layer", ast.parse(source))
+    for name in ("tf.random.stateless_normal", "keras.random.normal", "tf.random.truncated_normal"):
+        assert draws_normal(ast.parse(f"{name}([3], seed)"))

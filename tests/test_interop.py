@@ -51,9 +51,7 @@ def padded(rows=ROWS, examples=4, seed=0):
 # ------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize(
-    ("name", "statistics"), [("SGD", "public"), ("SGD", "noised"), ("Adam", "noised"), ("Adagrad", "public")]
-)
+@pytest.mark.parametrize(("name", "statistics"), [("SGD", "noised"), ("Adam", "noised"), ("Adagrad", "public")])
 def test_compile_and_fit_train_with_every_optimizer(name, statistics):
     optimizer = tfp.optimizer(name, noise_multiplier=1.2, learning_rate=0.1)
     model, the_plan = stock(statistics, optimizer, depth=1), plan()
@@ -123,10 +121,7 @@ def test_public_statistics_follow_the_weights():
         on_train_batch_begin=lambda *_: seen.append((moments()[0], model.layers[2].moving_mean.numpy()))
     )
     data = tf.data.Dataset.from_tensors((x, y, weight)).repeat(2)
-    options = {"callbacks": [tfp.callback(public_batch=batch), look], "validation_data": helpers.images(3)}
-    logs = model.fit(data, verbose=0, **options).history
-    expected = float(np.mean(tfp.LOSS(helpers.images(3)[1], model(helpers.images(3)[0]))))
-    assert logs["val_loss"] == [pytest.approx(expected, rel=1e-4)]  # ordinary batches, without weights
+    model.fit(data, verbose=0, callbacks=[tfp.callback(public_batch=batch), look])
     assert len(seen) == 2 and np.any(seen[0][0] != seen[1][0])
     for expected, found in [*seen, (moments()[0], model.layers[2].moving_mean)]:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -167,20 +162,6 @@ def test_released_sums_move_by_no_more_than_the_declared_sensitivity():
     assert bound * 1.2 < worst <= declared * neighbours.SLACK  # one bound would not do
 
 
-def test_masked_positions_do_not_count():
-    layer = tf_dpbn.DPBatchNormalization(statistics="noised", statistics_clip=1e6)
-    z = np.random.default_rng(0).normal(size=(3, 4, 2)).astype("float32")
-    layer.build(z.shape)
-    mask = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
-    mean, variance = tf.zeros([2]), tf.ones([2])
-    found = statistics_scope.clipped_residuals(layer, tf.constant(z), tf.constant(mask), mean, variance).tensors[0]
-    rows = [
-        tf_dpbn.normalization.moments.residuals(tf.constant(z[i][mask[i]]), mean, variance, layer.epsilon)
-        for i in range(2)
-    ]
-    np.testing.assert_allclose(found, np.sum(rows, 0), rtol=1e-5)
-
-
 @pytest.mark.parametrize("statistics", ["public", "noised"])
 def test_a_row_moves_the_gradient_by_at_most_the_clip_norm_and_no_other_output(statistics):
     clip = 0.5
@@ -203,19 +184,6 @@ def test_a_row_moves_the_gradient_by_at_most_the_clip_norm_and_no_other_output(s
         moves.append(np.linalg.norm(stepper.sums(x, y, without + (np.arange(ROWS) == ROWS - 1)) - reference) / clip)
         x[-1] = 0
     assert 0.9 < max(moves) <= neighbours.SLACK
-
-
-def test_the_same_check_catches_stock_batch_normalization():
-    model = helpers.bn_stack(2, layers.BatchNormalization)
-    helpers.randomize(model)
-    helpers.compiled(model, tfp.LOSS, tfp.optimizer(l2_norm_clip=0.5))
-    stepper = tfp.Stepper(model, None)
-    x, y, weight = padded(examples=5)
-    changed = x.copy()
-    changed[0] *= 30
-    without = weight * (np.arange(ROWS) != 0)
-    move = np.linalg.norm(stepper.sums(changed, y, weight) - stepper.sums(x * without[:, None, None, None], y, without))
-    assert move > 1.5 * 0.5
 
 
 def test_noise_of_released_statistics_has_the_promised_scale():
@@ -250,26 +218,6 @@ def test_multipliers_fold_to_the_plan_and_the_ledger_counts_what_is_drawn(monkey
     assert callback.epsilon() == pytest.approx(the_plan.epsilon) and callback.epsilon() <= 4.0
     statement = callback.privacy_statement()
     assert "10 steps" in statement and "PROVIDED" in statement
-
-
-def test_epsilon_agrees_with_the_accountant_of_tensorflow_privacy():
-    library = tfp.module("analysis.compute_dp_sgd_privacy_lib")
-    model, x = stock("noised", noise_multiplier=1.5), helpers.images(tfp.EXAMPLES)
-    callback = tfp.callback(expected_batch_size=ROWS, statistics_noise_multiplier=6.0)
-    with pytest.warns(tf_dpbn.PrivacyWarning, match="do not come from"):
-        model.fit(*x, batch_size=ROWS, epochs=2, callbacks=[callback], verbose=0)
-    sigma = callback.effective_noise_multiplier
-    assert sigma == pytest.approx((1.5**-2 + 2 * 6.0**-2) ** -0.5)
-    statement = library.compute_dp_sgd_privacy_statement(
-        number_of_examples=tfp.EXAMPLES,
-        batch_size=ROWS,
-        num_epochs=2,
-        noise_multiplier=sigma,
-        delta=1e-3,
-        used_microbatching=False,
-    )
-    printed = [line.split()[-1] for line in statement.splitlines() if line.strip().startswith("Epsilon ")]
-    assert float(printed[1]) == pytest.approx(callback.epsilon(1e-3), rel=2e-3)
 
 
 # ------------------------------------------------------------------ what releases, and when
@@ -374,23 +322,13 @@ def test_an_interrupted_fit_leaves_nothing_open():
         model.fit(data, verbose=0)  # compiled with an optimizer without noise
 
 
-class Mixing(keras.Model):
-    def train_step(self, data):
-        x, y, weight = data
-        return super().train_step((0.5 * x + 0.5 * x[::-1], y, weight))
+def own_step():
+    class Mixing(keras.Model):
+        def train_step(self, data):
+            x, y, weight = data
+            return super().train_step((0.5 * x + 0.5 * x[::-1], y, weight))
 
-
-class Adding(keras.Model):
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
-        return super().compute_loss(x, y, y_pred, sample_weight) + tf.reduce_mean(y_pred)
-
-
-@pytest.mark.parametrize("kind", [Mixing, Adding])
-def test_steps_of_the_users_own_are_refused(kind):
-    model = helpers.bn_stack(1, normalization("noised"), model=kind)
-    helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
-    with pytest.raises(ValueError, match="train by the step of tf.keras.Model"):
-        model.fit(tf.data.Dataset.from_tensors(padded()), callbacks=[tfp.callback()], verbose=0)
+    return helpers.compiled(helpers.bn_stack(1, normalization("noised"), model=Mixing), tfp.LOSS, tfp.optimizer())
 
 
 def by_pixel():
@@ -399,15 +337,6 @@ def by_pixel():
     x = layers.Conv2D(3, 3, padding="same")(inputs)
     outputs = layers.Conv2D(3, 1)(normalization("public")()(x))
     return keras.Model(inputs, outputs), tfp.LOSS, np.random.default_rng(0).integers(0, 3, (ROWS, 6, 6))
-
-
-def by_broadcast():
-    """Outputs [rows, 1, 1] and labels [rows]: Keras would compare each output with all labels."""
-    inputs = keras.Input((6, 6, 2))
-    x = layers.GlobalAveragePooling2D()(normalization("public")()(layers.Conv2D(3, 3)(inputs)))
-    outputs = layers.Reshape((1, 1))(layers.Dense(1)(x))
-    loss = keras.losses.MeanSquaredError(reduction="none")
-    return keras.Model(inputs, outputs), loss, np.arange(ROWS, dtype="float32")
 
 
 def by_mixing_loss():
@@ -422,7 +351,7 @@ def by_mixing_loss():
     return model, Mean(reduction="none"), np.random.default_rng(0).integers(0, 3, ROWS)
 
 
-@pytest.mark.parametrize("case", [by_pixel, by_broadcast, by_mixing_loss])
+@pytest.mark.parametrize("case", [by_pixel, by_mixing_loss])
 def test_no_loss_lets_rows_meet(case):
     model, loss, y = case()
     helpers.randomize(model)
@@ -469,18 +398,6 @@ def test_batches_of_another_size_are_refused():
         model.fit(x, y, sample_weight=weight, batch_size=ROWS, callbacks=[tfp.callback()], verbose=0)
 
 
-def test_a_saved_model_predicts_alike_and_must_be_given_a_callback_anew(tmp_path):
-    model, (x, y, weight) = stock("noised", noise_multiplier=1.0), padded()
-    data = tf.data.Dataset.from_tensors((x, y, weight))
-    model.fit(data, callbacks=[tfp.callback()], verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras", compile=False)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    helpers.compiled(loaded, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
-    with pytest.raises(RuntimeError, match="interop.StatisticsCallback"):
-        loaded.fit(data, verbose=0)
-
-
 # ------------------------------------------------------------------ errors
 
 
@@ -494,7 +411,6 @@ def test_keras_3_is_refused_with_the_remedy():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_batch_size": 0}, "max_batch_size=0"),
         ({"expected_batch_size": 7}, "at most max_batch_size=6.*expected_batch_size=7"),
         ({"num_examples": 3}, "at most num_examples=3.*expected_batch_size=4"),
         ({"statistics_noise_multiplier": -1.0}, "statistics_noise_multiplier=-1.0"),
@@ -518,6 +434,10 @@ def recompiled(**kwargs):
     return model
 
 
+def sequential(*stack):
+    return helpers.compiled(keras.Sequential([*stack, layers.Dense(3)]), tfp.LOSS, tfp.optimizer())
+
+
 def with_layer(*extra, statistics="public", **kwargs):
     inputs = keras.Input((6, 6, 2))
     h = tf_dpbn.DPBatchNormalization(statistics=statistics, **kwargs)(layers.Conv2D(3, 3)(inputs))
@@ -527,73 +447,35 @@ def with_layer(*extra, statistics="public", **kwargs):
     return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
 
 
-def merged(rearrange, shape):
-    """A model whose normalization sees rearranged rows, and that puts them back."""
-    inputs = keras.Input(shape)
-    h = tf_dpbn.DPBatchNormalization(statistics="noised")(layers.Lambda(rearrange)(inputs))
-    back = layers.Lambda(lambda t: tf.reshape(t, [-1, *shape]) if t.shape.rank == 2 else tf.transpose(t, [1, 0, 2]))
-    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(back(h))))
+def swapped():
+    """A model whose normalization sees another axis first, one as long as the batch."""
+    inputs, swap = keras.Input((ROWS, 2)), layers.Lambda(lambda t: tf.transpose(t, [1, 0, 2]))
+    h = swap(tf_dpbn.DPBatchNormalization(statistics="noised")(swap(inputs)))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h)))
     return helpers.compiled(model, tfp.LOSS, tfp.optimizer(noise_multiplier=1.0))
-
-
-def mean_loss(y, y_pred):
-    return keras.losses.sparse_categorical_crossentropy(y, y_pred, from_logits=True)
 
 
 REFUSALS = {
     "plain optimizer": (lambda: recompiled(optimizer=keras.optimizers.SGD(0.1)), TypeError, "SGD'"),
-    "ours": (lambda: recompiled(optimizer=helpers.dp_optimizer()), TypeError, "tf_dpbn.optimizers.DPOptimizer'"),
     "microbatches": (lambda: stock(num_microbatches=3), ValueError, "6.*num_microbatches=3"),
-    "reduction": (
-        lambda: recompiled(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
-        ValueError,
-        r"Reduction.NONE.*SparseCategoricalCrossentropy\(reduction='auto'\)",
-    ),
-    "name of a loss": (lambda: recompiled(loss="mse"), ValueError, "Reduction.NONE.*loss='mse'"),
-    "function": (lambda: recompiled(loss=mean_loss), ValueError, "Reduction.NONE.*mean_loss"),
+    "reduction": (lambda: recompiled(loss="mse"), ValueError, "Reduction.NONE.*loss='mse'"),
     "xla": (lambda: recompiled(jit_compile=True), ValueError, "jit_compile=True"),
     "execution": (lambda: recompiled(steps_per_execution=2), ValueError, "steps_per_execution=2"),
     "stock layer": (lambda: with_layer(layers.BatchNormalization()), ValueError, "Stock BatchNormalization"),
-    "anchored": (
-        lambda: with_layer(statistics="anchored"),
-        ValueError,
-        '"public" or "noised".*statistics=\'anchored\'',
-    ),
+    "anchored": (lambda: with_layer(statistics="anchored"), ValueError, "\"public\" or.*statistics='anchored'"),
     "half precision": (lambda: with_layer(dtype="mixed_float16"), ValueError, "dtype='float16'"),
-    "regularizer": (
-        lambda: with_layer(layers.Conv2D(2, 1, kernel_regularizer="l2")),
-        ValueError,
-        "weight regularizers",
-    ),
-    "activity": (
-        lambda: with_layer(layers.Conv2D(2, 1, activity_regularizer="l2")),
-        ValueError,
-        "neither clipped",
-    ),
+    "regularizer": (lambda: with_layer(layers.Dense(2, kernel_regularizer="l2")), ValueError, "weight regularizers"),
+    "activity": (lambda: with_layer(layers.Dense(2, activity_regularizer="l2")), ValueError, "neither clipped"),
     "coupled rows": (
         lambda: with_layer(layers.Lambda(lambda t: t - tf.reduce_mean(t, 0, keepdims=True))),
         ValueError,
         "would void the guarantee",
     ),
-    "rows merged": (lambda: merged(lambda t: tf.reshape(t, [-1, 2]), (6, 2)), ValueError, "examples in the first axis"),
-    "axes swapped": (
-        lambda: merged(lambda t: tf.transpose(t, [1, 0, 2]), (ROWS, 2)),  # an axis as long as the batch
-        ValueError,
-        r"examples in the first axis.*\(6, 1009, 2\) for a batch of 1009",
-    ),
+    "axes swapped": (swapped, ValueError, r"examples in the first axis.*\(6, 1009, 2\) for a batch of 1009"),
+    "own step": (own_step, ValueError, "train by the step of tf.keras.Model"),
     "not compiled": (lambda: helpers.bn_stack(1, normalization("public")), RuntimeError, r"compile\(optimizer="),
-    "no normalization": (
-        lambda: helpers.compiled(keras.Sequential([keras.Input((4,)), layers.Dense(3)]), tfp.LOSS, tfp.optimizer()),
-        ValueError,
-        "have a DPBatchNormalization",
-    ),
-    "unknown shape": (
-        lambda: helpers.compiled(
-            keras.Sequential([layers.Dense(3), tf_dpbn.DPBatchNormalization()]), tfp.LOSS, tfp.optimizer()
-        ),
-        ValueError,
-        "know the shape of its inputs",
-    ),
+    "no normalization": (lambda: sequential(keras.Input((4,))), ValueError, "have a DPBatchNormalization"),
+    "unknown shape": (lambda: sequential(tf_dpbn.DPBatchNormalization()), ValueError, "know the shape of its inputs"),
 }
 
 
@@ -605,14 +487,11 @@ def test_what_would_not_be_private_is_refused_before_training(case):
         begins(make(), tfp.callback())
 
 
-def test_missing_statistics_are_refused():
+def test_missing_statistics_and_an_optimizer_with_less_noise_than_planned_are_refused():
+    model = stock("noised", noise_multiplier=1.0)
     with pytest.raises(ValueError, match="`public_batch` must be given"):
         begins(stock(), tfp.callback(public_batch=None))
     with pytest.raises(ValueError, match="`statistics_noise_multiplier` must be given"):
-        begins(stock("noised"), tfp.callback(statistics_noise_multiplier=None))
-
-
-def test_an_optimizer_with_less_noise_than_planned_is_refused():
-    model, the_plan = stock("noised", noise_multiplier=1.0), plan()
+        begins(model, tfp.callback(statistics_noise_multiplier=None))
     with pytest.raises(ValueError, match=r"at least 1\.05.*noise_multipliers\(plan, model\)\[0\].*=1\.0"):
-        begins(model, interop.StatisticsCallback.from_plan(the_plan))
+        begins(model, interop.StatisticsCallback.from_plan(plan()))

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 
-import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -69,20 +68,10 @@ def trained():
     return model
 
 
-def test_a_new_model_has_spent_nothing():
-    model = make_model()
-    assert model.ledger == tf_dpbn.Ledger()
-    assert model.epsilon(DELTA) == 0.0
-
-
 @pytest.mark.both
 def test_fits_are_recorded_by_their_sampling(trained):
+    trained.ledger.record(poisson_record(100))  # of a copy
     assert trained.ledger == tf_dpbn.Ledger([poisson_record(8), assumed_record(4)])
-
-
-def test_the_ledger_is_a_copy(trained):
-    trained.ledger.record(poisson_record(100))
-    assert trained.ledger.steps == 12
 
 
 def test_epsilon_is_that_of_accounting_by_hand(trained):
@@ -202,11 +191,6 @@ def test_every_step_counts_however_keras_runs_them(options):
     assert int(model.optimizer.iterations) == 8
 
 
-def test_prefetching_leaves_the_sampling_known(model):
-    fit(model, PLAN.poisson_dataset(X, Y).prefetch(2).with_options(tf.data.Options()))
-    assert model.ledger == tf_dpbn.Ledger([poisson_record(4)])
-
-
 def test_data_sets_derived_from_a_poisson_one_train_with_the_warning(model):
     ways = [
         lambda d: d.map(lambda x, y, weight: (2 * x, y, weight)),
@@ -218,14 +202,6 @@ def test_data_sets_derived_from_a_poisson_one_train_with_the_warning(model):
             fit(model, derive(PLAN.poisson_dataset(X, Y)))
     record = dataclasses.replace(poisson_record(12), sampling="assumed")  # truncated batches are charged
     assert model.ledger == tf_dpbn.Ledger([record])
-
-
-def test_batches_of_other_sizes_made_of_poisson_ones_are_checked_as_any_others(model):
-    with (
-        pytest.warns(tf_dpbn.PrivacyWarning, match="do not come from"),
-        pytest.raises(ValueError, match="equal the size of the batches, 5"),
-    ):
-        fit(model, PLAN.poisson_dataset(X, Y).unbatch().batch(5, drop_remainder=True))
 
 
 @pytest.mark.both
@@ -256,17 +232,14 @@ def test_an_exception_in_a_callback_loses_no_steps(model):
 
 def test_a_step_that_changed_the_weights_is_recorded_though_its_metric_raises():
     def failing(y_true, y_pred):
-        import tensorflow as tf
-
         with tf.control_dependencies([tf.debugging.assert_less(tf.reduce_max(tf.abs(y_true)), -1.0)]):
             return tf.reduce_mean(y_pred, -1)
 
     model = make_model(metrics=[failing])
-    before = model.get_weights()
+    before = helpers.flat(model.get_weights())
     with pytest.raises(Exception, match="assert"):
         fit(model)
-    changed = any(np.any(a != b) for a, b in zip(before, model.get_weights(), strict=True))
-    assert model.ledger.steps == 1 or not changed
+    assert model.ledger.steps == 1 or (helpers.flat(model.get_weights()) == before).all()
 
 
 def test_another_noise_multiplier_is_another_record():
@@ -312,8 +285,3 @@ def test_without_the_number_of_examples_there_is_no_epsilon_and_the_error_says_w
         model.epsilon(DELTA)
     filled = model.ledger.with_sampling_probability(0.25)
     assert filled.epsilon(DELTA) == accounting.Ledger([assumed_record(1)]).epsilon(DELTA)
-
-
-def test_delta_must_leave_room(trained):
-    with pytest.raises(ValueError, match="delta=1.5"):
-        trained.epsilon(1.5)

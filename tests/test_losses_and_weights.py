@@ -102,8 +102,15 @@ if IS_KERAS_3:
 else:
     LOSSES["auto"] = (reduced("auto"), None, tf.reduce_mean)
 
-# shape name -> (sample weights, the factor on each example's loss)
-EXAMPLE_WEIGHTS = {"none": (None, np.ones(EXAMPLES)), "row": (WEIGHTS, WEIGHTS), "column": (WEIGHTS[:, None], WEIGHTS)}
+BY_POSITION = np.random.default_rng(1).uniform(0.2, 2.0, (EXAMPLES, POSITIONS)).astype("float32")
+BY_POSITION[0, :2] = 0.0
+# shape name -> (sample weights, the factor on each example's loss, or on that of each position)
+EXAMPLE_WEIGHTS = {
+    "none": (None, np.ones(EXAMPLES, "float32")),
+    "row": (WEIGHTS, WEIGHTS),
+    "column": (WEIGHTS[:, None], WEIGHTS),
+    "position": (BY_POSITION, BY_POSITION),
+}
 
 
 def position_losses(activation):
@@ -114,8 +121,8 @@ def position_losses(activation):
 
 
 CASES = [(name, "sequence", "row") for name in LOSSES]
-CASES += [("string", "vector", "none"), ("function", "sequence", "none"), ("none", "vector", "column")]
-CASES += [("sum", "sequence", "column"), (list(LOSSES)[-1], "vector", "row"), ("own_class", "vector", "column")]
+CASES += [(n, "sequence", "position") for n in LOSSES if n not in ("scalar_function", "function", "own_class")]
+CASES += [("string", "vector", "none"), ("function", "sequence", "none"), ("own_class", "vector", "column")]
 
 
 @pytest.mark.parametrize("name, shape, weighting", CASES)
@@ -124,38 +131,20 @@ def test_example_weights_multiply_the_loss_of_a_batch_of_one_before_clipping(nam
     model, (x, y) = network(positions, activation), data(positions)
     weights, factors = EXAMPLE_WEIGHTS[weighting]
     by_position = position_losses(activation)
-    gradients = example_gradients(model, x, lambda i, p: factors[i] * reduce(by_position(y[i : i + 1], p)))
-    clip = clip_that_binds_for_half(gradients)
-    helpers.compiled(model, loss(), helpers.dp_optimizer(l2_norm_clip=clip))
-    found, result = helpers.clipped_sum_function(model)(x, y, weights)
-    assert helpers.relative_error(found, [clipped_sum(gradients, clip)]) < 1e-4
-    losses = [factors[i] * reduce(by_position(y[i : i + 1], model(x[i : i + 1]))) for i in range(EXAMPLES)]
-    np.testing.assert_allclose(result.loss, losses, rtol=1e-5)
-
-
-def position_weights():
-    weights = np.random.default_rng(1).uniform(0.2, 2.0, (EXAMPLES, POSITIONS)).astype("float32")
-    weights[0, :2] = 0.0
-    return weights
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("scalar_function", "function", "own_class")])
-def test_weights_by_position_weigh_positions(name):
-    loss, activation, reduce = LOSSES[name]
-    model, (x, y), weights = network(True, activation), data(True), position_weights()
-    by_position = position_losses(activation)
 
     def example_loss(i, prediction):
-        losses = weights[i] * by_position(y[i : i + 1], prediction)
-        if name == "mean_with_sample_weight":
-            return tf.reduce_sum(losses) / weights[i].sum()
+        losses = factors[i] * by_position(y[i : i + 1], prediction)
+        if name == "mean_with_sample_weight" and weighting == "position":
+            return tf.reduce_sum(losses) / factors[i].sum()
         return reduce(losses)
 
     gradients = example_gradients(model, x, example_loss)
     clip = clip_that_binds_for_half(gradients)
     helpers.compiled(model, loss(), helpers.dp_optimizer(l2_norm_clip=clip))
-    found, _ = helpers.clipped_sum_function(model)(x, y, weights)
+    found, result = helpers.clipped_sum_function(model)(x, y, weights)
     assert helpers.relative_error(found, [clipped_sum(gradients, clip)]) < 1e-4
+    losses = [example_loss(i, model(x[i : i + 1])) for i in range(EXAMPLES)]
+    np.testing.assert_allclose(result.loss, losses, rtol=1e-5)
 
 
 CLASS_WEIGHT = {0: 0.5, 1: 3.0, 2: 1.5}
@@ -218,15 +207,13 @@ def compile_options(kind):
     }
 
 
-def both_losses(kind, y, factor=(1.0,) * EXAMPLES, by_output=None):
+def both_losses(kind, y, by_output):
     c, v = (y["c"], y["v"]) if kind == "dict" else y
 
     def example_loss(i, prediction):
         of_c, of_v = (prediction["c"], prediction["v"]) if kind == "dict" else prediction
         first, second = tf.reduce_mean(crossentropy(c[i : i + 1], of_c)), tf.reduce_mean((v[i] - of_v) ** 2)
-        if by_output is not None:
-            first, second = by_output[0][i] * first, by_output[1][i] * second
-        return factor[i] * (LOSS_WEIGHTS["c"] * first + LOSS_WEIGHTS["v"] * second)
+        return LOSS_WEIGHTS["c"] * by_output[0][i] * first + LOSS_WEIGHTS["v"] * by_output[1][i] * second
 
     return example_loss
 
@@ -250,30 +237,25 @@ def assert_logs(logs, expected):
         np.testing.assert_allclose(logs[name], expected[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.parametrize("by_output", [False, True])
 @pytest.mark.parametrize("kind", ["dict", "list"])
-def test_several_inputs_and_outputs_train_and_log_like_keras(kind):
+@pytest.mark.filterwarnings("ignore:The batches do not come from PrivacyPlan.poisson_dataset")
+def test_several_inputs_and_outputs_train_and_log_like_keras(kind, by_output):
     """The update is the clipped sum of the weighted losses; the logs are Keras' own, without the padding."""
     x, y = two_by_two_data(kind)
-    gradients = example_gradients(two_by_two(kind, keras.Model), x, both_losses(kind, y, WEIGHTS))
+    given = (WEIGHTS, WEIGHTS[::-1].copy() if by_output else WEIGHTS)
+    weights = nest(kind, c=given[0], v=given[1])
+    gradients = example_gradients(two_by_two(kind, keras.Model), x, both_losses(kind, y, given))
     clip = clip_that_binds_for_half(gradients)
-    update, logs = update_of_one_step(compiled_two_by_two(kind, clip), every_example(x, y, WEIGHTS))
+    model = compiled_two_by_two(kind, clip)
+    if by_output:
+        update, logs = update_of_one_step(model, x, y, EXAMPLES, sample_weight=weights)
+    else:
+        update, logs = update_of_one_step(model, every_example(x, y, WEIGHTS))
     assert helpers.relative_error(update, clipped_sum(gradients, clip)) < 1e-4
     # Keras 3 takes weights only by output.
-    assert_logs(logs, logs_of_stock(kind, x, y, nest(kind, c=WEIGHTS, v=WEIGHTS) if IS_KERAS_3 else WEIGHTS))
+    assert_logs(logs, logs_of_stock(kind, x, y, weights if IS_KERAS_3 or by_output else WEIGHTS))
     assert {"loss", "c_loss", "v_loss", "c_accuracy", "v_mae", "v_weighted"} <= set(logs)
-
-
-@pytest.mark.parametrize("kind", ["dict", "list"])
-def test_weights_by_output(kind):
-    x, y = two_by_two_data(kind)
-    by_output = (WEIGHTS, WEIGHTS[::-1].copy())
-    weights = nest(kind, c=by_output[0], v=by_output[1])
-    gradients = example_gradients(two_by_two(kind), x, both_losses(kind, y, by_output=by_output))
-    clip = clip_that_binds_for_half(gradients)
-    with pytest.warns(tf_dpbn.PrivacyWarning, match=NOT_POISSON):
-        update, logs = update_of_one_step(compiled_two_by_two(kind, clip), x, y, EXAMPLES, sample_weight=weights)
-    assert helpers.relative_error(update, clipped_sum(gradients, clip)) < 1e-4
-    assert_logs(logs, logs_of_stock(kind, x, y, weights))
 
 
 def test_one_output_logs_like_keras_and_metrics_ignore_padding():

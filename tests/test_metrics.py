@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,12 +51,6 @@ def dice(y: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
     return 2.0 * tf.reduce_sum(y * y_pred) / tf.reduce_sum(y + y_pred)
 
 
-def one_number_f1(y: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
-    y, y_pred = y > 0.5, y_pred > 0.5
-    hits = tf.reduce_sum(tf.cast(y & y_pred, tf.float32))
-    return 2.0 * hits / tf.reduce_sum(tf.cast(y, tf.float32) + tf.cast(y_pred, tf.float32))
-
-
 class CountsRows(metrics.Metric):
     """A metric that ignores weights."""
 
@@ -73,11 +66,11 @@ class CountsRows(metrics.Metric):
 
 
 def made(name: str) -> Any:
-    functions = {"dice": dice, "one_number_f1": one_number_f1, "CountsRows": CountsRows()}
+    functions = {"dice": dice, "CountsRows": CountsRows()}
     return functions[name] if name in functions else all_metrics()[name](**ARGUMENTS.get(name, {}))
 
 
-NAMES = [*sorted(all_metrics()), "dice", "one_number_f1", "CountsRows"]
+NAMES = [*sorted(all_metrics()), "dice", "CountsRows"]
 
 
 @functools.cache
@@ -122,13 +115,16 @@ def expected(inner: tuple[int, ...], sparse: bool) -> dict[str, np.ndarray]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def assert_as_on_real_rows(names: Iterable[str], inner: tuple[int, ...], sparse: bool, **kwargs: Any) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize(
+    "shape", ["vectors", pytest.param("sequences", marks=pytest.mark.thorough), "maps as wide as the padding"]
+)
+def test_each_metric_sees_the_real_rows_only(shape, sparse):
     """Compiled metrics are updated by a padded batch and by an empty one."""
-    names = [name for name in names if name in expected(inner, sparse)]
+    inner = SHAPES[shape]
+    names = [name for name in NAMES if name in expected(inner, sparse)]
     model = compiled([made(name) for name in names], inner)
-    update = tf.function(
-        lambda *args: update_compiled_metrics(model, args[0], args[1], None, args[2]), autograph=False, **kwargs
-    )
+    update = tf.function(lambda *args: update_compiled_metrics(model, args[0], args[1], None, args[2]), autograph=False)
     for mask in (REAL, np.zeros(ROWS, bool)):
         update(*map(tf.constant, data(inner, sparse)), tf.constant(mask))
     for name, found in zip(names, values(model), strict=True):
@@ -137,22 +133,8 @@ def assert_as_on_real_rows(names: Iterable[str], inner: tuple[int, ...], sparse:
         np.testing.assert_allclose(found, value, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize(
-    "shape", ["vectors", pytest.param("sequences", marks=pytest.mark.thorough), "maps as wide as the padding"]
-)
-def test_each_metric_sees_the_real_rows_only(shape, sparse):
-    assert_as_on_real_rows(NAMES, SHAPES[shape], sparse)
-
-
 def test_some_shape_fits_each_metric():
     assert set(NAMES) == {n for inner in SHAPES.values() for sparse in (False, True) for n in expected(inner, sparse)}
-
-
-@pytest.mark.slow
-def test_metrics_of_real_rows_compile_with_xla():
-    assert_as_on_real_rows(["MeanIoU", "Precision", "AUC", "F1Score", "dice"], (), False, jit_compile=True)
-    assert_as_on_real_rows(["SparseCategoricalAccuracy"], (), True, jit_compile=True)
 
 
 def padded(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -167,7 +149,7 @@ def test_training_on_a_padded_batch_logs_what_keras_logs_on_its_rows(jit_compile
     x = rng.normal(size=(ROWS, 3, 3, CLASSES)).astype("float32")
     y, weights = data((3, 3), False)[0], rng.uniform(0.5, 2.0, ROWS).astype("float32")
     x, y, weights = padded(x, y, weights)
-    names = ["OneHotMeanIoU", "Precision", "AUC", "CategoricalAccuracy", "dice", "one_number_f1", "CountsRows"]
+    names = ["OneHotMeanIoU", "Precision", "AUC", "CategoricalAccuracy", "dice", "CountsRows"]
     found = []
     for model, rows in ((keras.Model, REAL), (tf_dpbn.DPModel, np.ones(ROWS, bool))):
         weighted = [metrics.MeanSquaredError(name="weighted")]
@@ -179,25 +161,21 @@ def test_training_on_a_padded_batch_logs_what_keras_logs_on_its_rows(jit_compile
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-6)
 
 
-def seen_weights() -> tuple[Any, list[Any]]:
-    """A metric, and the weights that it got while it was traced."""
-    seen: list[Any] = []
+@pytest.mark.parametrize("kind", ["none", "weights", "class_weight"])
+def test_weighted_metrics_get_the_weights_of_the_user_and_none_that_only_padding_made(kind):
+    seen: list[bool] = []
 
     class Spy(CountsRows):
         def update_state(self, y_true, y_pred, sample_weight=None):
-            seen.append(sample_weight is not None)
+            seen.append(sample_weight is not None)  # while it is traced
             super().update_state(y_true, y_pred)
 
-    return Spy(name="spy"), seen
-
-
-@pytest.mark.parametrize("kind", ["none", "weights", "class_weight"])
-def test_weighted_metrics_get_the_weights_of_the_user_and_none_that_only_padding_made(kind):
     x, y = helpers.images(12, (CLASSES,))
-    spy, seen = seen_weights()
     inputs = keras.Input((CLASSES,))
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(inputs))
-    helpers.compiled(model, optimizer=helpers.dp_optimizer(expected_batch_size=4), weighted_metrics=[spy], stub=True)
+    helpers.compiled(
+        model, optimizer=helpers.dp_optimizer(expected_batch_size=4), weighted_metrics=[Spy("spy")], stub=True
+    )
     batches = tf_dpbn.sampling.poisson_dataset(
         x, y, np.ones(12) if kind == "weights" else None, expected_batch_size=4, max_batch_size=8
     )
@@ -205,36 +183,6 @@ def test_weighted_metrics_get_the_weights_of_the_user_and_none_that_only_padding
     history = model.fit(batches, verbose=0, class_weight=class_weight).history
     assert set(seen) == {kind != "none"}
     assert history["spy"][0] < 8 * 3  # of three batches of eight rows
-
-
-@pytest.mark.parametrize("kind", [dict, pytest.param(list, marks=pytest.mark.thorough)])
-def test_each_of_several_outputs_sees_its_own_real_rows(kind):
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(ROWS, 2)).astype("float32")
-    a, b = rng.normal(size=(ROWS, 2)).astype("float32"), data((), False)[0]
-    weights = REAL * rng.uniform(0.5, 2.0, ROWS).astype("float32")
-
-    def nest(**parts: Any) -> Any:
-        return parts if kind is dict else kind(parts.values())
-
-    found = []
-    for model, rows in ((keras.Model, REAL), (tf_dpbn.DPModel, np.ones(ROWS, bool))):
-        inputs = keras.Input((2,))
-        outputs = nest(a=layers.Dense(2, name="a")(inputs), b=layers.Dense(3, activation="softmax", name="b")(inputs))
-        optimizer = helpers.dp_optimizer() if model is tf_dpbn.DPModel else keras.optimizers.SGD(0.0)
-        net = helpers.compiled(
-            model(inputs, outputs),
-            nest(a="mse", b="mse"),
-            optimizer,
-            metrics=nest(a=[CountsRows()], b=[made("OneHotMeanIoU"), dice]),
-            weighted_metrics=nest(a=[metrics.MeanSquaredError(name="weighted")], b=[]),
-        )
-        net.set_weights([0.3 * rng.normal(size=w.shape) if not found else w for w in (found or [net])[0].get_weights()])
-        net.train_on_batch(x[rows], nest(a=a[rows], b=b[rows]), sample_weight=nest(a=weights[rows], b=weights[rows]))
-        found.append(net)
-    one, other = (values(net) for net in found)
-    assert len(one) == 4
-    np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("pooled", [True, False])

@@ -13,7 +13,7 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn import optimizers
 from tf_dpbn._keras import IS_KERAS_3, keras, raw
-from tf_dpbn.mechanisms import ClippedSum, NoisedGradients
+from tf_dpbn.mechanisms import ClippedSum
 
 pytestmark = pytest.mark.both
 
@@ -88,35 +88,10 @@ def test_the_inner_optimizer_gets_the_released_mean(inner, noise_multiplier):
     assert not np.allclose(ours.get_weights()[0], make_layer().get_weights()[0])
 
 
-def test_the_inner_optimizer_may_know_no_further_arguments():
-    class Narrow(keras.optimizers.SGD):
-        def apply_gradients(self, grads_and_vars, name=None):
-            return super().apply_gradients(grads_and_vars)
-
-    variable = keras.Variable([1.0]) if IS_KERAS_3 else tf.Variable([1.0])
-    optimizer = helpers.dp_optimizer(inner=Narrow(1.0), noise_multiplier=0.0, expected_batch_size=2)
-    optimizer.apply_gradients(optimizer.release((ClippedSum((tf.constant([1.0]),), 1.0),))[0], [variable])
-    np.testing.assert_allclose(variable, [0.5])
-
-
-def test_works_in_a_function():
-    layer, optimizer = make_layer(), helpers.dp_optimizer(inner="adam")
-    (clipped,) = clipped_sums(1)
-    optimizer.build(layer.trainable_variables)
-    before = layer.get_weights()
-    traced = tf.function(lambda *sums: step(optimizer, layer, ClippedSum(sums, 1.5)).tensors)
-    traced(*clipped.tensors)
-    traced(*clipped.tensors)
-    assert int(optimizer.iterations) == 2
-    moved = helpers.flat(before) - helpers.flat(layer.get_weights())
-    np.testing.assert_allclose(moved, 0.002 * np.sign(helpers.flat(clipped.tensors)), rtol=1e-2)
-
-
 # ---------------------------------------------------------------- refusing ordinary gradients
 
 REFUSED = {
     "apply_gradients": lambda o, g, v: o.apply_gradients(zip(g, v, strict=True)),
-    "apply_gradients_list": lambda o, g, v: o.apply_gradients(list(zip(g, v, strict=True))),
     "apply_gradients_clipped": lambda o, g, v: o.apply_gradients(ClippedSum(tuple(g), 1.0), v),
     "apply": lambda o, g, v: o.apply(g, v),
     "minimize": lambda o, g, v: o.minimize(lambda: tf.reduce_sum(raw(v[0])), v),
@@ -140,55 +115,29 @@ def test_refuses_ordinary_gradients(optimizer):
 
 @pytest.mark.parametrize("optimizer", ["generic", "adam", "loss_scale"])
 def test_refuses_to_train_a_stock_model(optimizer):
-    inputs = keras.Input((3,))
-    model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
-    ways = [(model.fit, False), (model.fit, True), (model.train_on_batch, False)]
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     if optimizer == "loss_scale":  # in mixed precision Keras wraps the compiled optimizer
-        ways = ways[:1]
         optimizer = keras.mixed_precision.LossScaleOptimizer(OPTIMIZERS["generic"](**PRIVACY))
     else:
         optimizer = OPTIMIZERS[optimizer](**PRIVACY)
-    x, y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
     before = model.get_weights()
-    for train, eagerly in ways:
-        model.compile(optimizer, "mse", run_eagerly=eagerly)
-        with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
-            train(x, y)
+    model.compile(optimizer, "mse")
+    with pytest.raises(TypeError, match=f"(?s){TRAIN_WITH}"):
+        model.fit(np.ones((4, 3), "float32"), np.ones((4, 2), "float32"))
     np.testing.assert_array_equal(model.get_weights()[0], before[0])
-
-
-@pytest.mark.parametrize("gradients", [None, [tf.zeros([1])], NoisedGradients(())])
-def test_release_refuses_anything_but_a_clipped_sum(gradients):
-    with pytest.raises(TypeError, match=f"be a ClippedSum.*{re.escape(repr(gradients))}"):
-        helpers.dp_optimizer().release((gradients,))
-
-
-def test_refuses_another_number_of_variables():
-    optimizer, layer = helpers.dp_optimizer(), make_layer()
-    noised = optimizer.release(clipped_sums(1))[0]
-    with pytest.raises(ValueError, match="zip"):
-        optimizer.apply_gradients(noised, layer.trainable_variables[:1])
 
 
 # ---------------------------------------------------------------- constructor errors
 
 BAD = [
     (dict(noise_multiplier=-0.1), r"noise_multiplier.*PrivacyPlan.*noise_multiplier=-0\.1"),
-    (dict(noise_multiplier=math.nan), r"noise_multiplier.*noise_multiplier=nan"),
     (dict(noise_multiplier=math.inf), r"noise_multiplier.*noise_multiplier=inf"),
-    (dict(noise_multiplier=None), r"noise_multiplier.*noise_multiplier=None"),
     (dict(l2_norm_clip=0.0), r"l2_norm_clip.*l2_norm_clip=0\.0"),
-    (dict(l2_norm_clip=-2), r"l2_norm_clip.*l2_norm_clip=-2"),
-    (dict(l2_norm_clip=math.nan), r"l2_norm_clip.*l2_norm_clip=nan"),
     (dict(l2_norm_clip=math.inf), r"l2_norm_clip.*l2_norm_clip=inf"),
-    (dict(l2_norm_clip="1"), r"l2_norm_clip.*l2_norm_clip='1'"),
     (dict(expected_batch_size=None), r"expected_batch_size.*from_plan.*expected_batch_size=None"),
-    (dict(expected_batch_size=0), r"expected_batch_size.*expected_batch_size=0"),
     (dict(expected_batch_size=51), r"num_examples=50.*expected_batch_size=51"),
-    (dict(num_examples=0), r"num_examples.*num_examples=0"),
     (dict(num_examples=7.5), r"num_examples.*num_examples=7\.5"),
     (dict(delta=0.0), r"delta.*delta=0\.0"),
-    (dict(delta=1), r"delta.*delta=1"),
 ]
 
 
@@ -215,25 +164,13 @@ def test_refuses_to_wrap_a_wrapper(inner):
     ("arguments", "message"),
     [
         (dict(num_microbatches=4), r"expected_batch_size=8\..*on its own.*num_microbatches=4"),
-        (dict(num_microbatches=0), r"num_microbatches=0"),
         (dict(num_microbatches=2.5), r"num_microbatches=2\.5"),
-        (dict(num_microbatches=8, expected_batch_size=0), r"=0\..*num_microbatches=8"),
         (dict(expected_batch_size=None), r"expected_batch_size=None"),
     ],
 )
 def test_refuses_other_numbers_of_microbatches(arguments, message):
     with pytest.raises(ValueError, match=message):
         OPTIMIZERS["sgd"](**{**PRIVACY, **arguments})
-
-
-def test_privacy_arguments_become_plain_numbers():
-    given = dict(l2_norm_clip=np.float32(1), noise_multiplier=0, num_examples=np.int64(50), delta=1e-3)
-    config = OPTIMIZERS["sgd"](expected_batch_size=np.int32(8), **given).get_config()
-    kept = {argument: config[argument] for argument in PRIVACY}
-    assert {argument: type(value) for argument, value in kept.items()} == {
-        argument: int if argument == "num_examples" else float for argument in PRIVACY
-    }
-    assert json.loads(json.dumps(kept)) == kept
 
 
 # ---------------------------------------------------------------- configuration
@@ -255,17 +192,6 @@ def test_configuration_round_trip(optimizer):
                 assert getattr(clone, argument) == value
             draws = [o._noise_source.standard_normal([tf.TensorShape([4])])[0] for o in (original, clone)]
             assert not np.array_equal(*draws)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_restored_optimizer_trains_alike(optimizer):
-    layers = [make_layer(), make_layer()]
-    original = optimizer(**{**PRIVACY, "noise_multiplier": 0.0})
-    pair = [original, deserialize(serialize(original))]
-    for clipped in clipped_sums(3):
-        for each, layer in zip(pair, layers, strict=True):
-            step(each, layer, clipped)
-    np.testing.assert_array_equal(*[helpers.flat(layer.get_weights()) for layer in layers])
 
 
 # ---------------------------------------------------------------- use as a Keras optimizer
@@ -370,12 +296,6 @@ def test_arguments_of_tensorflow_privacy_and_of_the_inner_optimizer(name, argume
     assert optimizer.expected_batch_size == 8.0
     assert optimizer.sampling_probability is None
     assert float(optimizer.learning_rate) == pytest.approx(0.25)
-
-
-def test_microbatches_may_equal_the_batch_size():
-    optimizer = OPTIMIZERS["sgd"](**{**PRIVACY, "num_microbatches": 8})
-    assert optimizer.expected_batch_size == 8.0
-    assert "num_microbatches" not in optimizer.get_config()
 
 
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras optimizers do neither")

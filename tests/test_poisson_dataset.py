@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import gc
 import math
 import pathlib
@@ -77,12 +76,6 @@ def test_empty_draws_are_batches_of_padding():
     assert all(x.shape == (4, 2) and not x.any() for x in empty)
 
 
-def test_truncated_batches_fill_all_rows():
-    dataset = poisson_dataset(np.arange(100), np.arange(100), expected_batch_size=50, max_batch_size=50, seed=16)
-    full = [int(weight.sum()) for _, _, weight in dataset.repeat(30).as_numpy_iterator()]
-    assert max(full) == 50 and min(full) < 50
-
-
 Pair = collections.namedtuple("Pair", "left right")
 
 
@@ -92,7 +85,6 @@ def test_nests_keep_their_structure_and_lists_become_tuples():
         "image": numbers[:, None].astype("float64"),
         "parts": [numbers, Pair(numbers.astype("int8"), tf.constant(numbers))],
         "text": np.array([f"text {n}" for n in numbers]),
-        "words": np.array([[f"word {n}", "end"] for n in numbers], dtype=object),
     }
     y = (numbers.astype(bool), numbers)
     dataset = poisson_dataset(x, y, expected_batch_size=4, max_batch_size=12, seed=0)
@@ -105,28 +97,10 @@ def test_nests_keep_their_structure_and_lists_become_tuples():
         np.testing.assert_array_equal(batch_x["parts"][1].left[real], drawn)
         np.testing.assert_array_equal(batch_x["parts"][1].right[real], drawn)
         assert batch_x["text"][real].tolist() == [f"text {n}".encode() for n in drawn]
-        assert batch_x["words"][real].tolist() == [[f"word {n}".encode(), b"end"] for n in drawn]
         np.testing.assert_array_equal(batch_y[0], real)
         for leaf in tf.nest.flatten((batch_x, batch_y)):
             assert not np.any(leaf[~real] != np.zeros((), leaf.dtype)) or leaf.dtype == object
-        assert set(batch_x["text"][~real]) <= {b""} and not any(batch_x["words"][~real].ravel())
-
-
-def test_weights_may_have_more_dimensions():
-    weight = np.arange(1, 25).reshape(12, 2)
-    dataset = poisson_dataset(np.arange(12), np.arange(12), weight, expected_batch_size=4, max_batch_size=12, seed=0)
-    for x, _, batch_weight in dataset.as_numpy_iterator():
-        real = batch_weight.any(axis=1)
-        assert batch_weight.shape == (12, 2) and batch_weight.dtype == np.float32
-        np.testing.assert_array_equal(batch_weight[real], weight[x[real]])
-
-
-def test_rows_of_a_batch_split_over_replicas_are_one_draw():
-    # What tf.distribute does to a batch: it cuts it by rows.
-    dataset = small_dataset(seed=17)
-    halves = drawn_by(dataset.rebatch(50))
-    whole = drawn_by(small_dataset(seed=17))
-    assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole
+        assert set(batch_x["text"][~real]) <= {b""}
 
 
 def private_memory() -> int:
@@ -170,25 +144,13 @@ def test_source_tells_the_sampling_and_labels():
     assert source.sampling.expected_batch_size == pytest.approx(8.0)
 
 
-def options(**values) -> tf.data.Options:
-    made = tf.data.Options()
-    for name, value in values.items():
-        setattr(made, name, value)
-    return made
-
-
-def every_worker_takes_all() -> tf.data.Options:
-    made = tf.data.Options()
-    made.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    return made
-
-
 def test_prefetching_and_options_keep_the_source_and_what_is_derived_otherwise_does_not():
     dataset = small_dataset()
+    in_any_order = tf.data.Options()
+    in_any_order.deterministic = False
     for same in (
         dataset.prefetch(2),
-        dataset.with_options(options(deterministic=True)).prefetch(1),
-        dataset.prefetch(1).with_options(options(threading=tf.data.ThreadingOptions())),
+        dataset.with_options(tf.data.Options()).prefetch(1),
     ):
         assert source_of(same) is source_of(dataset) is not None
     for derived in (
@@ -196,8 +158,7 @@ def test_prefetching_and_options_keep_the_source_and_what_is_derived_otherwise_d
         dataset.repeat(),
         dataset.take(1),
         dataset.map(lambda x, y, weight: (x, y, weight)).prefetch(1),
-        dataset.with_options(options(deterministic=False)),
-        dataset.with_options(every_worker_takes_all()).prefetch(1),
+        dataset.with_options(in_any_order).prefetch(1),
     ):
         assert source_of(derived) is None
         assert source_behind(derived) is source_of(dataset)
@@ -217,13 +178,10 @@ def test_other_data_has_no_source():
 @pytest.mark.parametrize(
     "weight,expected",
     [
-        ([1.0, 0.0, -0.0, 0.5, -2.0], [True, False, False, True, True]),
-        ([math.nan, 0.0, math.inf], [True, False, True]),
-        ([[0.0, 0.0], [0.0, 1.0], [2.0, 3.0]], [False, True, True]),
-        ([[1.0, -1.0], [0.0, 0.0]], [True, False]),
+        ([1.0, 0.0, -0.0, -2.0, math.nan], [True, False, False, True, True]),
+        ([[1.0, -1.0], [0.0, 0.0], [0.0, 1.0]], [True, False, True]),
         (np.array([[[0], [0]], [[0], [7]]]), [False, True]),
         ([True, False], [True, False]),
-        (np.zeros(0, "float32"), []),
     ],
 )
 def test_real_example_mask(weight, expected):
@@ -233,9 +191,6 @@ def test_real_example_mask(weight, expected):
         mask = function(weight)
         assert mask.dtype == tf.bool
         assert mask.numpy().tolist() == expected
-
-
-def test_real_example_mask_refuses_scalars():
     with pytest.raises(ValueError, match="`sample_weight` must have a batch dimension"):
         real_example_mask(1.0)
 
@@ -267,26 +222,18 @@ def test_frames_of_numbers_and_truth_values_are_taken_and_other_columns_named():
     "arguments,change,error,message",
     [
         ((ARRAY, ARRAY[:9]), {}, ValueError, r"same number of examples.*\[10, 9\]"),
-        (({"a": ARRAY, "b": ARRAY[:3]}, ARRAY), {}, ValueError, r"\[10, 3, 10\]"),
         ((ARRAY[:0], ARRAY[:0]), {}, ValueError, r"at least 1.*\[0, 0\]"),
         ((ARRAY, None), {}, TypeError, "`y` must hold dense arrays.*NoneType"),
         ((ARRAY, [1, 2]), {}, ValueError, r"`y\[0\]` must hold arrays, not scalars.*=1"),
         (({"a": tf.ragged.constant([[1], []])}, ARRAY), {}, TypeError, r"x\['a'\]=.*Ragged"),
-        ((tf.data.Dataset.range(3), ARRAY), {}, TypeError, "`x` must hold dense arrays"),
-        ((np.array([{}] * 10, object), ARRAY), {}, TypeError, "`x` must hold dense arrays"),
         ((ARRAY, ARRAY, ARRAY[:4]), {}, ValueError, r"each of the 10 examples.*\(4,\)"),
-        ((ARRAY, ARRAY, 1.0), {}, ValueError, r"each of the 10 examples.*\(\)"),
         ((ARRAY, ARRAY, {"a": ARRAY}), {}, TypeError, "one array of real numbers"),
-        ((ARRAY, ARRAY, ARRAY + np.nan), {}, ValueError, "finite float32"),
         ((ARRAY, ARRAY, ARRAY + 1e300), {}, ValueError, "finite float32"),
         ((ARRAY, ARRAY), {"expected_batch_size": 11}, ValueError, "10.*expected_batch_size=11"),
-        ((ARRAY, ARRAY), {"expected_batch_size": 0}, ValueError, "expected_batch_size=0"),
         ((ARRAY, ARRAY), {"expected_batch_size": 2.5}, ValueError, "expected_batch_size=2.5"),
         ((ARRAY, ARRAY), {"max_batch_size": 3}, ValueError, "at least.*4.*max_batch_size=3"),
-        ((ARRAY, ARRAY), {"max_batch_size": 4.5}, ValueError, "max_batch_size=4.5"),
         ((ARRAY, ARRAY), {"steps_per_epoch": 0}, ValueError, "steps_per_epoch=0"),
         ((ARRAY, ARRAY), {"seed": -1}, ValueError, "seed=-1"),
-        ((ARRAY, ARRAY), {"seed": 0.5}, ValueError, "seed=0.5"),
         ((ARRAY, ARRAY), {"seed": True}, ValueError, "seed=True"),
     ],
 )
@@ -304,34 +251,20 @@ def make_plan(**change) -> PrivacyPlan:
     return PrivacyPlan(**{**fields, "expected_batch_size": 7, **change})
 
 
-def test_plan_makes_the_dataset_it_accounts_for():
-    plan, labels = make_plan(), np.arange(30)
-    dataset = plan.poisson_dataset(np.ones((30, 2)), labels)
-    source = source_of(dataset)
-    assert source.labels is labels
-    assert (source.sampling.num_examples, source.sampling.max_batch_size) == (30, plan.max_batch_size)
-    assert source.sampling.sampling_probability == plan.record().sampling_probability == 7 / 30
-    assert len(dataset) == source.sampling.steps_per_epoch == plan.steps_per_epoch == 5
-    assert dataset.element_spec[0].shape == (plan.max_batch_size, 2)
-
-
-def test_plan_hands_on_weights_and_seed():
+def test_plan_makes_the_dataset_it_accounts_for_and_hands_on_weights_and_seed():
     plan, numbers = make_plan(), np.arange(30) + 1
-    weighted = plan.poisson_dataset(numbers, numbers, numbers / 2, seed=18)
+    assert isinstance(plan, accounting.PrivacyPlan)
+    dataset = plan.poisson_dataset(numbers, numbers, numbers[:, None] / 2, seed=18)
+    sampling = source_of(dataset).sampling
+    assert (sampling.num_examples, sampling.max_batch_size) == (30, plan.max_batch_size)
+    assert sampling.sampling_probability == plan.record().sampling_probability == 7 / 30
+    assert len(dataset) == sampling.steps_per_epoch == plan.steps_per_epoch == 5
     direct = poisson_dataset(numbers, numbers, expected_batch_size=7, max_batch_size=plan.max_batch_size, seed=18)
-    assert drawn_by(weighted) == drawn_by(direct)
-    for x, _, weight in weighted.as_numpy_iterator():
-        np.testing.assert_array_equal(weight, x / 2)
+    assert drawn_by(dataset) == drawn_by(direct)
+    for x, _, weight in dataset.as_numpy_iterator():
+        np.testing.assert_array_equal(weight[:, 0], x / 2)
 
 
 def test_plan_refuses_data_of_another_length():
-    for length in (1, 29, 31):
-        with pytest.raises(ValueError, match=rf"num_examples=30 examples.* Received: x, y={length}$"):
-            make_plan().poisson_dataset({"a": np.zeros((length, 2))}, np.zeros(length))
-
-
-def test_plan_is_an_accounting_plan_and_can_be_replaced():
-    plan = dataclasses.replace(make_plan(), num_examples=40)
-    assert isinstance(plan, PrivacyPlan) and isinstance(plan, accounting.PrivacyPlan)
-    assert source_of(plan.poisson_dataset(np.zeros(40), np.zeros(40))).sampling.num_examples == 40
-    assert plan.epsilon < make_plan().epsilon
+    with pytest.raises(ValueError, match=r"num_examples=30 examples.* Received: x, y=29$"):
+        make_plan().poisson_dataset({"a": np.zeros((29, 2))}, np.zeros(29))

@@ -44,14 +44,6 @@ def test_values_fill_the_range(generator):
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_default_batch_is_128_differing_rows_of_float32_in_the_unit_range(generator):
-    batch = generator((4, 4, 1))
-    assert batch.shape == (128, 4, 4, 1) and batch.dtype == np.float32
-    assert 0.0 <= batch.min() < 0.1 and 0.9 < batch.max() <= 1.0
-    assert len({row.tobytes() for row in generator((8, 8, 3), 20)}) == 20
-
-
-@pytest.mark.parametrize("generator", GENERATORS)
 def test_a_seed_repeats_the_batch_and_the_global_generator_is_left_alone(generator):
     np.random.seed(6)
     expected = np.random.random()
@@ -69,16 +61,11 @@ def test_a_seed_repeats_the_batch_and_the_global_generator_is_left_alone(generat
     [
         ({"shape": (4, 0, 1)}, ValueError, r"shape=\(4, 0, 1\)"),
         ({"shape": (None, 4, 4, 1)}, ValueError, "Leave out the batch dimension"),
-        ({"shape": 4}, ValueError, "shape=4"),
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"value_range": (1.0, 1.0)}, ValueError, r"below its high end.*\(1.0, 1.0\)"),
         ({"value_range": (0.0, math.inf)}, ValueError, "finite.*inf"),
-        ({"value_range": (0.0, 0.5, 1.0)}, ValueError, "pair of finite numbers"),
-        ({"value_range": 1.0}, ValueError, "value_range=1.0"),
         ({"value_range": (0, 256), "dtype": "uint8"}, ValueError, r"uint8: \[0, 255\].*256"),
-        ({"value_range": (0, 1e5), "dtype": "float16"}, ValueError, r"inside float16.*100000"),
         ({"value_range": (0.2, 1.8), "dtype": "int8"}, ValueError, "at least two numbers of int8"),
-        ({"value_range": (1, 1 + 1e-9)}, ValueError, "at least two numbers of float32"),
         ({"dtype": "complex64"}, TypeError, "dtype='complex64'"),
         ({"seed": -1}, ValueError, "non-negative"),
     ],
@@ -92,14 +79,10 @@ def test_generators_refuse_bad_arguments(change, error, message):
 @pytest.mark.parametrize(
     "call, message",
     [
-        *((lambda shape=shape: random_fields(shape, 4), "1 to 3 spatial dimensions") for shape in ((5,), (2,) * 5)),
+        (lambda: random_fields((5,), 4), "1 to 3 spatial dimensions"),
         (lambda: random_fields((4, 4, 1), 4, exponent=-1.0), "Received: exponent=-1.0"),
-        *(
-            (lambda shape=shape: dead_leaves(shape, 4), "be height, width, channels")
-            for shape in ((8, 8), (4, 8, 8, 3))
-        ),
+        (lambda: dead_leaves((8, 8), 4), "be height, width, channels"),
         (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.5, 0.1)), "below its high end.*radius_range="),
-        (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.001, 0.5)), r"lie in \[0.01, 2\].*radius_range="),
         (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.1, 3.0)), r"lie in \[0.01, 2\].*radius_range="),
     ],
 )
@@ -116,14 +99,6 @@ def test_uniform_noise_is_uniform_and_independent():
     assert stats.kstest(unit.ravel() ** 1.05, "uniform").pvalue < 1e-3  # the test can fail
     products = ((unit[:, :-1] - 0.5) * (unit[:, 1:] - 0.5)).ravel() * 12
     assert abs(products.sum()) / math.sqrt(products.size) < 3.5
-
-
-def test_uniform_noise_takes_whole_numbers_equally_often_and_covers_the_widest_ranges():
-    batch = uniform_noise((1000,), 60, value_range=(-3, 3), dtype="int32", seed=8)
-    assert stats.chisquare([np.count_nonzero(batch == value) for value in range(-3, 4)]).pvalue > 1e-3
-    widest = np.finfo("float64").max
-    batch = uniform_noise((50,), 50, value_range=(-widest, widest), dtype="float64", seed=9)
-    assert np.all(np.isfinite(batch)) and batch.min() < -0.9 * widest and batch.max() > 0.9 * widest
 
 
 def spectral_slope(batch: np.ndarray) -> float:
@@ -146,14 +121,8 @@ def test_random_fields_have_the_spectrum(shape, exponent):
     assert spectral_slope(batch) == pytest.approx(-exponent, abs=0.06)
 
 
-def test_random_fields_have_independent_channels():
-    batch = random_fields((16, 16, 2), 400, exponent=1.0, dtype="float64", seed=13)
-    centered = batch - batch.mean(axis=(1, 2), keepdims=True)
-    flat = centered.reshape(400, 256, 2) / centered.std(axis=(1, 2)).reshape(400, 1, 2)
-    assert abs((flat[..., 0] * flat[..., 1]).mean()) < 0.02
-
-
 def test_random_fields_fill_the_range_in_every_example_that_has_one():
+    assert random_fields((4, 4, 1)).shape == (128, 4, 4, 1)
     batch = random_fields((8, 8, 3), 20, dtype="uint8", value_range=(0, 255), seed=12)
     assert np.all(batch.min(axis=(1, 2, 3)) == 0) and np.all(batch.max(axis=(1, 2, 3)) == 255)
     steep = random_fields((16, 16, 1), 4, exponent=1e4, seed=15)
@@ -176,40 +145,14 @@ def test_dead_leaves_have_flat_areas_as_large_as_their_radii_and_edges():
     assert equal_neighbours(uniform_noise((32, 32, 3), 100, seed=16)).mean() < 0.01
 
 
-def test_dead_leaves_look_alike_at_borders_and_in_the_middle():
-    flat = equal_neighbours(dead_leaves((24, 24, 1), 400, seed=17))
-    assert flat[[0, 1, -2, -1]].mean() == pytest.approx(flat[9:14].mean(), abs=0.02)
-
-
-def test_dead_leaves_hide_the_background():
-    # The background has the first colours drawn of a batch.
-    backgrounds = np.random.default_rng(19).random((200, 1, 1, 2)).astype("float32")
-    batch = dead_leaves((16, 16, 2), 200, seed=19)
-    shown = np.all(batch == backgrounds, axis=-1).mean()
-    assert shown == pytest.approx(math.exp(-5.0), abs=0.003)
-
-
-def test_dead_leaves_have_uniform_colours():
-    corners = dead_leaves((6, 6, 2), 400, dtype="float64", seed=20)[:, 0, 0]
-    assert stats.kstest(corners[:, 0], "uniform").pvalue > 1e-3
-    assert stats.kstest(corners[:, 1], "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(corners.T)[0, 1]) < 0.15
-
-
 @pytest.mark.parametrize(
     "batch,arguments,expected_type",
     [
         ([[1, 2], [3, 4]], {}, np.array([1]).dtype),
         (np.zeros((2, 3), "float64"), {"dtype": "float32"}, "float32"),
-        (np.full((2, 3), 255, "int64"), {"dtype": "uint8"}, "uint8"),
-        (np.zeros((9, 28, 28, 1)), {"expected_shape": (None, 28, 28, 1)}, "float64"),
         (np.zeros((9, 5, 7, 1)), {"expected_shape": (None, None, None, 1)}, "float64"),
-        (np.array([[0.0], [1.0]]), {"value_range": (0.0, 1.0)}, "float64"),
-        (np.array([[0.1], [0.3]], "float32"), {"value_range": (0.1, 0.3)}, "float32"),
         (np.array([[0.1], [0.3]]), {"value_range": (0.1, 0.3), "dtype": "float16"}, "float16"),
         (np.array([[0], [255]], "uint8"), {"value_range": (0.0, 255.0)}, "uint8"),
-        (np.array([[0], [9]], "uint64"), {"value_range": (-1, 2**70)}, "uint64"),
-        (np.ones((2, 1), "float16"), {"value_range": (0.0, 1e9)}, "float16"),
     ],
 )
 def test_validate_batch_returns_the_values(batch, arguments, expected_type):
@@ -225,20 +168,13 @@ ZEROS = np.zeros((4, 3))
     "batch,arguments,error,message",
     [
         (ZEROS, {"expected_shape": (None, 4)}, ValueError, r"\(None, 4\).*shape=\(4, 3\)"),
-        (ZEROS, {"expected_shape": (None, 3, 1)}, ValueError, r"shape=\(4, 3\)"),
         (ZEROS[:1], {"name": "other"}, ValueError, r"`other.shape` must have at least 2 rows.*shape=\(1, 3\)"),
-        (1.0, {}, ValueError, r"at least 2 rows.*shape=\(\)"),
         (ZEROS[:, :0], {}, ValueError, r"at least 2 rows with values.*shape=\(4, 0\)"),
         (np.where(np.eye(4, 3) > 0, np.nan, 0.0), {}, ValueError, "3 values NaN or infinite"),
         (ZEROS > 0, {}, TypeError, "real float or integer.*bool"),
-        (ZEROS.astype(str), {}, TypeError, "real float or integer.*<U"),
-        (None, {}, TypeError, "real float or integer.*dtype\\('O'\\)"),
         (ZEROS, {"dtype": "int32"}, TypeError, "be an integer type.*int32.*float64"),
-        (ZEROS, {"dtype": "bool"}, TypeError, "dtype='bool'"),
         (ZEROS.astype(int) + 256, {"dtype": "uint8"}, ValueError, r"uint8.*\[256, 256\]"),
-        (ZEROS + 1e5, {"dtype": "float16"}, ValueError, r"float16.*\[100000.0, 100000.0\]"),
         (ZEROS + 1.01, {"value_range": (0, 1)}, ValueError, r"lie in \[0, 1\].*\[1.01, 1.01\]"),
-        (ZEROS.astype("uint8") + 255, {"value_range": (0, 1)}, ValueError, r"\[255, 255\]"),
     ],
 )
 def test_validate_batch_refuses(batch, arguments, error, message):

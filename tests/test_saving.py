@@ -1,10 +1,7 @@
 """Saving, loading, resuming and exporting: what was spent is never forgotten, and nothing un-noised is written."""
 
 import io
-import os
 import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 
@@ -62,10 +59,10 @@ def prepare(model, **kwargs):
     return model
 
 
-def plain():
+def plain(units=2):
     """Without normalization: quick to trace."""
     inputs = keras.Input((3,))
-    return prepare(tf_dpbn.DPModel(inputs, layers.Dense(2)(inputs)))
+    return prepare(tf_dpbn.DPModel(inputs, layers.Dense(units)(inputs)))
 
 
 def fit(model, epochs=1, callbacks=()):
@@ -175,8 +172,6 @@ def test_the_old_saved_model_format_is_refused(tmp_path):
         plain().save(tmp_path / "folder")
     with pytest.raises(ValueError, match="loses the ledger"):
         plain().save(tmp_path / "m.keras", save_format="h5")
-    with pytest.raises(ValueError, match="loses the ledger"):
-        plain().save_weights(tmp_path / "m", save_format="h5")
 
 
 # ---------------------------------------------------------------------- weights and checkpoints
@@ -281,8 +276,9 @@ def test_files_hold_neither_metrics_nor_noise_keys(tmp_path):
             assert first != "metrics" or not np.any(value), name
             assert not np.isin(key, value).any(), name
     for name, _ in tf.train.list_variables(checkpoint):
-        assert not {"metric", "noise", "draws", "loss_tracker"} & set(name.replace("_", "/").split("/")), name
-        assert "metric" not in name and "noise" not in name and "loss" not in name, name
+        assert not any(word in name for word in ("metric", "noise", "draws", "loss")), name
+        value = tf.train.load_variable(checkpoint, name)
+        assert isinstance(value, bytes) or not np.isin(key, value).any(), name
 
 
 # ---------------------------------------------------------------------- histories that meet
@@ -313,12 +309,9 @@ def test_a_shorter_state_of_the_same_run_takes_nothing_back(tmp_path):
 def test_another_run_is_added(tmp_path):
     path = str(tmp_path / "m.weights.h5")
     spent(4).save_weights(path)
-    model, third = spent(3), spent(1)
+    model = spent(3)
     model.load_weights(path)
     assert model.ledger.steps == 7
-    checkpoint = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
-    tf.train.Checkpoint(model=third).restore(checkpoint)
-    assert third.ledger.steps == 8
 
 
 def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
@@ -333,22 +326,8 @@ def test_equally_long_branches_of_one_run_are_added_up(tmp_path):
 
 
 def test_the_ledger_is_loaded_though_weights_do_not_match(tmp_path):
-    class Sized(tf_dpbn.DPModel):
-        def __init__(self, size):
-            super().__init__()
-            self.last = layers.Dense(2)
-            self.own = self.add_weight(name="own", shape=(size,))
-
-        def call(self, x):
-            return self.last(x)
-
-    path = str(tmp_path / "m.weights.h5")
-    model, other = Sized(2), Sized(3)
-    for each in (model, other):
-        each(X[:1])
-        prepare(each)
-    helpers.spend(model, 3)
-    model.save_weights(path)
+    path, other = str(tmp_path / "m.weights.h5"), plain(units=3)
+    spent(3).save_weights(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras', of what does not match
         other.load_weights(path, skip_mismatch=True)
@@ -379,27 +358,6 @@ def test_backup_and_restore_counts_all_steps(same_process, tmp_path):
     assert resumed.ledger == ledger(12)
 
 
-def test_model_checkpoint_resumes(tmp_path):
-    path = str(tmp_path / "m.keras")
-    model = plain()
-    with pytest.raises(KeyboardInterrupt):
-        fit(model, epochs=3, callbacks=[keras.callbacks.ModelCheckpoint(path), Interruption()])
-    resumed = load_model(path)
-    fit(resumed)
-    assert resumed.ledger == ledger(12)
-
-
-def test_loading_in_the_middle_of_fit_works_even_with_another_public_batch(trained, tmp_path):
-    path = str(tmp_path / "m.weights.h5")
-    trained.save_weights(path)
-    model = prepare(functional())
-    model.set_public_batch(1.0 - PUBLIC)
-    loading = keras.callbacks.LambdaCallback(on_train_begin=lambda logs: model.load_weights(path))
-    fit(model, callbacks=[loading])
-    assert model.ledger == ledger(8)
-    np.testing.assert_array_equal(model.public_batch, PUBLIC)
-
-
 # ---------------------------------------------------------------------- export
 
 
@@ -413,7 +371,6 @@ def test_saved_models_are_made_by_export(tmp_path):
 
 _SERVE = """
 import sys
-import warnings
 for name in ("tf_dpbn", "keras", "tf_keras"):
     sys.modules[name] = None
 import numpy as np
@@ -437,10 +394,7 @@ def test_an_exported_model_needs_tensorflow_alone_has_final_statistics_and_conve
     expected = head((x - z.mean(0)) * scale + normalization.beta).numpy()
     np.testing.assert_allclose(model.predict(X, verbose=0), expected, rtol=1e-5, atol=1e-5)
     np.savez(tmp_path / "data.npz", x=X, y=expected)
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TF_USE_LEGACY_KERAS")}
-    arguments = [sys.executable, "-c", _SERVE, path, str(tmp_path / "data.npz")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("reproduced"), done.stderr
+    assert programs.last_line("-c", _SERVE, path, str(tmp_path / "data.npz")) == "reproduced"
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the interpreter is moving to a package of its own

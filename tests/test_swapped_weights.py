@@ -26,40 +26,6 @@ def trained(*callbacks, **kwargs):
     return model, history.history
 
 
-class Swap(keras.callbacks.Callback):
-    """Other weights while it is evaluated, as SwapEMAWeights puts them there."""
-
-    def on_test_begin(self, logs=None):
-        self.kept = [v.numpy() for v in self.model.trainable_variables]
-        self._assign([0.5 * v for v in self.kept])
-
-    def on_test_end(self, logs=None):
-        self._assign(self.kept)
-
-    def _assign(self, values):
-        for variable, value in zip(self.model.trainable_variables, values, strict=True):
-            variable.assign(value)
-
-
-def with_weights(model, values):
-    """The loss of a model with these trainable weights and the statistics that belong to them."""
-    for variable, value in zip(model.trainable_variables, values, strict=True):
-        variable.assign(value)
-    model.refresh_statistics()
-    return model.evaluate(X, Y, verbose=0)
-
-
-def test_evaluation_uses_statistics_of_swapped_weights_and_afterwards_those_of_the_own():
-    model, _ = trained()
-    own = [v.numpy() for v in model.trainable_variables]
-    found = model.evaluate(X, Y, verbose=0, callbacks=[Swap()])
-    np.testing.assert_allclose(model.predict(X, verbose=0), np.asarray(model(X)), rtol=1e-5, atol=1e-6)
-    after = model.evaluate(X, Y, verbose=0)
-    np.testing.assert_allclose(found, with_weights(model, [0.5 * v for v in own]), rtol=1e-5)
-    np.testing.assert_allclose(after, with_weights(model, own), rtol=1e-5)
-    assert abs(found - after) > 1e-3
-
-
 @pytest.mark.skipif(not IS_KERAS_3, reason="tf_keras has no SwapEMAWeights")
 def test_swap_ema_weights_validates_averaged_weights_with_their_statistics(tmp_path):
     swap = keras.callbacks.SwapEMAWeights()
@@ -77,13 +43,6 @@ def test_checkpoints_of_swapped_weights_hold_their_statistics(tmp_path):
     before = np.asarray(model.predict(X, verbose=0))
     model.refresh_statistics()
     np.testing.assert_allclose(model.predict(X, verbose=0), before, rtol=1e-5, atol=1e-6)
-
-
-def test_evaluation_after_single_steps_uses_statistics_of_the_weights():
-    model, _ = trained()
-    model.train_on_batch(X[:8], Y[:8])
-    found = model.evaluate(X, Y, verbose=0)
-    np.testing.assert_allclose(found, with_weights(model, [v.numpy() for v in model.trainable_variables]), rtol=1e-6)
 
 
 def test_averaged_weights_that_keras_writes_at_the_end_have_their_statistics_in_callbacks():
