@@ -7,6 +7,7 @@ exceed the clip norm by more than the noise allows for (docs/privacy.md).
 
 from __future__ import annotations
 
+import functools
 import os
 
 import tensorflow as tf
@@ -24,6 +25,23 @@ _ROUNDING = {
 def has_accelerator() -> bool:
     """Whether TensorFlow sees a GPU or a TPU."""
     return bool(tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU"))
+
+
+@functools.cache
+def has_grouped_filter_gradients() -> bool:
+    """Whether TensorFlow's kernels have filter gradients of convolutions in groups; on CPUs oneDNN's do."""
+    with tf.init_scope():
+        try:
+            tf.raw_ops.Conv2DBackpropFilter(
+                input=tf.zeros([1, 4, 4, 4]),
+                filter_sizes=[2, 2, 2, 4],
+                out_backprop=tf.zeros([1, 3, 3, 4]),
+                strides=[1, 1, 1, 1],
+                padding="VALID",
+            )
+        except tf.errors.OpError:
+            return False
+    return True
 
 
 def require_full_float32() -> None:

@@ -57,7 +57,7 @@ def state_changes(graph: tf.Graph) -> list[tf.Operation]:
 
 def is_random(operation: tf.Operation) -> bool:
     """Whether an operation draws random numbers."""
-    return operation.type.startswith(_RANDOM)
+    return operation.type.startswith(_RANDOM) and not calls_functions(operation)
 
 
 def calls_with_random_state(graph: tf.Graph) -> list[tf.Operation]:

@@ -39,6 +39,9 @@ BatchNormalizationBase: type = keras.layers.BatchNormalization.__mro__[0 if IS_K
 UNFUSED: dict[str, Any] = {} if IS_KERAS_3 else {"fused": False}
 
 
+_LONGEST_UNROLLED = 128  # steps in time; tracing takes a hundredth of a second for each
+
+
 def is_functional_signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether constructor arguments are those of a functional model (inputs, outputs)."""
     return len(args) == 2 or "outputs" in kwargs
@@ -80,14 +83,18 @@ def as_compiled(model: Any) -> Any:
     return importlib.import_module(f"{package}.training_utils").RespectCompiledTrainableState(model)
 
 
-def call_model(model: Any, x: Any, training: bool) -> Any:
-    """Calls `model` with the training argument if its `call` takes one."""
+def call_model(model: Any, x: Any, training: bool, unroll: bool = False) -> Any:
+    """Calls `model` with the training argument if its `call` takes one.
+
+    With `unroll` recurrent layers of Keras 3 do so over sequences of a known length that is not large.
+    """
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
     # cuDNN's operations, which recurrent layers of Keras 3 choose on GPUs, count as changing state, and cannot be
     # vectorized over examples.
     choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
     without_cudnn = [(layer, "use_cudnn", False) for layer in choosing]
-    with _overridden(without_cudnn + _convolutions_of_what_is_left(model)):
+    unrolled = _unrolled(model) if unroll else []
+    with _overridden(without_cudnn + unrolled + _convolutions_of_what_is_left(model)):
         return model(x, training=training) if takes_training else model(x)
 
 
@@ -104,6 +111,15 @@ def _overridden(attributes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
             vars(owner).pop(name, None)
         for owner, name, value in own:
             vars(owner)[name] = value
+
+
+def _unrolled(model: Any) -> list[tuple[Any, str, Any]]:
+    """Recurrent layers whose steps are traced one by one."""
+    if not IS_KERAS_3:
+        return []
+    layers = [each for each in flatten_layers(model) if isinstance(each, keras.layers.RNN)]
+    steps = [(each, next(iter((each._build_shapes_dict or {}).values()), (0, 0))[1] or 0) for each in layers]
+    return [(each, "unroll", True) for each, number in steps if 0 < number <= _LONGEST_UNROLLED]
 
 
 def _convolutions_of_what_is_left(model: Any) -> list[tuple[Any, str, Any]]:

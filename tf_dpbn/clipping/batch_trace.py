@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_dpbn import _graph
 from tf_dpbn._keras import masks_of, raw
 from tf_dpbn.clipping.independence import NotProvedError, Proof, check_no_state, check_same_operations
 from tf_dpbn.clipping.rows import unscaled, widen
@@ -92,7 +93,8 @@ class BatchTrace:
 
 def _record(task: Task, rows: Any) -> Records:
     x, y, weight, index, _ = rows
-    proof = Proof(tf.nest.flatten((x, y, weight)), index.shape[0])
+    graph = tf.compat.v1.get_default_graph()
+    proof = Proof(tf.nest.flatten((x, y, weight)), index.shape[0], index)
     result, operations = _forward(task, x, index)
     check_no_state(proof, operations)
     one_more: list[Any] = []
@@ -108,11 +110,18 @@ def _record(task: Task, rows: Any) -> Records:
     flat = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
     sources = [*[use.output for use in flat], *[each.outputs for each in result.normalized]]
     predictions = tf.nest.flatten(result.y_pred)
-    found = [
-        tf.zeros([proof.rows, *proof.row_shape(source)], source.dtype) if gradient is None else proof.by_row(gradient)
-        for gradient, source in zip(tf.gradients(predictions, sources, derivatives), sources, strict=True)
-    ]
-    found = [unscaled(each, task.loss_scale) for each in found]
+    before = len(graph.get_operations())
+    gradients = tf.gradients(predictions, sources, derivatives)
+    check_no_state(proof, graph.get_operations()[before:])
+    found = []
+    for gradient, source in zip(gradients, sources, strict=True):
+        if gradient is None:
+            gradient = tf.zeros([proof.rows, *proof.row_shape(source)], source.dtype)
+        elif isinstance(gradient, tf.Tensor):
+            gradient = proof.by_row(gradient)
+        else:
+            raise NotProvedError(f"the gradient by {source.name!r} is sparse")
+        found.append(unscaled(gradient, task.loss_scale))
     data = [(use.inputs, cotangent) for use, cotangent in zip(flat, found[: len(flat)], strict=True)]
     whole: dict[int, list[tf.Tensor]] = {}
     cotangents: list[tf.Tensor] = []
@@ -134,7 +143,10 @@ def _forward(task: Task, x: Any, index: tf.Tensor) -> tuple[BatchPass, list[tf.O
     """The pass of examples through the model, and its operations."""
     graph = tf.compat.v1.get_default_graph()
     before = len(graph.get_operations())
-    result = task.run_batch(x, index, task.statistics)  # type: ignore[misc]
+    try:
+        result = task.run_batch(x, index, task.statistics)  # type: ignore[misc]
+    except (TypeError, ValueError, tf.errors.OpError) as error:  # the model's own, which comes back example by example
+        raise NotProvedError(f"the model does not take {index.shape[0]} examples") from error
     return result, graph.get_operations()[before:]
 
 
@@ -168,6 +180,9 @@ def _losses(task: Task, proof: Proof, result: BatchPass, rows: Any) -> tuple[Any
     vectorized = vectorize(differentiate, by_row)
     if vectorized is None:
         raise NotProvedError("the loss cannot be vectorized")
+    specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), by_row)
+    if _graph.captured_variables(vectorized.get_concrete_function(specs).graph, task.variables):
+        raise NotProvedError("the loss reads trainable variables")
     loss, parts, y_pred, derivatives = vectorized(by_row)
     derivatives = [tf.reshape(d, each.shape) for d, each in zip(derivatives, predictions, strict=True)]
     for derivative, each in zip(derivatives, predictions, strict=True):
@@ -211,6 +226,8 @@ class _RowOperation:
 
 
 def _find_rule(proof: Proof, operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
+    for tensor in (operation.outputs[0], *operation.inputs):
+        proof.repeat_if_alike(tensor)
     if not proof.is_rows(operation.outputs[0]):
         return None
     found = find_rule(_RowOperation(proof, operation), position, shape)

@@ -29,6 +29,7 @@ from tf_dpbn.clipping.independence import NotProvedError
 from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rows import densify, finite_only, reshape_rows, unscaled, widen
+from tf_dpbn.clipping.rules import matmul
 from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Task
 from tf_dpbn.clipping.uses import Use, find_uses
@@ -160,6 +161,8 @@ class BookKeepingEngine(MicrobatchedEngine):
         for i, variable in enumerate(task.variables):
             shape, bound, whole = variable.shape, terms.get(i, ()), list(records.whole.get(i, ()))
             used = [(use.rule, *data) for use, data in zip(records.uses, records.data, strict=True) if use.index == i]
+            if len(used) > 1:
+                used = matmul.merged(used)
             if len(used) == 1 and not whole:
                 ((rule, inputs, cotangent),) = used
                 found.append(rule.contribution(shape, inputs, cotangent, bound, self._norm_method))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn.clipping.rows import by_row, reshape_rows, sum_of_squares, weighted_sum
+from tf_dpbn.clipping.rows import by_row, reshape_rows, row_sums, sum_of_squares, weighted_sum
 from tf_dpbn.normalization import LocalTerm
 
 # (term, cotangents by mean and variance, [rows, channels] each)
@@ -113,7 +113,7 @@ class Products(Contribution):
         """See `Contribution`; never below the true value by more than rounding."""
         size = sum_of_squares(self._a) * sum_of_squares(self._g)
         single = self._a.shape[1] == self._a.shape[2] == 1
-        squared = size if single else tf.reduce_sum(_gram(self._a) * _gram(self._g), [1, 2, 3])
+        squared = size if single else row_sums(_gram(self._a) * _gram(self._g))
         if single and not self._corrections:
             return squared
         scale = tf.sqrt(size)

@@ -66,12 +66,14 @@ class Proof:
     Args:
       examples: the tensors through which examples enter, each [rows, ...]. All others that enter are free of them.
       rows: how many examples there are, at least 2.
+      index: differs between the batches of a step; stateless random numbers whose seed has it are drawn anew for each.
     """
 
-    def __init__(self, examples: Iterable[tf.Tensor], rows: int) -> None:
+    def __init__(self, examples: Iterable[tf.Tensor], rows: int, index: tf.Tensor | None = None) -> None:
         if rows < 2:
             raise NotProvedError("a single row cannot be told from an axis of size one")
         self.rows = rows
+        self._index = index
         self._states: dict[int, Any] = {}
         for tensor in examples:
             if not tensor.shape.rank or tensor.shape[0] != rows:
@@ -116,6 +118,27 @@ class Proof:
             raise NotProvedError(f"{_name(tensor.op)} is the same for all examples")
         return state
 
+    def has_fresh_seed(self, operation: tf.Operation) -> bool:
+        """Whether a random operation draws other numbers for every batch: by a state, or by a seed with the index."""
+        if not operation.type.startswith("Stateless"):
+            return True
+        seen: set[int] = set()
+        stack = list(operation.inputs)
+        while stack:
+            tensor = stack.pop()
+            if tensor is self._index:
+                return True
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                stack += tensor.op.inputs
+        return False
+
+    def repeat_if_alike(self, tensor: tf.Tensor) -> None:
+        """Takes a tensor that is free of examples, but has an equal row for each, as one that depends on them."""
+        if self.state(tensor) is None and tensor.shape.rank and tensor.shape[0] == self.rows:
+            if _is_alike(self, tensor, -tensor.shape.rank):
+                self.assume(tensor, Rows(0))
+
     def is_rows(self, tensor: tf.Tensor) -> bool:
         """Whether a tensor depends on examples, each on its own."""
         return self.state(tensor) is not None
@@ -156,6 +179,8 @@ class Proof:
                 outputs = _RULES[operation.type](self, operation, states)
             except NotProvedError as error:
                 outputs = str(error)
+            except (TypeError, ValueError, tf.errors.OpError):  # a form that the rule does not know
+                outputs = str(_refuse(operation))
         if not isinstance(outputs, list):
             outputs = [outputs] * len(operation.outputs)
         for tensor, state in zip(operation.outputs, outputs, strict=True):
@@ -201,10 +226,21 @@ def check_same_operations(some: Iterable[tf.Operation], others: Iterable[tf.Oper
     for one, other in itertools.zip_longest(some, others):
         if one is None or other is None or one.type != other.type:
             raise NotProvedError("the model's operations depend on the number of examples")
+        if one.type in ("Shape", "ShapeN", "Size") and not all(_is_shape(each) for each in one.outputs):
+            raise _refuse(one, "depends on the number of examples")
+        if _numbers(one) != _numbers(other):
+            raise _refuse(one, "depends on the number of examples")
         if one.type == "Const":
             first, second = (_distinct(tf.get_static_value(each.outputs[0])) for each in (one, other))
             if not np.array_equal(first, second) and not _is_shape(one.outputs[0]):
                 raise _refuse(one, "depends on the number of examples")
+
+
+def _numbers(operation: tf.Operation) -> dict[str, bytes]:
+    """The attributes of an operation that are numbers or words."""
+    kinds = ("b", "f", "i", "list", "s")
+    attributes = operation.node_def.attr.items()
+    return {k: v.SerializeToString() for k, v in attributes if v.WhichOneof("value") in kinds and not k.startswith("_")}
 
 
 def _is_shape(tensor: tf.Tensor) -> bool:
@@ -238,8 +274,11 @@ def _static(operation: tf.Operation, position: int) -> Any:
     return value
 
 
-# What gradients compute of shapes and axes and TensorFlow does not fold.
-_FOLDED = frozenset("AddV2 BroadcastGradientArgs FloorMod InvertPermutation StridedSlice Sub".split())
+# What is computed of shapes and axes, and TensorFlow does not fold.
+_FOLDED = frozenset(
+    "AddV2 BroadcastGradientArgs Cast ConcatV2 ExpandDims FloorMod InvertPermutation Maximum Mul Pack Prod Range "
+    "Reshape StridedSlice Sub".split()
+)
 
 
 def _constant(tensor: tf.Tensor) -> Any:
@@ -251,9 +290,16 @@ def _constant(tensor: tf.Tensor) -> Any:
     operands = [_constant(each) for each in operation.inputs]
     if any(each is None for each in operands):
         return None
-    names = [argument.name for argument in operation.op_def.input_arg]
-    attributes = {a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type != "type"}
+    attributes = {a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type not in ("type", "int")}
     with tf.init_scope():
+        if operation.type == "ConcatV2":
+            return np.concatenate(operands[:-1], int(operands[-1]))
+        if operation.type == "Pack":
+            return np.stack(operands, operation.get_attr("axis"))
+        if operation.type == "Cast":
+            return operands[0].astype(tensor.dtype.as_numpy_dtype)
+        attributes.update({a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type == "int"})
+        names = [argument.name for argument in operation.op_def.input_arg]
         result = getattr(tf.raw_ops, operation.type)(**dict(zip(names, operands, strict=True)), **attributes)
         results = [result] if isinstance(result, tf.Tensor) else list(result)
         return results[tensor.value_index].numpy()
@@ -267,7 +313,7 @@ def _infer_shape(operation: tf.Operation) -> None:
     shape = operation.inputs[0].shape.as_list()
     operand = np.ravel(_constant(operation.inputs[1]))
     if operation.type == "Transpose":
-        out.set_shape([shape[axis] for axis in operand])
+        out.set_shape([shape[int(axis)] for axis in operand])
     elif operation.type in _REDUCTIONS.split():
         reduced = {int(axis) % len(shape) for axis in operand}
         kept = operation.get_attr("keep_dims")
@@ -312,12 +358,12 @@ def _elementwise(proof: Proof, operation: tf.Operation, states: Sequence[State])
         raise _refuse(operation)
     (found,) = aligned
     for tensor, state in zip(operation.inputs, states, strict=True):
-        if state is None and not _is_alike(tensor, found.axis - rank):
+        if state is None and not _is_alike(proof, tensor, found.axis - rank):
             raise _refuse(operation, "treats examples by their place in the batch")
     return found
 
 
-def _is_alike(tensor: tf.Tensor, axis: int) -> bool:
+def _is_alike(proof: Proof, tensor: tf.Tensor, axis: int) -> bool:
     """Whether the entries of a tensor that is free of examples are interchangeable along an axis, counted from the end.
 
     They are where there is one, where all are equal, and where they are independent draws of one distribution. Then it
@@ -326,12 +372,14 @@ def _is_alike(tensor: tf.Tensor, axis: int) -> bool:
     if tensor.shape.rank is None or -axis > tensor.shape.rank or tensor.shape[axis] == 1:
         return tensor.shape.rank is not None
     operation = tensor.op
-    if operation.type in ("Fill", "ZerosLike", "OnesLike") or _is_draw(operation):
+    if operation.type in ("Fill", "ZerosLike", "OnesLike") or (_is_draw(operation) and proof.has_fresh_seed(operation)):
         return True
     if operation.type == "BroadcastTo":
-        return _is_alike(operation.inputs[0], axis)
+        return _is_alike(proof, operation.inputs[0], axis)
+    if operation.type == "MatMul" and axis == -2 and not operation.get_attr("transpose_a"):
+        return _is_alike(proof, operation.inputs[0], axis)
     if operation.type in _ELEMENTWISE_TYPES:
-        return all(_is_alike(each, axis) for each in operation.inputs)
+        return all(_is_alike(proof, each, axis) for each in operation.inputs)
     value = tf.get_static_value(tensor) if operation.type == "Const" else None
     return value is not None and bool(np.all(value == np.take(value, [0], axis)))
 
@@ -341,9 +389,17 @@ _ELEMENTWISE_TYPES = frozenset(_ELEMENTWISE.split())
 
 def _is_draw(operation: tf.Operation) -> bool:
     """Whether an operation draws independent numbers of one distribution, given by scalars."""
-    if not _graph.is_random(operation) or operation.type in ("StatelessRandomGetKeyCounter", "StatelessRandomGetAlg"):
+    if not _graph.is_random(operation) or not operation.type.startswith(_INDEPENDENT_DRAWS):
         return False
-    return all(tensor.shape.rank in (0, 1) for tensor in operation.inputs)
+    arguments = zip(operation.op_def.input_arg, operation.inputs, strict=True)
+    return all(tensor.shape.rank == 0 for argument, tensor in arguments if argument.name not in _SEEDS)
+
+
+_INDEPENDENT_DRAWS = (
+    *("RandomUniform", "RandomStandardNormal", "TruncatedNormal", "StatefulUniform", "StatefulStandardNormal"),
+    *("StatefulTruncatedNormal", "StatelessRandomUniform", "StatelessRandomNormal", "StatelessTruncatedNormal"),
+)
+_SEEDS = ("shape", "seed", "key", "counter", "alg", "algorithm", "resource")
 
 
 @_rule("IdentityN")
@@ -360,6 +416,8 @@ def _of_shape(proof: Proof, operation: tf.Operation, states: Sequence[State]) ->
 def _reshape(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
     """The position of an element, in row-major order, is kept, and with it the digit that is the example's number."""
     state = _only(operation, states, 0)
+    if not operation.outputs[0].shape.is_fully_defined():
+        raise _refuse(operation, "has a shape that is no constant")
     before, after = operation.inputs[0].shape.as_list(), operation.outputs[0].shape.as_list()
     stride = state.inner * math.prod(before[state.axis + 1 :])  # of the digit
     for axis, size in enumerate(after):
@@ -373,7 +431,8 @@ def _reshape(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> 
 @_rule("Transpose")
 def _transpose(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
     state = _only(operation, states, 0)
-    return _moved(state, _static(operation, 1).tolist().index(state.axis))
+    rank = operation.inputs[0].shape.rank
+    return _moved(state, [int(axis) % rank for axis in _static(operation, 1)].index(state.axis))
 
 
 @_rule("BroadcastTo")
@@ -428,28 +487,28 @@ def _roll(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Row
     return state
 
 
-def _all_alike(operation: tf.Operation, tensors: Sequence[tf.Tensor], states: Sequence[State]) -> Rows:
+def _all_alike(proof: Proof, operation: tf.Operation, tensors: Sequence[tf.Tensor], states: Sequence[State]) -> Rows:
     """The state that all tensors of equal rank have, but for those that are free of examples."""
     found = {state for state in states if state is not None}
     if len(found) != 1:
         raise _refuse(operation)
     (state,) = found
     for tensor, each in zip(tensors, states, strict=True):
-        if each is None and not _is_alike(tensor, state.axis - tensor.shape.rank):
+        if each is None and not _is_alike(proof, tensor, state.axis - tensor.shape.rank):
             raise _refuse(operation, "treats examples by their place in the batch")
     return state
 
 
 @_rule("ConcatV2")
 def _concat(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
-    state = _all_alike(operation, list(operation.inputs)[:-1], states[:-1])
+    state = _all_alike(proof, operation, list(operation.inputs)[:-1], states[:-1])
     _other_axes(operation, state, _static(operation, len(states) - 1))
     return state
 
 
 @_rule("Pack")
 def _pack(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
-    state = _all_alike(operation, operation.inputs, states)
+    state = _all_alike(proof, operation, operation.inputs, states)
     return _moved(state, state.axis + (operation.get_attr("axis") % operation.outputs[0].shape.rank <= state.axis))
 
 
@@ -552,15 +611,15 @@ def _of_matrices(proof: Proof, operation: tf.Operation, states: Sequence[State])
 
 @_rule("MatMul")
 def _matmul(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
-    return _product(operation, states, operation.get_attr("transpose_a"), operation.get_attr("transpose_b"))
+    return _product(proof, operation, states, operation.get_attr("transpose_a"), operation.get_attr("transpose_b"))
 
 
 @_rule("BatchMatMul BatchMatMulV2 BatchMatMulV3")
 def _batch_matmul(proof: Proof, operation: tf.Operation, states: Sequence[State]) -> Rows:
-    return _product(operation, states, operation.get_attr("adj_x"), operation.get_attr("adj_y"))
+    return _product(proof, operation, states, operation.get_attr("adj_x"), operation.get_attr("adj_y"))
 
 
-def _product(operation: tf.Operation, states: Sequence[State], first: bool, second: bool) -> Rows:
+def _product(proof: Proof, operation: tf.Operation, states: Sequence[State], first: bool, second: bool) -> Rows:
     """Products of matrices: examples are rows of the left, columns of the right, or one matrix each."""
     rank = operation.outputs[0].shape.rank
     contracted = (-2 if first else -1, -1 if second else -2)
@@ -576,7 +635,7 @@ def _product(operation: tf.Operation, states: Sequence[State], first: bool, seco
     place, state = places[0]
     if place < -2:
         for tensor, each in zip(operation.inputs, states, strict=True):
-            if each is None and not _is_alike(tensor, place):
+            if each is None and not _is_alike(proof, tensor, place):
                 raise _refuse(operation, "treats examples by their place in the batch")
     elif len(places) > 1:
         raise _refuse(operation)

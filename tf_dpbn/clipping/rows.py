@@ -78,9 +78,16 @@ def sum_of_squares(values: tf.Tensor) -> tf.Tensor:
     size = shape.num_elements()
     if size is None or size < _LONG:
         return tf.reduce_sum(squares, list(range(1, values.shape.rank)))
-    block = math.gcd(size, 256)
-    blocks = tf.reduce_sum(tf.reshape(squares, [-1, size // block, block]), 2)
-    return tf.cast(tf.reduce_sum(tf.cast(blocks, tf.float64), 1), values.dtype)
+    return row_sums(squares)
+
+
+def row_sums(values: tf.Tensor) -> tf.Tensor:
+    """[rows] sums of all that a row holds, in float64 over blocks of at most 256."""
+    size = values.shape[1:].num_elements()
+    block = math.gcd(size, 256) if size else 1
+    blocks = tf.reduce_sum(tf.reshape(values, [-1, (size or 0) // block, block]), 2) if size else values
+    wide = tf.reduce_sum(tf.cast(blocks, tf.float64), list(range(1, blocks.shape.rank)))
+    return tf.cast(wide, values.dtype)
 
 
 @tf.function(jit_compile=True, autograph=False, reduce_retracing=False)

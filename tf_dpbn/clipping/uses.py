@@ -9,13 +9,14 @@ variable's gradient be computed directly: slower, never wrong.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn.clipping.rules import find_rule
-from tf_dpbn.clipping.rules.base import Found, Rule
+from tf_dpbn.clipping.rules.base import Found, PartRule, Rule
 
 # A variable may pass through these on its way to the operation that uses it; its elements keep their order.
 _VIEWS = frozenset(["Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"])
@@ -82,6 +83,15 @@ def _uses_of_value(value: tf.Tensor, index: int, shape: tf.TensorShape, find: Fi
         positions = [position for position, tensor in enumerate(consumer.inputs) if tensor is value]
         if consumer.type in _VIEWS and positions == [0]:
             uses += _uses_of_value(consumer.outputs[0], index, shape, find)
+        elif (consumer.type, positions) in (("Unpack", [0]), ("Split", [1])):
+            is_split = consumer.type == "Split"
+            axis = int(tf.get_static_value(consumer.inputs[0])) if is_split else consumer.get_attr("axis")
+            for k, part in enumerate(consumer.outputs):
+                rule = functools.partial(
+                    PartRule, shape=value.shape, axis=axis, position=k, parts=len(consumer.outputs)
+                )
+                of_part = _uses_of_value(part, index, part.shape, find)
+                uses += [use and dataclasses.replace(use, rule=rule(use.rule)) for use in of_part]
         elif consumer.type != "StopGradient":
             uses += [_use(consumer, position, index, shape, find) for position in positions]
     return uses

@@ -162,7 +162,7 @@ def _of_linear(producer: _Producer, call: NormalizationCall) -> tuple[list[tf.Te
     mean_input = tf.reduce_mean(producer.frozen_input, 0, keepdims=True)
     ones = tf.fill([1, *outputs[1:]], tf.cast(outputs[channel] / math.prod(outputs[1:]), kept.dtype))
     d_mean, d_variance = (
-        _filter_gradient(producer, data, cotangent)
+        tf.reshape(_filter_gradient(producer, data, cotangent), producer.parameters[-1].read.shape)
         for data, cotangent in ((mean_input, ones), (producer.frozen_input, kept))
     )
     of_biases = [bias.read for bias in biases]
@@ -178,7 +178,7 @@ def _filter_gradient(producer: _Producer, data: tf.Tensor, cotangent: tf.Tensor)
     operation = producer.operation
     kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
     if operation.type == "MatMul":
-        return tf.reshape(tf.matmul(data, cotangent, transpose_a=True), kernel.shape)
+        return tf.matmul(data, cotangent, transpose_a=True)
     names = ("strides", "padding", "explicit_paddings", "data_format", "dilations")
     attributes = {name: operation.get_attr(name) for name in names}
     if kernel.shape[:2] == [1, 1] and operation.get_attr("padding") != b"EXPLICIT":

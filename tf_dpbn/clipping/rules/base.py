@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, Products, corrected, factors
+from tf_dpbn.clipping.rows import reshape_rows
 
 Shape = Sequence[int]
 Inputs = Sequence[tf.Tensor]
@@ -78,6 +79,30 @@ class Rule(abc.ABC):
 
 
 Found = tuple[Rule, tuple[tf.Tensor, ...]] | None
+
+
+class PartRule(Rule):
+    """A use of one of the equal parts into which a variable is split or unstacked.
+
+    Args:
+      rule: of the part.
+      shape: of the whole.
+      axis, position, parts: along which axis it is divided, which part it is, and of how many.
+    """
+
+    def __init__(self, rule: Rule, shape: Shape, axis: int, position: int, parts: int) -> None:
+        super().__init__(shape)
+        self._rule = rule
+        self._axis, self._position, self._parts = axis % len(self.shape), position, parts
+
+    def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
+        """[rows, *shape]; see `Rule`."""
+        part = list(self.shape)
+        size = part[self._axis] = part[self._axis] // self._parts
+        paddings = [[0, 0] for _ in range(len(part) + 1)]
+        paddings[self._axis + 1] = [size * self._position, size * (self._parts - self._position - 1)]
+        gradient = self._rule.join(self._rule.instantiate(inputs, cotangent))
+        return (tf.pad(reshape_rows(gradient, part), paddings),)
 
 
 class MatrixRule(Rule):

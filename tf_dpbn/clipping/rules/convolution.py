@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn._devices import has_accelerator
+from tf_dpbn._devices import has_accelerator, has_grouped_filter_gradients
 from tf_dpbn.clipping.rows import reshape_rows, widen, window_of
 from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Shape
 
@@ -76,6 +76,8 @@ def _phases(axis: Axis) -> list[_Phase]:
 
 # Patches of up to this many numbers are extracted whole (measured on CPUs).
 _SHORT_PATCH = 64
+# Taps a side of a depthwise filter's gradient that are computed at a time.
+_WINDOW = 3
 # Windows of up to this many numbers are extracted by a convolution, wider ones by slicing (measured on CPUs).
 _NARROW = 64
 # With strides slices are slower still, but the kernel of zeros and ones, a constant of the graph, has as many rows and
@@ -93,6 +95,7 @@ class ConvolutionRule(MatrixRule):
       channels_first: the data format.
       transposed: whether the operation is the gradient of a convolution: its output then takes the place of a.
       depthwise: the layout of K.
+      dtype: of a.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class ConvolutionRule(MatrixRule):
         channels_first: bool,
         transposed: bool,
         depthwise: bool,
+        dtype: tf.DType,
     ) -> None:
         self._taps = math.prod(axis.taps for axis in axes[:-1]), axes[-1].taps
         positions = math.prod(axis.outputs for axis in axes)
@@ -117,6 +121,18 @@ class ConvolutionRule(MatrixRule):
         # A short patch is cheaper to extract whole than its matrix product is to assemble from shifts.
         self._by_patches = self.inputs <= _SHORT_PATCH
         self._phases = list(itertools.product(*[_phases(axis) for axis in axes[:-1]]))
+        self._at_once = (
+            len(axes) == 3
+            and math.prod(self._taps) > 1
+            and all(axis.dilation == 1 and min(axis.before, axis.after) >= 0 for axis in axes)
+            and not has_accelerator()
+            and (depthwise or (dtype != tf.float64 and has_grouped_filter_gradients()))
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """See `base.Rule`."""
+        return self._at_once
 
     def _operands(self, inputs: Inputs, cotangent: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """(a, g), float, [rows, *axes, channels]."""
@@ -130,14 +146,44 @@ class ConvolutionRule(MatrixRule):
     def instantiate(self, inputs: Inputs, cotangent: tf.Tensor) -> Blocks:
         """See `base.Rule`.
 
-        Either one block [rows, groups, other taps, last taps, inputs, outputs], or for each phase of the taps of all
-        axes but the last [rows, groups, last taps, inputs, other taps, outputs].
+        On CPUs one block, the operand itself, if that is a convolution of images. Else either one block [rows, groups,
+        other taps, last taps, inputs, outputs], or for each phase of the taps of all axes but the last [rows, groups,
+        last taps, inputs, other taps, outputs].
         """
+        if self._at_once:
+            return (self._of_all_examples(*self._operands(inputs, cotangent)),)
         if self._by_patches:
             product = _product(*self.matrices(inputs, cotangent))
             return (reshape_rows(product, [self.groups, *self._taps, self._channels, self.outputs]),)
         data, cotangent = self._operands(inputs, cotangent)
         return tuple(self._block(data, cotangent, phases) for phases in self._phases)
+
+    def _of_all_examples(self, data: tf.Tensor, cotangent: tf.Tensor) -> tf.Tensor:
+        """Every example's gradient, [rows, *shape], as the filter gradient of one convolution.
+
+        Its channels are those of all examples, in groups: example i's channels of the result come from example i's
+        channels of the data alone.
+        """
+        images, *axes = self._axes
+        paddings = [[0, 0], [0, 0], *[[axis.before, axis.after] for axis in axes], [0, 0]]
+        data = tf.pad(data, paddings) if np.any(paddings) else data
+        data, cotangent = (tf.transpose(t, [1, 2, 3, 0, 4]) for t in (data, cotangent))
+        rows = data.shape[3] or tf.shape(data)[3]
+        data = tf.reshape(data, [images.outputs, *data.shape[1:3], rows * data.shape[4]])
+        cotangent = tf.reshape(cotangent, [images.outputs, *cotangent.shape[1:3], rows * cotangent.shape[4]])
+        strides = [1, *[axis.stride for axis in axes], 1]
+        if self._depthwise:
+            gradient = _depthwise_filter_gradient(data, cotangent, self.shape, axes)
+            split = tf.reshape(gradient, [*self.shape[:2], rows, *self.shape[2:]])
+            return tf.transpose(split, [2, 0, 1, 3, 4])
+        gradient = tf.raw_ops.Conv2DBackpropFilter(
+            input=data,
+            filter_sizes=[*self.shape[:3], rows * self.shape[3]],
+            out_backprop=cotangent,
+            strides=strides,
+            padding="VALID",
+        )
+        return tf.transpose(tf.reshape(gradient, [*self.shape[:3], rows, self.shape[3]]), [3, 0, 1, 2, 4])
 
     def _block(self, data: tf.Tensor, cotangent: tf.Tensor, phases: Sequence[_Phase]) -> tf.Tensor:
         # From the last axis to the first, so that the taps of the first vary slowest.
@@ -174,6 +220,8 @@ class ConvolutionRule(MatrixRule):
 
     def split(self, operand: tf.Tensor) -> Blocks:
         """See `base.Rule`."""
+        if self._at_once:
+            return (operand,)
         if self._by_patches:
             return (tf.transpose(self._canonical(operand), [0, 4, 1, 2, 3, 5]),)
         canonical = tf.transpose(self._canonical(operand), [0, 4, 2, 3, 1, 5])
@@ -183,6 +231,8 @@ class ConvolutionRule(MatrixRule):
 
     def join(self, blocks: Blocks) -> tf.Tensor:
         """See `base.Rule`."""
+        if self._at_once:
+            return blocks[0]
         if self._by_patches:
             return self.from_matrix(blocks[0])
         order = np.concatenate([self._flat_taps(phases) for phases in self._phases])
@@ -231,6 +281,39 @@ class ConvolutionRule(MatrixRule):
         canonical = tf.transpose(self._canonical(operand), [0, 4, 1, 2, 3, 5])
         groups, *inner, outputs = canonical.shape[1:]
         return reshape_rows(canonical, [groups, math.prod(inner), outputs])
+
+
+def _depthwise_filter_gradient(data: tf.Tensor, cotangent: tf.Tensor, shape: Shape, axes: Sequence[Axis]) -> tf.Tensor:
+    """The filter gradient of a depthwise convolution of padded images, [*taps, channels, multiplier].
+
+    In windows of at most _WINDOW taps a side: oneDNN is many times slower with larger ones (TensorFlow 2.21).
+    """
+    strides = [1, *[axis.stride for axis in axes], 1]
+    rows = []
+    for i, *height in _windows(axes[0]):
+        parts = []
+        for j, *width in _windows(axes[1]):
+            part = tf.raw_ops.DepthwiseConv2dNativeBackpropFilter(
+                input=window_of(data, [slice(None), slice(*height), slice(*width)]),
+                filter_sizes=[min(axis.taps, _WINDOW) for axis in axes]
+                + [data.shape[3] or tf.shape(data)[3], shape[3]],
+                out_backprop=cotangent,
+                strides=strides,
+                padding="VALID",
+            )
+            parts.append(part[i:, j:])
+        rows.append(tf.concat(parts, 1) if len(parts) > 1 else parts[0])
+    return tf.concat(rows, 0) if len(rows) > 1 else rows[0]
+
+
+def _windows(axis: Axis) -> list[tuple[int, int, int]]:
+    """For each window of taps how many of its first ones an earlier one has, and the range of inputs that it sees."""
+    size = min(axis.taps, _WINDOW)
+    found = []
+    for first in range(0, axis.taps, size):
+        start = min(first, axis.taps - size)
+        found.append((first - start, start, start + (axis.outputs - 1) * axis.stride + size))
+    return found
 
 
 def _product(left: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
@@ -340,7 +423,7 @@ def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape
         groups, per_group, last = per_group, 1, last * per_group
     else:
         groups = inputs[1 if channels_first else -1] // per_group
-    layout = channels_first, transposed, depthwise
+    layout = channels_first, transposed, depthwise, data.dtype
     return ConvolutionRule(kernel.shape.as_list(), axes, groups, per_group, last // groups, *layout), (data,)
 
 

@@ -46,7 +46,9 @@ def from_broadcast(operation: tf.Operation, position: int, shape: tf.TensorShape
     """The rule for AddV2 and Mul."""
     parameter, data = operation.inputs[position], operation.inputs[1 - position]
     out = operation.outputs[0].shape
-    if not out.is_fully_defined() or data.shape != out or parameter is data:
+    if not out.is_fully_defined() or parameter is data or data.shape.rank != out.rank:
+        return None
+    if any(size not in (1, whole) for size, whole in zip(data.shape, out, strict=True)):
         return None
     size = parameter.shape.as_list()
     aligned = [1] * (out.rank - len(size)) + size

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from tf_dpbn.clipping.rows import reshape_rows, widen
-from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Shape
+from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Rule, Shape
 
 
 class MatMulRule(MatrixRule):
@@ -52,6 +53,27 @@ class MatMulRule(MatrixRule):
     def to_matrix(self, operand: tf.Tensor) -> tf.Tensor:
         """See `base.MatrixRule`."""
         return (tf.linalg.matrix_transpose(operand) if self._transposed else operand)[:, None]
+
+
+def merged(used: Sequence[tuple[Rule, Inputs, tf.Tensor]]) -> list[tuple[Rule, Inputs, tf.Tensor]]:
+    """One product in place of several by the same matrix, as a recurrent layer has at each step in time.
+
+    Args:
+      used: (rule, inputs, cotangent) of each use of a variable.
+    """
+    groups: dict[bool, list[tuple[Rule, Inputs, tf.Tensor]]] = {}
+    others = []
+    for rule, *data in used:
+        if isinstance(rule, MatMulRule):
+            groups.setdefault(rule._transposed, []).append((rule, *data))
+        else:
+            others.append((rule, *data))
+    for transposed, group in groups.items():
+        operands = [rule._operands(*data) for rule, *data in group]  # type: ignore[attr-defined]
+        a, g = (tf.concat(each, 1) for each in zip(*operands, strict=True))
+        whole = MatMulRule(group[0][0].shape, a.shape[1], transposed, transposed_data=False)
+        others.append((whole, (a,), g) if len(group) > 1 else group[0])
+    return others
 
 
 def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape) -> Found:
