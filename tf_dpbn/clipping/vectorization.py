@@ -22,7 +22,7 @@ from tf_dpbn._devices import has_accelerator
 _RowFunction = Callable[[Any], Any]
 
 
-def vectorize(function: _RowFunction, rows: Any) -> _RowFunction | None:
+def vectorize(function: _RowFunction, rows: Any) -> Any:
     """Traces `function` for all rows at once.
 
     Args:
@@ -30,7 +30,7 @@ def vectorize(function: _RowFunction, rows: Any) -> _RowFunction | None:
       rows: a nest of tensors with a leading axis of rows, of the shapes to trace for.
 
     Returns:
-      A function of all rows, or None where they must be looped over instead.
+      A tf.function of all rows, or None where they must be looped over instead.
     """
     specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), rows)
 
