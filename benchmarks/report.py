@@ -13,6 +13,8 @@ _COLUMNS: dict[str, list[tuple[str, str, float, int]]] = {
         ("ms", "milliseconds", 1.0, 2),
         ("/ plain", "ratio_to_plain", 1.0, 2),
         ("/ own plain", "ratio_to_own_plain", 1.0, 2),
+        ("first s", "first_seconds", 1.0, 1),
+        ("/ plain", "first_ratio_to_plain", 1.0, 2),
         ("us/example", "microseconds_per_example", 1.0, 1),
         ("rounds", "rounds", 1.0, 0),
     ],

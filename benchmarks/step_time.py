@@ -31,6 +31,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import memory
+import nets
 import peer_processes
 import report
 import tf_dpbn
@@ -55,7 +56,7 @@ class Config:
     microbatch_size: Sequence[int] = (0,)
     norm_method: str = "auto"
     statistics: Sequence[str] = ("public",)
-    public_batch: int = 64
+    public_batch: int = 32
     plain: bool = True
     jit_compile: bool = False
     repeats: int = 15
@@ -94,13 +95,17 @@ def check(config: Config) -> None:
     Raises:
       ValueError: saying what is wrong.
     """
-    for name, choices in (("nets", ARCHITECTURES), ("engine", ENGINES), ("peers", peer_processes.ENVIRONMENTS)):
+    for name, choices in (("nets", nets.NAMES), ("engine", ENGINES), ("peers", peer_processes.ENVIRONMENTS)):
         wrong = set(getattr(config, name)) - set(choices)
         if wrong:
             raise ValueError(f"`{name}` must be among {', '.join(choices)}. Received: {', '.join(sorted(wrong))}")
     for name, least in (("batch_sizes", 1), ("microbatch_size", 0)):
         if any(value < least for value in getattr(config, name)):
             raise ValueError(f"`{name}` must be at least {least}. Received: {getattr(config, name)}")
+    if set(config.nets) & set(nets.APPLICATIONS) and tuple(config.statistics) != ("public",):
+        raise ValueError("networks of keras.applications are measured with --statistics=public.")
+    if not set(config.nets) <= set(ARCHITECTURES) and config.peers:
+        raise ValueError(f"`peers` take part in {', '.join(ARCHITECTURES)}. Leave out the other nets.")
     for mode in set(config.statistics) - {NO_NORMALIZATION}:
         tf_dpbn.DPBatchNormalization(statistics=mode)  # which knows its modes
     if config.memory and (config.peers or config.profile):
@@ -137,6 +142,9 @@ def time_rows(config: Config, variants: Sequence[Variant], peers: Sequence[peer_
     rows: dict[str, Row] = {variant.label: _variant_row(variant) for variant in variants}
     for label, step in steps.items():
         rows[label]["parameters"] = step.parameters
+        rows[label]["first_seconds"] = timing.timed(step)() / 1e3
+        if PLAIN in rows:
+            rows[label]["first_ratio_to_plain"] = rows[label]["first_seconds"] / rows[PLAIN]["first_seconds"]
     for peer in peers:
         offer = peer.build(variants[0].net, variants[0].batch_size)
         for name, reason in offer["refused"].items():
@@ -276,7 +284,7 @@ def append(path: str, rows: Sequence[Row]) -> None:
 def define_flags() -> None:
     """Defines one flag for each field of Config."""
     defaults = Config()
-    flags.DEFINE_list("nets", list(defaults.nets), f"Networks, among {', '.join(ARCHITECTURES)}.")
+    flags.DEFINE_list("nets", list(defaults.nets), f"Networks, among {', '.join(nets.NAMES)}.")
     flags.DEFINE_list("batch_sizes", [*map(str, defaults.batch_sizes)], "Batch sizes.")
     flags.DEFINE_list("engine", list(defaults.engine), f"Clipping engines, among {', '.join(ENGINES)}.")
     flags.DEFINE_list(

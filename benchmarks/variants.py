@@ -11,7 +11,7 @@ import tensorflow as tf
 
 import nets
 import tf_dpbn
-from architectures import ARCHITECTURES, CLASSES
+from architectures import CLASSES
 
 keras = tf.keras
 
@@ -27,7 +27,7 @@ class Variant:
     """One configuration.
 
     Attributes:
-      net: a key of ARCHITECTURES.
+      net: one of nets.NAMES.
       batch_size: examples in a step.
       jit_compile: whether XLA compiles the step.
       engine, microbatch_size, norm_method: as in DPModel.compile; engine=None is stock Keras without privacy, for
@@ -63,7 +63,7 @@ class Step:
     """One `train_on_batch` on random images; see `Variant`."""
 
     def __init__(self, variant: Variant) -> None:
-        image = ARCHITECTURES[variant.net].image
+        image = nets.input_shape(variant.net)
         rng = np.random.default_rng(0)
         x = tf.constant(rng.random((variant.batch_size, *image), np.float32))
         y = tf.constant(rng.integers(CLASSES, size=variant.batch_size))
@@ -95,13 +95,17 @@ def _plain_model(variant: Variant) -> Any:
 
 
 def _dp_model(variant: Variant) -> tf_dpbn.DPModel:
-    if variant.statistics == NO_NORMALIZATION:
+    shape = nets.input_shape(variant.net)
+    if variant.net in nets.APPLICATIONS:
+        stock = nets.build(variant.net, keras.layers.BatchNormalization, keras.Model)
+        public_batch = tf_dpbn.public_data.uniform_noise(shape, variant.public_batch)
+        model = tf_dpbn.convert(stock, public_batch=public_batch)
+    elif variant.statistics == NO_NORMALIZATION:
         model = nets.build(variant.net, nets.no_normalization, tf_dpbn.DPModel)
     else:
         normalization = functools.partial(tf_dpbn.DPBatchNormalization, statistics=variant.statistics)
         model = nets.build(variant.net, normalization, tf_dpbn.DPModel)
-        image = ARCHITECTURES[variant.net].image
-        model.set_public_batch(tf_dpbn.public_data.uniform_noise(image, variant.public_batch))
+        model.set_public_batch(tf_dpbn.public_data.uniform_noise(shape, variant.public_batch))
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer(
         _L2_NORM_CLIP,
         _NOISE_MULTIPLIER,

@@ -31,7 +31,7 @@ _LEAF_AREA = (math.pi + 4 * math.sqrt(2) / math.pi) / 2
 
 def uniform_noise(
     shape: Sequence[int],
-    batch_size: int = 128,
+    batch_size: int = 32,
     *,
     value_range: tuple[float, float] = (0.0, 1.0),
     dtype: Any = "float32",
@@ -62,7 +62,7 @@ def uniform_noise(
 
 def random_fields(
     shape: Sequence[int],
-    batch_size: int = 128,
+    batch_size: int = 32,
     *,
     exponent: float = 3.0,
     value_range: tuple[float, float] = (0.0, 1.0),
@@ -104,7 +104,7 @@ def random_fields(
 
 def dead_leaves(
     shape: Sequence[int],
-    batch_size: int = 128,
+    batch_size: int = 32,
     *,
     radius_range: tuple[float, float] = (0.05, 0.5),
     value_range: tuple[float, float] = (0.0, 1.0),

@@ -182,7 +182,7 @@ class DPModel(keras.Model):
         released, *statistics = optimizer.release(summed_over_replicas(clipped))  # the privacy boundary
         correction = public.nonlocal_correction(released, optimizer.gradient_stddev(len(statistics)))
         gradients = released.plus(correction).plus(penalty_gradients)
-        with tf.control_dependencies(gradients.tensors):  # no variable changes while another's update still reads it
+        with tf.control_dependencies([tf.group(gradients.tensors)]):  # no variable changes while an update reads it
             optimizer.apply_gradients(gradients, self.trainable_variables)
             public.update_statistics([each.tensors[0] for each in statistics])
         return step.update_metrics(self, batch, result, penalty)
