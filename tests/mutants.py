@@ -130,7 +130,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "clipping/independence.py": (
         ("and size % (proof.rows * inner) == 0", "and size >= inner", _PROOF, "pairs_of_examples"),
-        ("if state is None and not _is_alike(tensor, found.axis - rank):", "if False:", _PROOF, "place"),
+        ("and not _is_alike(proof, tensor, found.axis - rank):", "and False:", _PROOF, "place"),
         ("if state.axis in found:", "if False:", _PROOF, "mean or maximum"),
         ("if axis == summed:", "if False:", _PROOF, "covariance or left"),
         ("or state.axis != 0:", "or False:", _PROOF, "convolution_over"),
