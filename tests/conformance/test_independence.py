@@ -19,7 +19,7 @@ W = tf.constant(RNG.normal(size=(6, 5)), tf.float32)
 BY_PLACE = tf.constant(RNG.normal(size=(ROWS, 6)), tf.float32)
 KERNEL = tf.constant(RNG.normal(size=(3, 3, 3, 2)), tf.float32)
 TABLE = tf.constant(RNG.normal(size=(7, 5)), tf.float32)
-VECTORS, IMAGES, SERIES = (ROWS, 6), (ROWS, 8, 8, 3), (ROWS, 5, 6)
+VECTORS, SQUARE, IMAGES, SERIES = (ROWS, 6), (ROWS, ROWS), (ROWS, 8, 8, 3), (ROWS, 5, 6)
 
 
 @tf.custom_gradient
@@ -98,6 +98,8 @@ COUPLED = {
     "einsum of pairs": (VECTORS, lambda x: tf.einsum("ij,kj->ik", x, x)),
     "attention between examples": (SERIES, lambda x: tf.einsum("itf,jtf->ijt", x, x)),
     "product from the left": (VECTORS, lambda x: tf.constant(RNG.normal(size=(ROWS, ROWS)), tf.float32) @ x),
+    "square product from the left": (SQUARE, lambda x: tf.linalg.band_part(tf.ones(SQUARE), 1, 1) @ x),
+    "diagonal": (SQUARE, lambda x: tf.einsum("ii->i", x)),
     "gather of other rows": (VECTORS, lambda x: tf.gather(x, [1, 2, 3, 0])),
     "gather by an example": (VECTORS, lambda x: tf.gather(x, tf.argmax(x[:, :4], 1))),
     "first example": (VECTORS, lambda x: x - x[:1]),
