@@ -64,6 +64,7 @@ class BatchTrace:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._records: dict[int, Records] = {}
+        self._failure: NotProvedError | None = None
         self._function = tf.function(self._run, autograph=False)
 
     def _run(self, rows: Any) -> Any:
@@ -82,8 +83,15 @@ class BatchTrace:
         if self._task.releases:
             raise NotProvedError("statistics are released")
         count = rows[-1].shape[0]
+        if self._failure is not None:  # another number of rows would fail likewise, after as long a trace
+            raise self._failure
         if count not in self._records:
-            self._function.get_concrete_function(tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), rows))
+            specs = tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), rows)
+            try:
+                self._function.get_concrete_function(specs)
+            except NotProvedError as error:
+                self._failure = error
+                raise
         return self._records[count]
 
     def __call__(self, rows: Any) -> Records:
@@ -107,8 +115,7 @@ def _record(task: Task, rows: Any) -> Records:
     if len(result.normalized) != len(task.calls):
         raise NotProvedError("normalizations were left out")
     loss, parts, y_pred, derivatives = _losses(task, proof, result, rows)
-    flat = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
-    sources = [*[use.output for use in flat], *[each.outputs for each in result.normalized]]
+    sources = [*[use.output for use in uses], *[each.outputs for each in result.normalized]]
     predictions = tf.nest.flatten(result.y_pred)
     before = len(graph.get_operations())
     gradients = tf.gradients(predictions, sources, derivatives)
@@ -122,11 +129,11 @@ def _record(task: Task, rows: Any) -> Records:
         else:
             raise NotProvedError(f"the gradient by {source.name!r} is sparse")
         found.append(unscaled(gradient, task.loss_scale))
-    data = [(use.inputs, cotangent) for use, cotangent in zip(flat, found[: len(flat)], strict=True)]
+    data = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[: len(uses)], strict=True)]
     whole: dict[int, list[tf.Tensor]] = {}
     cotangents: list[tf.Tensor] = []
     index_of = {id(variable): i for i, variable in enumerate(task.variables)}
-    for call, normalized, cotangent in zip(task.calls, result.normalized, found[len(flat) :], strict=True):
+    for call, normalized, cotangent in zip(task.calls, result.normalized, found[len(uses) :], strict=True):
         layer = call.layer
         d_gamma, d_beta = _scale_and_offset(proof, normalized, cotangent, layer.channel_axes, layer.epsilon)
         for variable, gradient in ((layer.gamma, d_gamma), (layer.beta, d_beta)):
@@ -136,7 +143,7 @@ def _record(task: Task, rows: Any) -> Records:
         gamma = 1.0 if layer.gamma is None else tf.cast(tf.reshape(raw(layer.gamma), [-1]), d_gamma.dtype)
         variance = tf.reshape(normalized.variance, [-1])
         cotangents += moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
-    return Records(flat, data, whole, cotangents, (loss, parts, y_pred), ())
+    return Records(uses, data, whole, cotangents, (loss, parts, y_pred), ())
 
 
 def _forward(task: Task, x: Any, index: tf.Tensor) -> tuple[BatchPass, list[tf.Operation]]:

@@ -196,15 +196,14 @@ def _record(task: Task, traced: list[Records], row: Any) -> Any:
         scaled = task.loss_scale * widen(result.loss)
         operations = graph.get_operations()[before:]
         uses, others = find_uses(operations, task.variables)
-    flat_uses = tuple(use for uses_of_variable in uses.values() for use in uses_of_variable)
     direct = [task.variables[i] for i in others]
-    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in flat_uses]]
+    sources = [*direct, *tf.nest.flatten(statistics), *[use.output for use in uses]]
     found = [unscaled(each, task.loss_scale) for each in _gradients(tape, operations, scaled, sources)]
-    first, last = len(direct), len(found) - len(flat_uses)
-    data = [(use.inputs, cotangent) for use, cotangent in zip(flat_uses, found[last:], strict=True)]
+    first, last = len(direct), len(found) - len(uses)
+    data = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[last:], strict=True)]
     loss, parts = result.logged()
     whole = {i: [gradient] for i, gradient in zip(others, found[:first], strict=True)}
-    records = Records(flat_uses, data, whole, found[first:last], (loss, parts, result.y_pred), result.residuals)
+    records = Records(uses, data, whole, found[first:last], (loss, parts, result.y_pred), result.residuals)
     traced.append(records)
     return records.tensors()
 

@@ -290,16 +290,15 @@ def _constant(tensor: tf.Tensor) -> Any:
     operands = [_constant(each) for each in operation.inputs]
     if any(each is None for each in operands):
         return None
-    attributes = {a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type not in ("type", "int")}
+    if operation.type == "ConcatV2":
+        return np.concatenate(operands[:-1], int(operands[-1]))
+    if operation.type == "Pack":
+        return np.stack(operands, operation.get_attr("axis"))
+    if operation.type == "Cast":
+        return operands[0].astype(tensor.dtype.as_numpy_dtype)
+    attributes = {a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type != "type"}
+    names = [argument.name for argument in operation.op_def.input_arg]
     with tf.init_scope():
-        if operation.type == "ConcatV2":
-            return np.concatenate(operands[:-1], int(operands[-1]))
-        if operation.type == "Pack":
-            return np.stack(operands, operation.get_attr("axis"))
-        if operation.type == "Cast":
-            return operands[0].astype(tensor.dtype.as_numpy_dtype)
-        attributes.update({a.name: operation.get_attr(a.name) for a in operation.op_def.attr if a.type == "int"})
-        names = [argument.name for argument in operation.op_def.input_arg]
         result = getattr(tf.raw_ops, operation.type)(**dict(zip(names, operands, strict=True)), **attributes)
         results = [result] if isinstance(result, tf.Tensor) else list(result)
         return results[tensor.value_index].numpy()
@@ -308,10 +307,11 @@ def _constant(tensor: tf.Tensor) -> Any:
 def _infer_shape(operation: tf.Operation) -> None:
     """Sets the shape of a result that depends on operands which TensorFlow does not fold."""
     out = operation.outputs[0]
-    if out.shape.is_fully_defined() or len(operation.inputs) < 2 or _constant(operation.inputs[1]) is None:
+    known = out.shape.is_fully_defined() or len(operation.inputs) < 2
+    operand = None if known else _constant(operation.inputs[1])
+    if operand is None:
         return
-    shape = operation.inputs[0].shape.as_list()
-    operand = np.ravel(_constant(operation.inputs[1]))
+    shape, operand = operation.inputs[0].shape.as_list(), np.ravel(operand)
     if operation.type == "Transpose":
         out.set_shape([shape[int(axis)] for axis in operand])
     elif operation.type in _REDUCTIONS.split():

@@ -44,7 +44,7 @@ FindRule = Callable[[tf.Operation, int, tf.TensorShape], Found]
 
 def find_uses(
     operations: Iterable[tf.Operation], variables: Sequence[tf.Variable], find: FindRule = find_rule
-) -> tuple[dict[int, tuple[Use, ...]], tuple[int, ...]]:
+) -> tuple[tuple[Use, ...], tuple[int, ...]]:
     """Finds the uses of each variable among `operations`.
 
     Args:
@@ -53,7 +53,7 @@ def find_uses(
       find: chooses the rule of a use, see `find_rule`.
 
     Returns:
-      (by variable that only operations with rules use, or none at all, its uses; the other variables).
+      (the uses of the variables that only operations with rules use, or none at all; the other variables).
     """
     graph = tf.compat.v1.get_default_graph()
     handles = _graph.captured_variables(graph, variables)
@@ -64,8 +64,8 @@ def find_uses(
             if id(tensor) in handles:
                 i = index[id(handles[id(tensor)])]
                 found[i] += _uses_of_handle(operation, position, i, variables[i].shape, find)
-    known = {i: tuple(use for use in uses if use is not None) for i, uses in found.items() if None not in uses}
-    return known, tuple(i for i in found if i not in known)
+    others = tuple(i for i, uses in found.items() if None in uses)
+    return tuple(use for i, uses in found.items() if i not in others for use in uses if use is not None), others
 
 
 def _uses_of_handle(

@@ -93,8 +93,8 @@ def _terms_of_released(producer: _Producer, call: NormalizationCall, mean: Any) 
     pbar's part along K_o is set to what the released mean of the outputs says.
     """
     *biases, kernel = producer.parameters
-    output = _mean_of_linear(producer, tf.reshape(tf.convert_to_tensor(mean), _channel_shape(producer)))
-    d_means = [*[tf.ones_like(bias.read) for bias in biases], *tf.gradients(output, [kernel.read])]
+    d_mean = _d_mean_of_linear(producer, tf.reshape(tf.convert_to_tensor(mean), _channel_shape(producer)))
+    d_means = [*[tf.ones_like(bias.read) for bias in biases], d_mean]
     read, rank = kernel.read, kernel.read.shape.rank
     axes = [k for k in range(rank) if k - rank not in kernel.channel_axes]
     squares = tf.reduce_sum(tf.square(read), axes, keepdims=True)
@@ -141,14 +141,15 @@ def _terms_of_public(found: Sequence[tuple[Any, NormalizationCall]]) -> list[tup
 
 
 def _is_in_closed_form(producer: _Producer, call: NormalizationCall) -> bool:
-    return producer.is_linear and not call.masked and producer.operation.type in _FILTER_GRADIENTS
+    shapes = call.inputs.shape, producer.operation.outputs[0].shape
+    is_linear = producer.is_linear and not call.masked and producer.operation.type in _FILTER_GRADIENTS
+    return is_linear and all(shape.is_fully_defined() for shape in shapes)
 
 
 def _of_linear(producer: _Producer, call: NormalizationCall) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """d mean and d variance where the normalization's input is operation(data) + biases.
 
-    The mean of the outputs is that of the mean input, so that one example takes the place of the whole batch; and the
-    derivative of the variance by an output is 2 (z - mu) / count.
+    The derivative of the variance by an output is 2 (z - mu) / count.
     """
     *biases, _ = producer.parameters
     operation = producer.operation
@@ -159,26 +160,22 @@ def _of_linear(producer: _Producer, call: NormalizationCall) -> tuple[list[tf.Te
     count = z.shape.num_elements() // outputs[channel]
     centered = (z - tf.reshape(tf.cast(call.public_mean, z.dtype), shape)) * (2.0 / count)
     kept = tf.cast(tf.reshape(centered, outputs), operation.outputs[0].dtype)
-    mean_input = tf.reduce_mean(producer.frozen_input, 0, keepdims=True)
-    ones = tf.fill([1, *outputs[1:]], tf.cast(outputs[channel] / math.prod(outputs[1:]), kept.dtype))
-    d_mean, d_variance = (
-        tf.reshape(_filter_gradient(producer, data, cotangent), producer.parameters[-1].read.shape)
-        for data, cotangent in ((mean_input, ones), (producer.frozen_input, kept))
-    )
+    d_mean = _d_mean_of_linear(producer, tf.reduce_mean(producer.frozen_input, 0, keepdims=True))
+    d_variance = _filter_gradient(producer, producer.frozen_input, kept)
     of_biases = [bias.read for bias in biases]
     return [*map(tf.ones_like, of_biases), d_mean], [*map(tf.zeros_like, of_biases), d_variance]
 
 
 def _filter_gradient(producer: _Producer, data: tf.Tensor, cotangent: tf.Tensor) -> tf.Tensor:
-    """The gradient by the kernel operation's kernel, for other data and the given one by the operation's output.
+    """The gradient by the kernel, for other data of the operation and the given one by its output.
 
     A convolution of one tap a side that strides only leaves out positions, and they are left out before it: oneDNN's
     kernel for it writes beyond its memory where there are fewer examples than threads, as one (TensorFlow 2.21).
     """
-    operation = producer.operation
+    operation, read = producer.operation, producer.parameters[-1].read
     kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
     if operation.type == "MatMul":
-        return tf.matmul(data, cotangent, transpose_a=True)
+        return tf.cast(tf.reshape(tf.matmul(data, cotangent, transpose_a=True), read.shape), read.dtype)
     names = ("strides", "padding", "explicit_paddings", "data_format", "dilations")
     attributes = {name: operation.get_attr(name) for name in names}
     if kernel.shape[:2] == [1, 1] and operation.get_attr("padding") != b"EXPLICIT":
@@ -187,7 +184,8 @@ def _filter_gradient(producer: _Producer, data: tf.Tensor, cotangent: tf.Tensor)
             data = data[tuple(slice(None, None, stride) for stride in strides)]
             attributes["strides"] = [1, 1, 1, 1]
     gradient = getattr(tf.raw_ops, _FILTER_GRADIENTS[operation.type])
-    return gradient(input=data, filter_sizes=kernel.shape.as_list(), out_backprop=cotangent, **attributes)
+    found = gradient(input=data, filter_sizes=kernel.shape.as_list(), out_backprop=cotangent, **attributes)
+    return tf.cast(tf.reshape(found, read.shape), read.dtype)
 
 
 def _gradients_by_parameters(producers: Sequence[_Producer], targets: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
@@ -223,37 +221,27 @@ def _local_terms(producer: _Producer, d_means: list[tf.Tensor], d_variances: lis
     return tuple(LocalTerm(each.index, each.channel_axes, *of_moments) for each, *of_moments in jacobians)
 
 
-def _mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
-    """The mean, summed over channels, where the normalization's input is operation(data) + biases, without the biases.
+def _d_mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
+    """d mean / d kernel where the normalization's input is operation(data) + biases.
 
     The mean of the outputs is then that of the mean input, so that one example takes the place of the whole batch.
 
     Args:
       producer: linear.
-      mean_input: of the shape of the operation's data, one or more examples; other axes of one are broadcast.
+      mean_input: of the shape of the operation's data, one example; other axes of one are broadcast.
     """
-    shape = tf.concat([tf.shape(mean_input)[:1], tf.shape(producer.frozen_input)[1:]], 0)
-    mean_input = tf.cast(mean_input, producer.frozen_input.dtype)
-    mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), [None, *producer.frozen_input.shape[1:]])
-    output = _call_on_mean(producer, mean_input)
-    axis = _channel_axis_of_kernel_operation(producer.operation)
-    return tf.reduce_sum(tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis]))
-
-
-def _call_on_mean(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
-    """The operation's output for other data.
-
-    A convolution of one tap a side that strides only leaves out positions, and they are left out before it: the filter
-    gradient of oneDNN's kernel for it writes beyond its memory where there are fewer examples than threads, and here
-    is one example (TensorFlow 2.21; aborts within a few calls).
-    """
-    operation = producer.operation
-    kernel = next(t for t in operation.inputs if t is not producer.frozen_input)
-    if operation.type != "Conv2D" or kernel.shape[:2] != [1, 1] or operation.get_attr("padding") == b"EXPLICIT":
-        return _graph.call_again(operation, producer.frozen_input, mean_input)
-    strides = operation.get_attr("strides")
-    positions = mean_input[tuple(slice(None, None, stride) for stride in strides)]
-    return _graph.call_again(operation, producer.frozen_input, positions, strides=[1, 1, 1, 1])
+    operation, kernel = producer.operation, producer.parameters[-1].read
+    shape = tf.concat([[1], tf.shape(producer.frozen_input)[1:]], 0)
+    mean_input = tf.broadcast_to(tf.cast(mean_input, producer.frozen_input.dtype), shape)
+    mean_input = tf.ensure_shape(mean_input, [1, *producer.frozen_input.shape[1:]])
+    axis, outputs = _channel_axis_of_kernel_operation(operation), operation.outputs[0].shape
+    if operation.type in _FILTER_GRADIENTS and outputs[1:].is_fully_defined():
+        share = outputs[axis] / math.prod(outputs[1:])
+        cotangent = tf.fill([1, *outputs[1:]], tf.cast(share, operation.outputs[0].dtype))
+        return _filter_gradient(producer, mean_input, cotangent)
+    output = _graph.call_again(operation, producer.frozen_input, mean_input)
+    mean = tf.reduce_mean(output, [k for k in range(output.shape.rank) if k != axis])
+    return tf.gradients(tf.reduce_sum(mean), [kernel])[0]
 
 
 @dataclasses.dataclass(frozen=True)
