@@ -21,6 +21,20 @@ _WRITERS = tuple(
 )
 
 
+def reshape(tensor: tf.Tensor, shape: Sequence[int | None]) -> tf.Tensor:
+    """tf.reshape, but no operation where the shape is that already: the first step takes as long as a graph is large.
+
+    Args:
+      tensor: any.
+      shape: static.
+    """
+    return (
+        tensor
+        if tensor.shape.rank == len(shape) and tensor.shape.as_list() == list(shape)
+        else tf.reshape(tensor, shape)
+    )
+
+
 def data_tensors(graph: tf.Graph, sources: Sequence[tf.Tensor]) -> set[int]:
     """Ids of the tensors of `graph` that depend on `sources`, the sources included."""
     found = {id(tensor) for tensor in sources}

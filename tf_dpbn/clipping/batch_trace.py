@@ -11,18 +11,19 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _graph
 from tf_dpbn._keras import masks_of, raw
 from tf_dpbn.clipping.independence import NotProvedError, Proof, check_no_state, check_same_operations
-from tf_dpbn.clipping.rows import unscaled, widen
+from tf_dpbn.clipping.rows import reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules import find_rule
 from tf_dpbn.clipping.rules.base import Found
 from tf_dpbn.clipping.task import BatchPass, Task
 from tf_dpbn.clipping.uses import Use, find_uses
 from tf_dpbn.clipping.vectorization import vectorize
-from tf_dpbn.normalization import Normalized, moments
+from tf_dpbn.normalization import NormalizationCall, Normalized, moments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +134,13 @@ def _record(task: Task, rows: Any) -> Records:
     whole: dict[int, list[tf.Tensor]] = {}
     cotangents: list[tf.Tensor] = []
     index_of = {id(variable): i for i, variable in enumerate(task.variables)}
-    for call, normalized, cotangent in zip(task.calls, result.normalized, found[len(uses) :], strict=True):
-        layer = call.layer
-        d_gamma, d_beta = _scale_and_offset(proof, normalized, cotangent, layer.channel_axes, layer.epsilon)
-        for variable, gradient in ((layer.gamma, d_gamma), (layer.beta, d_beta)):
+    derivatives_of_calls = _of_normalizations(proof, task.calls, result.normalized, found[len(uses) :])
+    for call, d_gamma, d_beta, *of_statistics in derivatives_of_calls:
+        for variable, gradient in ((call.layer.gamma, d_gamma), (call.layer.beta, d_beta)):
             i = None if variable is None else index_of.get(id(raw(variable)))
             if i is not None:
-                whole.setdefault(i, []).append(tf.reshape(gradient, [proof.rows, *task.variables[i].shape]))
-        gamma = 1.0 if layer.gamma is None else tf.cast(tf.reshape(raw(layer.gamma), [-1]), d_gamma.dtype)
-        variance = tf.reshape(normalized.variance, [-1])
-        cotangents += moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, layer.epsilon)
+                whole.setdefault(i, []).append(_graph.reshape(gradient, [proof.rows, *task.variables[i].shape]))
+        cotangents += of_statistics
     return Records(uses, data, whole, cotangents, (loss, parts, y_pred), ())
 
 
@@ -197,17 +195,35 @@ def _losses(task: Task, proof: Proof, result: BatchPass, rows: Any) -> tuple[Any
     return loss, parts, y_pred, derivatives
 
 
-def _scale_and_offset(
-    proof: Proof, normalized: Normalized, cotangent: tf.Tensor, axes: Sequence[int], epsilon: float
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Gradients by scale and offset, [rows, channels] each; sum_t g_t (z_t - mu) r and sum_t g_t."""
-    z, rank = proof.by_row(normalized.inputs), normalized.inputs.shape.rank
-    channels = [1 + axis % rank for axis in axes]
-    others = [axis for axis in range(1, rank + 1) if axis not in channels]
-    d_beta = tf.reshape(tf.reduce_sum(cotangent, others), [proof.rows, -1])
-    products = tf.reshape(tf.reduce_sum(cotangent * z, others), [proof.rows, -1])
-    mean, variance = (tf.reshape(each, [-1]) for each in (normalized.mean, normalized.variance))
-    return (products - mean * d_beta) * tf.math.rsqrt(variance + epsilon), d_beta
+def _of_normalizations(
+    proof: Proof, calls: Sequence[NormalizationCall], normalized: Sequence[Normalized], cotangents: Sequence[tf.Tensor]
+) -> list[tuple[Any, ...]]:
+    """(call, derivatives of the losses by its scale, offset, mean and variance, [rows, channels] each) for all calls.
+
+    With g the cotangent of the result, those by scale and offset are sum_t g_t (z_t - mu) r and sum_t g_t.
+    """
+    if not calls:
+        return []
+    layers, sizes = [call.layer for call in calls], [call.channels for call in calls]
+    dtype = tf.float64 if any(each.inputs.dtype == tf.float64 for each in normalized) else tf.float32
+    of_offsets, products = [], []
+    for layer, size, each, cotangent in zip(layers, sizes, normalized, cotangents, strict=True):
+        rank = each.inputs.shape.rank
+        channels = [1 + axis % rank for axis in layer.channel_axes]
+        others = [axis for axis in range(1, rank + 1) if axis not in channels]
+        for sums, values in ((of_offsets, cotangent), (products, cotangent * proof.by_row(each.inputs))):
+            sums.append(tf.cast(reshape_rows(tf.reduce_sum(values, others), [size]), dtype))
+    # All calls side by side: a deep network has many small ones.
+    mean = moments.joined([each.mean for each in normalized], dtype)
+    variance = moments.joined([each.variance for each in normalized], dtype)
+    gammas = [
+        tf.ones([size]) if layer.gamma is None else raw(layer.gamma) for layer, size in zip(layers, sizes, strict=True)
+    ]
+    epsilon = tf.cast(np.repeat([layer.epsilon for layer in layers], sizes), dtype)
+    d_beta = tf.concat(of_offsets, 1)
+    d_gamma = (tf.concat(products, 1) - mean * d_beta) * tf.math.rsqrt(variance + epsilon)
+    c = moments.statistics_cotangents(d_gamma, d_beta, moments.joined(gammas, dtype), variance, epsilon)
+    return list(zip(calls, *(tf.split(each, sizes, 1) for each in (d_gamma, d_beta, *c)), strict=True))
 
 
 class _RowTensor:

@@ -28,7 +28,7 @@ from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, correc
 from tf_dpbn.clipping.independence import NotProvedError
 from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.per_example import PerExampleEngine
-from tf_dpbn.clipping.rows import densify, finite_only, reshape_rows, unscaled, widen
+from tf_dpbn.clipping.rows import densify, reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules import matmul
 from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Task
@@ -73,7 +73,10 @@ class Vectors:
         operands = [each.operands for each in self._parts]
 
         def finite_ones() -> Any:
-            return tf.nest.map_structure(lambda t: finite_only(finite, t), operands)
+            ranks = {t.shape.rank for t in tf.nest.flatten(operands)}
+            kept = {rank: reshape_rows(finite, [1] * (rank - 1)) for rank in ranks}
+            zeros = {dtype: tf.zeros([], dtype) for dtype in (tf.float32, tf.float64)}
+            return tf.nest.map_structure(lambda t: tf.where(kept[t.shape.rank], t, zeros[t.dtype]), operands)
 
         if has_accelerator():  # XLA fuses it with what reads it
             operands = finite_ones()
@@ -84,7 +87,7 @@ class Vectors:
             shapes = [self.contributions[i].shape for i in self._small]
             parts = tf.split(sums.pop(), [math.prod(shape) for shape in shapes])
             for i, part, shape in zip(self._small, parts, shapes, strict=True):
-                sums.insert(i, tf.reshape(part, shape))
+                sums.insert(i, _graph.reshape(part, shape))
         return tuple(sums)
 
 
@@ -93,7 +96,7 @@ class BookKeepingEngine(MicrobatchedEngine):
 
     Args:
       microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses by what
-        an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 512 MiB.
+        an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 1 GiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 

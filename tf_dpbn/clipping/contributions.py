@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from tf_dpbn import _graph
 from tf_dpbn.clipping.rows import by_row, reshape_rows, row_sums, sum_of_squares, weighted_sum
 from tf_dpbn.normalization import LocalTerm
 
@@ -80,7 +81,7 @@ class Kept(Contribution):
         sums = [weighted_sum(weights, block) for block in operands]
         if not self.is_whole:
             sums = [self._join(tuple(tf.expand_dims(each, 0) for each in sums))]
-        return tf.reshape(sums[0], self.shape)
+        return _graph.reshape(sums[0], self.shape)
 
 
 class Products(Contribution):
@@ -119,19 +120,19 @@ class Products(Contribution):
         scale = tf.sqrt(size)
         for k, (jacobian, cotangent) in enumerate(self._corrections):
             # <K[:, o], J[:, o]> = sum_t g_to (a_t . J[:, o])
-            inner = tf.reduce_sum(self._g * self._times(jacobian), 2)
-            squared += 2.0 * tf.reduce_sum(inner * cotangent[:, :, 0], [1, 2])
+            inner = tf.reduce_sum(self._g * self._times(jacobian), 2, keepdims=True)
+            squared += 2.0 * tf.reduce_sum(inner * cotangent, [1, 2, 3])
             for other, (jacobian_2, cotangent_2) in enumerate(self._corrections):
-                pairs = tf.reduce_sum(jacobian * jacobian_2, 2) * cotangent[:, :, 0] * cotangent_2[:, :, 0]
-                squared += tf.reduce_sum(pairs, [1, 2])
+                pairs = tf.reduce_sum(jacobian * jacobian_2, 2, keepdims=True) * cotangent * cotangent_2
+                squared += tf.reduce_sum(pairs, [1, 2, 3])
                 if other == k:
-                    scale += tf.sqrt(tf.reduce_sum(pairs, [1, 2]))
+                    scale += tf.sqrt(tf.reduce_sum(pairs, [1, 2, 3]))
         rounding = _UNITS * np.finfo(squared.dtype.as_numpy_dtype).eps
         return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + rounding * tf.square(scale)
 
     def _times(self, jacobian: tf.Tensor) -> tf.Tensor:
         """a_t . J[:, o], [rows, groups, positions, outputs]: in each group one product for all rows."""
-        product = tf.matmul(_positions_of_all_rows(self._a), jacobian[0])
+        product = tf.matmul(_positions_of_all_rows(self._a), tf.squeeze(jacobian, 0))
         groups, positions = self._a.shape[1:3]
         if groups == 1:
             return reshape_rows(product, [1, positions, product.shape[2]], self._a)
@@ -144,8 +145,8 @@ class Products(Contribution):
         left, right = (_positions_of_all_rows(t) for t in (a, by_row(weights, g) * g))
         total = tf.matmul(left, right, transpose_a=True)
         for (jacobian, _), cotangent in zip(self._corrections, operands[2:], strict=True):
-            total += tf.cast(jacobian[0], tf.float64) * weighted_sum(weights, cotangent)
-        return tf.reshape(self._from_matrix(tf.expand_dims(total, 0)), self.shape)
+            total += tf.cast(tf.squeeze(jacobian, 0), tf.float64) * weighted_sum(weights, cotangent)
+        return _graph.reshape(self._from_matrix(tf.expand_dims(total, 0)), self.shape)
 
 
 class Lookups(Contribution):

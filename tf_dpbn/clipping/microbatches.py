@@ -17,7 +17,7 @@ from tf_dpbn.normalization import StatisticsRelease
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
 # working set costs no time, but fewer than 64 examples at a time do.
 _CPU_MEMORY, _ACCELERATOR_MEMORY = 2**24, 2**30
-FEWEST, _MEMORY_OF_FEWEST = 64, 2**29
+FEWEST, _MEMORY_OF_FEWEST = 64, 2**30
 # Slices of padding alone are skipped, so where a batch may hold padding they are kept small.
 _MOST_IF_PADDED = 128
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_dpbn import _graph
 from tf_dpbn._devices import has_accelerator
 from tf_dpbn.normalization.moments import widen
 
@@ -111,4 +112,4 @@ def reshape_rows(
     """Reshapes a tensor to [rows, *shape], with as many rows as `like` (itself if None) where `rows` does not say."""
     like = tensor if like is None else like
     rows = like.shape[0] if rows is None else rows
-    return tf.reshape(tensor, [tf.shape(like)[0] if rows is None else rows, *shape])
+    return _graph.reshape(tensor, [tf.shape(like)[0] if rows is None else rows, *shape])

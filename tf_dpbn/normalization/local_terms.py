@@ -159,7 +159,7 @@ def _of_linear(producer: _Producer, call: NormalizationCall) -> tuple[list[tf.Te
     shape = [size if k == call.layer.channel_axes[0] % z.shape.rank else 1 for k, size in enumerate(z.shape.as_list())]
     count = z.shape.num_elements() // outputs[channel]
     centered = (z - tf.reshape(tf.cast(call.public_mean, z.dtype), shape)) * (2.0 / count)
-    kept = tf.cast(tf.reshape(centered, outputs), operation.outputs[0].dtype)
+    kept = tf.cast(_graph.reshape(centered, outputs), operation.outputs[0].dtype)
     d_mean = _d_mean_of_linear(producer, tf.reduce_mean(producer.frozen_input, 0, keepdims=True))
     d_variance = _filter_gradient(producer, producer.frozen_input, kept)
     of_biases = [bias.read for bias in biases]
@@ -185,7 +185,7 @@ def _filter_gradient(producer: _Producer, data: tf.Tensor, cotangent: tf.Tensor)
             attributes["strides"] = [1, 1, 1, 1]
     gradient = getattr(tf.raw_ops, _FILTER_GRADIENTS[operation.type])
     found = gradient(input=data, filter_sizes=kernel.shape.as_list(), out_backprop=cotangent, **attributes)
-    return tf.cast(tf.reshape(found, read.shape), read.dtype)
+    return tf.cast(_graph.reshape(found, read.shape), read.dtype)
 
 
 def _gradients_by_parameters(producers: Sequence[_Producer], targets: Sequence[tf.Tensor]) -> list[list[tf.Tensor]]:
@@ -231,9 +231,11 @@ def _d_mean_of_linear(producer: _Producer, mean_input: tf.Tensor) -> tf.Tensor:
       mean_input: of the shape of the operation's data, one example; other axes of one are broadcast.
     """
     operation, kernel = producer.operation, producer.parameters[-1].read
-    shape = tf.concat([[1], tf.shape(producer.frozen_input)[1:]], 0)
-    mean_input = tf.broadcast_to(tf.cast(mean_input, producer.frozen_input.dtype), shape)
-    mean_input = tf.ensure_shape(mean_input, [1, *producer.frozen_input.shape[1:]])
+    known = tf.TensorShape([1, *producer.frozen_input.shape[1:]])
+    mean_input = tf.cast(mean_input, producer.frozen_input.dtype)
+    if not known.is_fully_defined() or mean_input.shape != known:
+        shape = tf.concat([[1], tf.shape(producer.frozen_input)[1:]], 0)
+        mean_input = tf.ensure_shape(tf.broadcast_to(mean_input, shape), known)
     axis, outputs = _channel_axis_of_kernel_operation(operation), operation.outputs[0].shape
     if operation.type in _FILTER_GRADIENTS and outputs[1:].is_fully_defined():
         share = outputs[axis] / math.prod(outputs[1:])

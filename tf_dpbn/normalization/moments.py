@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
+
+from tf_dpbn import _graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +34,9 @@ class LocalTerm:
     def spread(self, cotangent: tf.Tensor) -> tf.Tensor:
         """Reshapes [..., channels] so that it broadcasts against the variable."""
         leading = cotangent.shape[:-1]
-        rows = leading if leading.is_fully_defined() else tf.shape(cotangent)[:-1]
-        return tf.reshape(cotangent, tf.concat([rows, self.spread_shape], 0))
+        if leading.is_fully_defined():
+            return _graph.reshape(cotangent, [*leading, *self.spread_shape])
+        return tf.reshape(cotangent, tf.concat([tf.shape(cotangent)[:-1], self.spread_shape], 0))
 
     @property
     def spread_shape(self) -> list[int]:
@@ -88,15 +92,16 @@ def _plain_moments(z: tf.Tensor, reduce: list[int]) -> tuple[tf.Tensor, tf.Tenso
 
     Not by a tf.custom_gradient, which TensorFlow keeps for the life of the process with the graph around it.
     """
-    mean = tf.reduce_sum(z, reduce, keepdims=True)
+    is_last = reduce == list(range(z.shape.rank - 1))  # then the mean broadcasts as it is
+    total = tf.reduce_sum(z, reduce, keepdims=not is_last)
     if z.shape.is_fully_defined():
-        count = z.shape.num_elements() / mean.shape.num_elements()
+        share = total.shape.num_elements() / z.shape.num_elements()
     else:
-        count = tf.cast(tf.size(z), z.dtype) / tf.cast(tf.size(mean), z.dtype)
-    mean /= count
+        share = tf.cast(tf.size(total), z.dtype) / tf.cast(tf.size(z), z.dtype)
+    mean = share * total
     # Moving the mean does not change the variance, to first order.
     squares = tf.math.squared_difference(z, tf.stop_gradient(mean))
-    return tf.squeeze(mean, reduce), tf.reduce_sum(squares, reduce) / count
+    return mean if is_last else tf.squeeze(mean, reduce), share * tf.reduce_sum(squares, reduce)
 
 
 def widen(tensor: tf.Tensor) -> tf.Tensor:
@@ -126,38 +131,46 @@ def normalize(
 
 
 def statistics_cotangents(
-    d_gamma: tf.Tensor, d_beta: tf.Tensor, gamma: tf.Tensor, variance: tf.Tensor, epsilon: float
+    d_gamma: tf.Tensor, d_beta: tf.Tensor, gamma: tf.Tensor, variance: tf.Tensor, epsilon: tf.Tensor | float
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Derivatives of the loss by mean and variance, from those by gamma and beta.
 
         c_mu = -gamma r d_beta,    c_v = -1/2 gamma r^2 d_gamma        (docs/algorithm.md, section 3)
 
     Linear in (d_gamma, d_beta): it holds for one example and for any weighted, noised sum of examples, which is what
-    makes the non-local correction free post-processing. All are [channels], of the layer and its forward pass.
+    makes the non-local correction free post-processing. All are [..., channels], of the layer and its forward pass, or
+    of several side by side.
     """
     r = tf.math.rsqrt(variance + epsilon)
     return -gamma * r * d_beta, -0.5 * gamma * tf.square(r) * d_gamma
 
 
-def share_of_signal(average: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
-    """By how much to scale a noised vector so that what follows from it linearly has the least squared error.
+def joined(tensors: Sequence[tf.Tensor | tf.Variable], dtype: tf.DType) -> tf.Tensor:
+    """The elements of tensors of static shape side by side, [elements]."""
+    return tf.concat([tf.cast(_graph.reshape(each, [each.shape.num_elements()]), dtype) for each in tensors], 0)
+
+
+def shares_of_signal(average: tf.Tensor, variance: tf.Tensor, vector: Sequence[int]) -> tf.Tensor:
+    """By how much to scale noised vectors so that what follows from them linearly has the least squared error.
 
         share = max(0, 1 - size * variance / |average|^2)        (positive-part shrinkage)
 
     Args:
-      average: [size], a noised vector, or a weighted sum of several where the noise of one is averaged out later.
+      average: [entries], noised vectors, or weighted sums of several where the noise of one is averaged out later.
       variance: scalar, that of the noise in each entry of `average`.
+      vector: [entries], static: to which vector, counted from 0, each entry belongs.
 
     Returns:
-      A scalar in [0, 1]; 1 without noise.
+      [vectors], each in [0, 1]; 1 without noise.
 
     Source: James and Stein, "Estimation with Quadratic Loss", 1961; with `size` for their size - 2.
 
-    >>> round(float(share_of_signal(tf.constant([2.0, 0.0]), tf.constant(1.0))), 4)
-    0.5
+    >>> shares_of_signal(tf.constant([2.0, 0.0, 1.0]), tf.constant(0.5), [0, 0, 1]).numpy().tolist()
+    [0.75, 0.5]
     """
-    noise = tf.cast(tf.size(average), average.dtype) * variance
-    return tf.maximum(0.0, 1.0 - tf.math.divide_no_nan(noise, tf.reduce_sum(tf.square(average))))
+    sizes = np.bincount(vector)
+    squares = tf.math.unsorted_segment_sum(tf.square(average), tf.constant(vector), len(sizes))
+    return tf.maximum(0.0, 1.0 - tf.math.divide_no_nan(tf.cast(sizes, average.dtype) * variance, squares))
 
 
 # A release never shrinks a variance to less than this part of it: noise must not make one vanish.

@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from tf_dpbn import _graph
 from tf_dpbn._keras import call_model, flatten_layers, raw
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 from tf_dpbn.normalization import moments
@@ -45,9 +47,9 @@ class ReleasedMeans:
         """
         return self._mean(f"{layer_name}:{earlier}", size)
 
-    def of_gradient(self, layer_name: str, layer: DPBatchNormalization) -> tf.Variable:
-        """The mean of the gradients by scale and offset, and in the last entry the variance of its noise."""
-        return self._mean(f"{layer_name}:gradient", 2 * math.prod(layer.gamma.shape) + 1)
+    def of_gradients(self, layers: Sequence[DPBatchNormalization]) -> tf.Variable:
+        """The means of the gradients by scales, then by offsets, and in the last entry the variance of their noise."""
+        return self._mean("gradients", 2 * sum(math.prod(layer.gamma.shape) for layer in layers) + 1)
 
     def _mean(self, name: str, size: int) -> tf.Variable:
         variable = self.variables.get(name)
@@ -181,39 +183,53 @@ class PublicForward:
         Returns:
           For each trainable variable the term to add, or None.
         """
+        calls = [call for call in self.calls if call.is_nonlocal]
+        if not calls:
+            return [None] * len(self._variables)
         by_variable = {id(v): tensor for v, tensor in zip(self._variables, noised.tensors, strict=True)}
+        layers, sizes = [call.layer for call in calls], [call.channels for call in calls]
+        # All calls side by side: a deep network has many small ones.
+        dtype = tf.float64 if any(call.variance.dtype == tf.float64 for call in calls) else tf.float32
+        gamma = moments.joined([raw(layer.gamma) for layer in layers], dtype)
+        variance = moments.joined([call.variance for call in calls], dtype)
+        d_gamma = moments.joined([by_variable[id(raw(layer.gamma))] for layer in layers], dtype)
+        d_beta = moments.joined([by_variable[id(raw(layer.beta))] for layer in layers], dtype)
+        if self._correction == "adaptive":
+            share = self._shares_of_signal(calls, d_gamma, d_beta, stddev)
+            d_gamma, d_beta = share * d_gamma, share * d_beta
+        epsilon = tf.cast(np.repeat([layer.epsilon for layer in layers], sizes), dtype)
+        c = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, epsilon)
         targets: list[tf.Tensor] = []
         cotangents: list[tf.Tensor] = []
         counted: list[tuple[int, tf.Tensor]] = []
-        for call in (call for call in self.calls if call.is_nonlocal):
-            gamma, beta = raw(call.layer.gamma), raw(call.layer.beta)
-            gamma, d_gamma, d_beta, variance = (
-                tf.cast(tf.reshape(each, [-1]), call.variance.dtype)
-                for each in (gamma, by_variable[id(gamma)], by_variable[id(beta)], call.variance)
-            )
-            if self._correction == "adaptive" and call.local_terms:  # without 3a it is all the gradient there is
-                share = self._share_of_signal(call.layer, tf.concat([d_gamma, d_beta], 0), stddev)
-                d_gamma, d_beta = share * d_gamma, share * d_beta
-            c = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, call.layer.epsilon)
-            counted += [(term.index, term.pull_back(*c)) for term in call.local_terms]  # before clipping
+        for call, *of_call in zip(calls, *(tf.split(each, sizes) for each in c), strict=True):
+            c_mean, c_variance = (tf.cast(each, call.variance.dtype) for each in of_call)
+            counted += [
+                (term.index, term.pull_back(c_mean, c_variance)) for term in call.local_terms
+            ]  # before clipping
             targets += [call.public_mean, call.public_variance]
-            cotangents += call.public_cotangents(*c)
-        if not targets:
-            return [None] * len(self._variables)
-        shaped = [tf.reshape(c, tf.shape(t)) for c, t in zip(cotangents, targets, strict=True)]
+            cotangents += call.public_cotangents(c_mean, c_variance)
+        shaped = [_graph.reshape(c, t.shape) for c, t in zip(cotangents, targets, strict=True)]
         terms = list(self._tape.gradient(targets, self._variables, output_gradients=shaped))
         for i, term in counted:
             terms[i] = terms[i] - tf.cast(term, terms[i].dtype)
         return [None if term is None else tf.convert_to_tensor(term) for term in terms]
 
-    def _share_of_signal(self, layer: DPBatchNormalization, released: tf.Tensor, stddev: float) -> tf.Tensor:
-        """How much of the released gradient of a scale and offset is signal, over the last steps."""
-        kept = self._released_means.of_gradient(self._name_of_layer(layer), layer)
+    def _shares_of_signal(
+        self, calls: Sequence[NormalizationCall], d_gamma: tf.Tensor, d_beta: tf.Tensor, stddev: float
+    ) -> tf.Tensor:
+        """How much of the released gradients of scales and offsets is signal, over the last steps; by channel."""
+        kept = self._released_means.of_gradients([call.layer for call in calls])
         average, variance = kept[:-1], kept[-1]
-        average = _DECAY * average + (1.0 - _DECAY) * tf.cast(released, tf.float32)
+        released = tf.cast(tf.concat([d_gamma, d_beta], 0), tf.float32)
+        average = _DECAY * average + (1.0 - _DECAY) * released
         variance = _DECAY**2 * variance + (1.0 - _DECAY) ** 2 * stddev**2
         kept.assign(tf.concat([average, variance[None]], 0))
-        return tf.cast(moments.share_of_signal(average, variance), released.dtype)
+        call_of_channel = np.repeat(np.arange(len(calls)), [call.channels for call in calls])
+        shares = moments.shares_of_signal(average, variance, np.tile(call_of_channel, 2))
+        # Without 3a it is all the gradient that there is.
+        shares = tf.where([bool(call.local_terms) for call in calls], shares, 1.0)
+        return tf.cast(tf.gather(shares, call_of_channel), d_gamma.dtype)
 
     def update_statistics(self, released: Sequence[tf.Tensor]) -> None:
         """Takes over releases, and sets the moving statistics of layers with a public part to those of this pass.
@@ -252,10 +268,10 @@ def _normalizations(model: Any) -> list[Any]:
 def create_averages(model: Any, correction: str, released_means: ReleasedMeans) -> None:
     """Creates what the adaptive correction keeps: a step that creates variables is traced twice."""
     if chosen_correction(model, correction) == "adaptive":
-        names = names_of_normalizations(model)
-        for layer in _normalizations(model):
-            if layer.built and layer.center and layer.scale and layer.statistics != "noised":
-                released_means.of_gradient(names[id(layer)], layer)
+        built = [layer for layer in _normalizations(model) if layer.built and layer.trainable]
+        released_means.of_gradients(
+            [layer for layer in built if layer.center and layer.scale and layer.statistics != "noised"]
+        )
 
 
 def _by_layer(calls: Iterable[NormalizationCall]) -> Iterable[tuple[DPBatchNormalization, list[NormalizationCall]]]:
@@ -295,8 +311,10 @@ def refresh_moving_statistics(model: Any, public_batch: Any, active: Iterable[tu
 def assign_moving_statistics(calls: Sequence[NormalizationCall]) -> None:
     """Writes each layer's statistics, public in part, to its moving ones; several calls of a layer are pooled."""
     for layer, group in _by_layer(call for call in calls if call.layer.statistics != "noised"):
-        mean = tf.add_n([call.mean for call in group]) / len(group)
-        square = tf.add_n([call.variance + tf.square(call.mean) for call in group]) / len(group)
-        variance = group[0].variance if len(group) == 1 else square - tf.square(mean)
+        mean, variance = group[0].mean, group[0].variance
+        if len(group) > 1:
+            mean = tf.add_n([call.mean for call in group]) / len(group)
+            square = tf.add_n([call.variance + tf.square(call.mean) for call in group]) / len(group)
+            variance = square - tf.square(mean)
         for moving, value in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
-            moving.assign(tf.cast(tf.reshape(value, moving.shape), moving.dtype))
+            moving.assign(tf.cast(_graph.reshape(value, moving.shape), moving.dtype))

@@ -148,7 +148,8 @@ class MatrixRule(Rule):
             if terms[k][0].alike:  # pbar (x) c_mu is one more position
                 jacobian, c = corrections.pop(2 * k)
                 row = tf.reshape(jacobian[..., 0], [1, self.groups, 1, self.inputs])
-                left.append(tf.broadcast_to(row, tf.concat([tf.shape(a)[:1], row.shape[1:]], 0)))
+                rows = tf.shape(a)[0] if a.shape[0] is None else a.shape[0]
+                left.append(tf.broadcast_to(row, [rows, *row.shape[1:]]))
                 right.append(c)
         if len(left) > 1:
             a, g = tf.concat(left, 2), tf.concat(right, 2)

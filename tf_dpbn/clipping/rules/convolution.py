@@ -273,11 +273,16 @@ class ConvolutionRule(MatrixRule):
 
     def from_matrix(self, matrix: tf.Tensor) -> tf.Tensor:
         """See `base.MatrixRule`."""
-        matrix = reshape_rows(matrix, [self.groups, *self._taps, self._channels, self.outputs])
-        return reshape_rows(tf.transpose(matrix, [0, 2, 3, 4, 1, 5]), self.shape)
+        if self.groups > 1:
+            matrix = reshape_rows(matrix, [self.groups, *self._taps, self._channels, self.outputs])
+            matrix = tf.transpose(matrix, [0, 2, 3, 4, 1, 5])
+        return reshape_rows(matrix, self.shape)
 
     def to_matrix(self, operand: tf.Tensor) -> tf.Tensor:
         """See `base.MatrixRule`."""
+        if self.groups == 1:
+            *inner, outputs = operand.shape[1:]
+            return reshape_rows(operand, [1, math.prod(inner), outputs])
         canonical = tf.transpose(self._canonical(operand), [0, 4, 1, 2, 3, 5])
         groups, *inner, outputs = canonical.shape[1:]
         return reshape_rows(canonical, [groups, math.prod(inner), outputs])
