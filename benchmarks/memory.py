@@ -12,6 +12,8 @@ import pathlib
 import subprocess
 import sys
 
+import tensorflow as tf
+
 from variants import Step, Variant
 
 _STATUS = pathlib.Path("/proc/self/status")
@@ -21,18 +23,20 @@ _STEPS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """Peaks of the resident set, in bytes.
+    """Peaks, in bytes: of the resident set, and of an accelerator's memory.
 
     Attributes:
       process: the whole of it, with what Python and TensorFlow take before the first step.
       above_start: how far it grew: its peak during the steps over its size just before the first one, which also builds
         and optimizes the graph.
       parameters: trainable parameters of the model.
+      accelerator: the peak of what TensorFlow allocated on the first GPU, with the weights; None without one.
     """
 
     process: int
     above_start: int
     parameters: int
+    accelerator: int | None
 
 
 def measure(variant: Variant) -> Peak:
@@ -68,7 +72,9 @@ def _measure_here(variant: Variant) -> Peak:
     for _ in range(_STEPS):
         step()
     peak = resident("VmHWM", _STATUS.read_text())
-    return Peak(peak, peak - start, step.parameters)
+    has_gpu = bool(tf.config.list_physical_devices("GPU"))
+    accelerator = tf.config.experimental.get_memory_info("GPU:0")["peak"] if has_gpu else None
+    return Peak(peak, peak - start, step.parameters, accelerator)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ _COLUMNS: dict[str, list[tuple[str, str, float, int]]] = {
         ("/ plain", "process_ratio_to_plain", 1.0, 2),
         ("MiB growth", "above_start_bytes", 2.0**20, 1),
         ("/ plain", "above_start_ratio_to_plain", 1.0, 2),
+        ("GPU MiB", "accelerator_bytes", 2.0**20, 1),
+        ("/ plain", "accelerator_ratio_to_plain", 1.0, 2),
     ],
 }
 
@@ -35,6 +37,7 @@ def render(rows: Sequence[Row]) -> str:
         of_kind = [row for row in rows if row["measured"] == measured]
         if all(row.get("ratio_to_own_plain") == row.get("ratio_to_plain") for row in of_kind):
             columns = [column for column in columns if column[1] != "ratio_to_own_plain"]  # no peers
+        columns = [each for each in columns if "accelerator" not in each[1] or any(each[1] in row for row in of_kind)]
         if of_kind:
             parts.append(_table(of_kind, columns))
     return "\n\n".join(parts)

@@ -6,11 +6,11 @@ the ratio is the median over the rounds. Medians are followed by [lower quartile
 
     python benchmarks/step_time.py --nets=resnet8 --batch_sizes=64,256 --engine=book_keeping,vectorized
 
-With --memory it starts a process for each measurement and prints the peak of its resident set and how far that grew in
-the steps. With --peers other packages take part in the same rounds, each in an environment of its own (`make
-bench-peers` creates them). They run the same networks without normalization, since they do not train
-BatchNormalization privately, which spares them work; Opacus runs them with GroupNorm as well. With
---statistics=public,none tf_dpbn takes part with and without normalization.
+With --memory it starts a process for each measurement and prints the peak of its resident set, how far that grew in the
+steps, and the peak of what TensorFlow took of a GPU's memory. With --peers other packages take part in the same rounds,
+each in an environment of its own (`make bench-peers` creates them). They run the same networks without normalization,
+since they do not train BatchNormalization privately, which spares them work; Opacus runs them with GroupNorm as well.
+With --statistics=public,none tf_dpbn takes part with and without normalization.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Config:
     public_batch: int = 32
     plain: bool = True
     jit_compile: bool = False
+    policy: str = "float32"
     repeats: int = 15
     slow_repeats: int = 3
     warm_up: int = 3
@@ -116,7 +117,7 @@ def check(config: Config) -> None:
 
 def variants_of(config: Config, net: str, batch_size: int) -> list[Variant]:
     """Stock Keras, then every combination of the settings of tf_dpbn."""
-    same = {"net": net, "batch_size": batch_size, "jit_compile": config.jit_compile}
+    same = {"net": net, "batch_size": batch_size, "jit_compile": config.jit_compile, "policy": config.policy}
     found = [Variant(**same)] if config.plain else []
     for engine, statistics, size in itertools.product(config.engine, config.statistics, config.microbatch_size):
         found.append(
@@ -234,8 +235,10 @@ def memory_rows(config: Config, variants: Sequence[Variant]) -> list[Row]:
     for variant in variants:
         row = {**_variant_row(variant), "measured": "memory", "processes": config.memory_repeats}
         row["parameters"] = peaks[variant.label][0].parameters
-        for field in ("process", "above_start"):
+        for field in ("process", "above_start", "accelerator"):
             values = {label: [getattr(peak, field) for peak in found] for label, found in peaks.items()}
+            if None in values[variant.label]:
+                continue
             found, plain = values[variant.label], values.get(PLAIN)
             row.update(_spread(f"{field}_bytes", timing.quartiles(found)))
             row.update(_spread(f"{field}_ratio_to_plain", timing.ratios(found, plain) if plain else None))
@@ -297,6 +300,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("public_batch", defaults.public_batch, "Examples in the public batch.", lower_bound=2)
     flags.DEFINE_bool("plain", defaults.plain, "Whether stock Keras takes part, to which ratios refer.")
     flags.DEFINE_bool("jit_compile", defaults.jit_compile, "Whether XLA compiles the steps; slower on CPUs.")
+    flags.DEFINE_enum("policy", defaults.policy, ["float32", "mixed_bfloat16", "mixed_float16"], "Keras' dtype policy.")
     flags.DEFINE_integer("repeats", defaults.repeats, "Rounds.", lower_bound=1)
     slow = timing.SLOW_MILLISECONDS / 1e3
     flags.DEFINE_integer(

@@ -30,6 +30,7 @@ class Variant:
       net: one of nets.NAMES.
       batch_size: examples in a step.
       jit_compile: whether XLA compiles the step.
+      policy: Keras' name of the types in which layers compute and keep their weights.
       engine, microbatch_size, norm_method: as in DPModel.compile; engine=None is stock Keras without privacy, for
         which the other fields are None.
       statistics: as in DPBatchNormalization, or "none" for the network without normalization.
@@ -39,6 +40,7 @@ class Variant:
     net: str
     batch_size: int
     jit_compile: bool = False
+    policy: str = "float32"
     engine: str | None = None
     microbatch_size: int | None = None
     norm_method: str | None = None
@@ -66,12 +68,15 @@ class Step:
         image = nets.input_shape(variant.net)
         rng = np.random.default_rng(0)
         x = tf.constant(rng.random((variant.batch_size, *image), np.float32))
-        y = tf.constant(rng.integers(CLASSES, size=variant.batch_size))
+        y = tf.constant(rng.integers(CLASSES, size=(variant.batch_size, *nets.label_shape(variant.net))))
+        policy = keras.mixed_precision.global_policy()
+        keras.mixed_precision.set_global_policy(variant.policy)
         if variant.engine is None:
             self._model, self._data = _plain_model(variant), (x, y)
         else:
             # What the Poisson sampler yields has weights, with which it marks padding.
             self._model, self._data = _dp_model(variant), (x, y, tf.ones([variant.batch_size]))
+        keras.mixed_precision.set_global_policy(policy)
         self._is_plain = variant.engine is None
         self.parameters = sum(int(np.prod(v.shape)) for v in self._model.trainable_variables)
 

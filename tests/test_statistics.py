@@ -99,5 +99,5 @@ def test_share_of_signal_is_that_of_a_vectors_square(signal, low, high):
 
 
 def test_share_of_signal_is_one_without_noise_and_defined_without_signal():
-    assert moments.shares_of_signal(tf.zeros([2]), tf.constant(0.0), [0, 0]) == [1.0]
-    assert np.isfinite(moments.shares_of_signal(tf.zeros([2]), tf.constant(1.0), [0, 0]))
+    assert moments.shares_of_signal(tf.zeros([2]), tf.constant(0.0), np.zeros(2, int)) == [1.0]
+    assert np.isfinite(moments.shares_of_signal(tf.zeros([2]), tf.constant(1.0), np.zeros(2, int)))

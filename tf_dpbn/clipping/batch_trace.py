@@ -206,7 +206,8 @@ def _of_normalizations(
         return []
     layers, sizes = [call.layer for call in calls], [call.channels for call in calls]
     dtype = tf.float64 if any(each.inputs.dtype == tf.float64 for each in normalized) else tf.float32
-    of_offsets, products = [], []
+    of_offsets: list[tf.Tensor] = []
+    products: list[tf.Tensor] = []
     for layer, size, each, cotangent in zip(layers, sizes, normalized, cotangents, strict=True):
         rank = each.inputs.shape.rank
         channels = [1 + axis % rank for axis in layer.channel_axes]

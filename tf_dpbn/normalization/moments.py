@@ -150,7 +150,7 @@ def joined(tensors: Sequence[tf.Tensor | tf.Variable], dtype: tf.DType) -> tf.Te
     return tf.concat([tf.cast(_graph.reshape(each, [each.shape.num_elements()]), dtype) for each in tensors], 0)
 
 
-def shares_of_signal(average: tf.Tensor, variance: tf.Tensor, vector: Sequence[int]) -> tf.Tensor:
+def shares_of_signal(average: tf.Tensor, variance: tf.Tensor, vector: np.ndarray) -> tf.Tensor:
     """By how much to scale noised vectors so that what follows from them linearly has the least squared error.
 
         share = max(0, 1 - size * variance / |average|^2)        (positive-part shrinkage)
@@ -158,14 +158,14 @@ def shares_of_signal(average: tf.Tensor, variance: tf.Tensor, vector: Sequence[i
     Args:
       average: [entries], noised vectors, or weighted sums of several where the noise of one is averaged out later.
       variance: scalar, that of the noise in each entry of `average`.
-      vector: [entries], static: to which vector, counted from 0, each entry belongs.
+      vector: [entries]: to which vector, counted from 0, each entry belongs.
 
     Returns:
       [vectors], each in [0, 1]; 1 without noise.
 
     Source: James and Stein, "Estimation with Quadratic Loss", 1961; with `size` for their size - 2.
 
-    >>> shares_of_signal(tf.constant([2.0, 0.0, 1.0]), tf.constant(0.5), [0, 0, 1]).numpy().tolist()
+    >>> shares_of_signal(tf.constant([2.0, 0.0, 1.0]), tf.constant(0.5), np.array([0, 0, 1])).numpy().tolist()
     [0.75, 0.5]
     """
     sizes = np.bincount(vector)

@@ -204,9 +204,7 @@ class PublicForward:
         counted: list[tuple[int, tf.Tensor]] = []
         for call, *of_call in zip(calls, *(tf.split(each, sizes) for each in c), strict=True):
             c_mean, c_variance = (tf.cast(each, call.variance.dtype) for each in of_call)
-            counted += [
-                (term.index, term.pull_back(c_mean, c_variance)) for term in call.local_terms
-            ]  # before clipping
+            counted += [(term.index, term.pull_back(c_mean, c_variance)) for term in call.local_terms]
             targets += [call.public_mean, call.public_variance]
             cotangents += call.public_cotangents(c_mean, c_variance)
         shaped = [_graph.reshape(c, t.shape) for c, t in zip(cotangents, targets, strict=True)]
