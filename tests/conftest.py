@@ -15,9 +15,15 @@ import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers():
-    """Initial weights and test data are the same in every run, privacy noise is not; and no GPU rounds products."""
+def _same_numbers(monkeypatch):
+    """Initial weights and test data are the same in every run, privacy noise is not; and no GPU rounds products.
+
+    Microbatches have the sizes that tests ask for, so that a few rows make several.
+    """
     import tensorflow as tf
 
+    from tf_dpbn.clipping import microbatches
+
+    monkeypatch.setattr(microbatches, "ROWS_OF_REGISTERS", 1)
     tf.keras.utils.set_random_seed(0)
     tf.config.experimental.enable_tensor_float_32_execution(False)

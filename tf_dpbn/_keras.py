@@ -83,18 +83,19 @@ def as_compiled(model: Any) -> Any:
     return importlib.import_module(f"{package}.training_utils").RespectCompiledTrainableState(model)
 
 
-def call_model(model: Any, x: Any, training: bool, unroll: bool = False) -> Any:
+def call_model(model: Any, x: Any, training: bool, as_batch: bool = False) -> Any:
     """Calls `model` with the training argument if its `call` takes one.
 
-    With `unroll` recurrent layers of Keras 3 do so over sequences of a known length that is not large.
+    With `as_batch` it runs as fast as it can for a batch whose kernels get no gradient from TensorFlow: recurrent layers
+    of Keras 3 are unrolled over sequences of a known length that is not large.
     """
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
     # cuDNN's operations, which recurrent layers of Keras 3 choose on GPUs, count as changing state, and cannot be
     # vectorized over examples.
     choosing = [layer for layer in flatten_layers(model) if getattr(layer, "use_cudnn", None) == "auto"]
     without_cudnn = [(layer, "use_cudnn", False) for layer in choosing]
-    unrolled = _unrolled(model) if unroll else []
-    with _overridden(without_cudnn + unrolled + _convolutions_of_what_is_left(model)):
+    others = _unrolled(model) if as_batch else _convolutions_of_what_is_left(model)
+    with _overridden(without_cudnn + others):
         return model(x, training=training) if takes_training else model(x)
 
 
@@ -118,6 +119,8 @@ def _unrolled(model: Any) -> list[tuple[Any, str, Any]]:
     if not IS_KERAS_3:
         return []
     layers = [each for each in flatten_layers(model) if isinstance(each, keras.layers.RNN)]
+    # Keras 3.15, unrolled backwards, sets the outputs of the wrong steps to zero.
+    layers = [each for each in layers if not (each.go_backwards and each.zero_output_for_mask)]
     steps = [(each, next(iter((each._build_shapes_dict or {}).values()), (0, 0))[1] or 0) for each in layers]
     return [(each, "unroll", True) for each, number in steps if 0 < number <= _LONGEST_UNROLLED]
 

@@ -125,10 +125,12 @@ def _record(task: Task, rows: Any) -> Records:
     for gradient, source in zip(gradients, sources, strict=True):
         if gradient is None:
             gradient = tf.zeros([proof.rows, *proof.row_shape(source)], source.dtype)
-        elif isinstance(gradient, tf.Tensor):
-            gradient = proof.by_row(gradient)
-        else:
+        elif not isinstance(gradient, tf.Tensor):
             raise NotProvedError(f"the gradient by {source.name!r} is sparse")
+        elif proof.rows_of(gradient) != proof.rows_of(source):
+            raise NotProvedError(f"the gradient by {source.name!r} has its examples elsewhere")
+        else:
+            gradient = proof.by_row(gradient)
         found.append(unscaled(gradient, task.loss_scale))
     data = [(use.inputs, cotangent) for use, cotangent in zip(uses, found[: len(uses)], strict=True)]
     whole: dict[int, list[tf.Tensor]] = {}

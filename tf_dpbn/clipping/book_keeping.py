@@ -26,7 +26,7 @@ from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping.batch_trace import BatchTrace, Records
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, corrected, merged
 from tf_dpbn.clipping.independence import NotProvedError
-from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums
+from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums, rounded_up
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rows import densify, reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules import matmul
@@ -95,8 +95,9 @@ class BookKeepingEngine(MicrobatchedEngine):
     """Clipped sums by book-keeping.
 
     Args:
-      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses by what
-        an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if that is at most 1 GiB.
+      microbatch_size: how many examples are worked on at a time, rounded up to a multiple of 16; it does not change the
+        result. None chooses by what an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if
+        that is at most 1 GiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 
@@ -115,7 +116,7 @@ class BookKeepingEngine(MicrobatchedEngine):
 
     def bytes_per_example(self, task: Task, rows: Any) -> int:
         """The size of what is kept of one example: gradients, and the data and cotangents of each operation."""
-        count = min(rows[-1].shape[0] or task.expected_rows or FEWEST, FEWEST)
+        count = rounded_up(min(rows[-1].shape[0] or task.expected_rows or FEWEST, FEWEST))
         try:
             specs = tf.nest.map_structure(lambda t: tf.TensorSpec([count, *t.shape[1:]], t.dtype), rows)
             records = task.batch_trace.records(specs)

@@ -20,8 +20,11 @@ from tf_dpbn.normalization import LocalTerm
 # (term, cotangents by mean and variance, [rows, channels] each)
 BoundTerm = tuple[LocalTerm, tf.Tensor, tf.Tensor]
 Pair = tuple[tf.Tensor, tf.Tensor]
-# Inner products are off by a few units in the last place of the product of the vectors' norms.
+# Where terms cancel, so many units in the last place of the product of the factors' norms are added to a squared norm:
+# that bounds how large the terms of a clipped sum are, and what rounding does to it.
 _UNITS = 8.0
+# At most so many terms of an inner product are added one to the other.
+_TERMS = 256
 # Variables of at most this many elements are worked on together.
 _SMALL = 4096
 
@@ -111,32 +114,39 @@ class Products(Contribution):
         self._from_matrix = from_matrix
 
     def squared_norms(self) -> tf.Tensor:
-        """See `Contribution`; never below the true value by more than rounding."""
-        size = sum_of_squares(self._a) * sum_of_squares(self._g)
-        single = self._a.shape[1] == self._a.shape[2] == 1
-        squared = size if single else row_sums(_gram(self._a) * _gram(self._g))
-        if single and not self._corrections:
+        """See `Contribution`; never below the true value by more than rounding.
+
+        In float64, as the sum: gradients are products, which may be large where squares of a factor leave float32, and
+        positions may cancel but for less than float32 rounds. Only what is multiplied by Jacobians, which takes most of
+        the time, is float32, and the most that this can cost is added.
+        """
+        a, g = (tf.cast(each, tf.float64) for each in (self._a, self._g))
+        corrections = [(jacobian, tf.cast(cotangent, tf.float64)) for jacobian, cotangent in self._corrections]
+        of_g = sum_of_squares(g)
+        size = sum_of_squares(a) * of_g
+        single = a.shape[1] == a.shape[2] == 1
+        squared = size if single else row_sums(_gram(a) * _gram(g))
+        if single and not corrections:
             return squared
         scale = tf.sqrt(size)
-        for k, (jacobian, cotangent) in enumerate(self._corrections):
+        for k, (jacobian, cotangent) in enumerate(corrections):
             # <K[:, o], J[:, o]> = sum_t g_to (a_t . J[:, o])
-            inner = tf.reduce_sum(self._g * self._times(jacobian), 2, keepdims=True)
-            squared += 2.0 * tf.reduce_sum(inner * cotangent, [1, 2, 3])
-            for other, (jacobian_2, cotangent_2) in enumerate(self._corrections):
-                pairs = tf.reduce_sum(jacobian * jacobian_2, 2, keepdims=True) * cotangent * cotangent_2
+            squared += 2.0 * tf.reduce_sum(g * _times(self._a, jacobian) * cotangent, [1, 2, 3])
+            for other, (jacobian_2, cotangent_2) in enumerate(corrections):
+                pairs = _by_column(jacobian, jacobian_2) * cotangent * cotangent_2
                 squared += tf.reduce_sum(pairs, [1, 2, 3])
                 if other == k:
-                    scale += tf.sqrt(tf.reduce_sum(pairs, [1, 2, 3]))
-        rounding = _UNITS * np.finfo(squared.dtype.as_numpy_dtype).eps
+                    of_correction = tf.sqrt(tf.reduce_sum(pairs, [1, 2, 3]))
+                    of_c = sum_of_squares(cotangent)
+                    # An inner product of n terms is off by at most n units of the product of norms (Cauchy, Schwarz),
+                    # and by n times the smallest number, below which products vanish.
+                    units = _longest_sum(a.shape[3]) * np.finfo(jacobian.dtype.as_numpy_dtype).eps
+                    squared += units * (tf.sqrt(size) + of_correction) * of_correction
+                    vanished = 2.0 * a.shape[3] * np.finfo(np.float32).tiny
+                    squared += vanished * (tf.sqrt(a.shape[2] * of_g * of_c) + of_c)
+                    scale += of_correction
+        rounding = _UNITS * np.finfo(self._a.dtype.as_numpy_dtype).eps
         return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + rounding * tf.square(scale)
-
-    def _times(self, jacobian: tf.Tensor) -> tf.Tensor:
-        """a_t . J[:, o], [rows, groups, positions, outputs]: in each group one product for all rows."""
-        product = tf.matmul(_positions_of_all_rows(self._a), tf.squeeze(jacobian, 0))
-        groups, positions = self._a.shape[1:3]
-        if groups == 1:
-            return reshape_rows(product, [1, positions, product.shape[2]], self._a)
-        return tf.transpose(tf.reshape(product, [groups, -1, positions, product.shape[2]]), [1, 0, 2, 3])
 
     def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """See `Contribution`."""
@@ -227,6 +237,42 @@ def factors(terms: Sequence[BoundTerm], shape: Sequence[int], dtype: tf.DType) -
         for term, *cotangents in terms
         for jacobian, cotangent in zip((term.d_mean, term.d_variance), cotangents, strict=True)
     ]
+
+
+def _times(a: tf.Tensor, jacobian: tf.Tensor) -> tf.Tensor:
+    """a_t . J[:, o], float64 [rows, groups, positions, outputs]: in each group one product for all rows."""
+    groups, positions, inputs = a.shape[1:]
+    blocks = _blocks(inputs)
+    left, right = _positions_of_all_rows(a), tf.squeeze(jacobian, 0)
+    if blocks > 1:
+        left = tf.transpose(tf.reshape(left, [groups, -1, blocks, inputs // blocks]), [0, 2, 1, 3])
+        right = tf.reshape(right, [groups, blocks, inputs // blocks, right.shape[2]])
+        product = tf.reduce_sum(tf.matmul(left, right), 1)
+    else:
+        product = tf.matmul(left, right)
+    if groups == 1:
+        product = reshape_rows(product, [1, positions, product.shape[2]], a)
+    else:
+        product = tf.transpose(tf.reshape(product, [groups, -1, positions, product.shape[2]]), [1, 0, 2, 3])
+    return tf.cast(product, tf.float64)
+
+
+def _by_column(jacobian: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """J[:, o] . J'[:, o], float64 [1, groups, 1, outputs]."""
+    _, groups, inputs, outputs = jacobian.shape
+    products = tf.reshape(jacobian * other, [groups, _blocks(inputs), -1, outputs])
+    return tf.reduce_sum(tf.cast(tf.reduce_sum(products, 2), tf.float64), 1)[None, :, None]
+
+
+def _blocks(inputs: int) -> int:
+    """Into how many equal parts an inner product is divided; one if that takes many more than necessary."""
+    fewest = -(-inputs // _TERMS)
+    return next((blocks for blocks in range(fewest, 4 * fewest) if inputs % blocks == 0), 1)
+
+
+def _longest_sum(inputs: int) -> int:
+    """How many roundings a term of an inner product goes through, at most."""
+    return inputs // _blocks(inputs) + _blocks(inputs) + 1
 
 
 def _gram(values: tf.Tensor) -> tf.Tensor:

@@ -20,13 +20,17 @@ _CPU_MEMORY, _ACCELERATOR_MEMORY = 2**24, 2**30
 FEWEST, _MEMORY_OF_FEWEST = 64, 2**30
 # Slices of padding alone are skipped, so where a batch may hold padding they are kept small.
 _MOST_IF_PADDED = 128
+# Rows are worked on in multiples of so many: the last numbers of a tensor that do not fill a processor's register are
+# computed by other instructions, and how an example is rounded must not depend on where in the batch it lies.
+ROWS_OF_REGISTERS = 16
 
 
 class MicrobatchedEngine:
     """Sums clipped examples one microbatch after the other.
 
     Args:
-      microbatch_size: how many examples are worked on at a time; it does not change the result. None chooses.
+      microbatch_size: how many examples are worked on at a time, rounded up to a multiple of 16; it does not change the
+        result. None chooses.
 
     Raises:
       ValueError: if microbatch_size is not a whole number >= 1.
@@ -71,7 +75,7 @@ class MicrobatchedEngine:
             rows = tf.nest.map_structure(_with_spare_row, rows)
         size = self._slice_size(task, rows, count, batch.mask is not None)
         slices = _ceil_divide(count, size) if isinstance(count, int) else tf.maximum(1, _ceil_divide(count, size))
-        if isinstance(slices, int) and slices == 1:
+        if isinstance(count, int) and count == size:
             sums, by_products = self.sum_slice(task, rows, l2_norm_clip)
         else:
             order = _examples_first(batch.mask, count)
@@ -81,9 +85,12 @@ class MicrobatchedEngine:
             def clipped_slice(i: Any) -> Any:
                 return self.sum_slice(task, _take(rows, order, i * size, size, examples), l2_norm_clip)
 
-            shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
-            sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
-            sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
+            if isinstance(slices, int) and slices == 1:
+                sums, by_products = clipped_slice(0)
+            else:
+                shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
+                sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
+                sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
             by_products = tf.nest.map_structure(lambda t: tf.gather(t, positions), by_products)
 
         rows_of_batch = count if isinstance(count, int) else None
@@ -105,10 +112,16 @@ class MicrobatchedEngine:
             if padded and not has_accelerator():
                 limit = min(limit, _MOST_IF_PADDED)
         if not isinstance(count, int):
-            return limit if task.expected_rows is None else min(limit, task.expected_rows)
-        count = max(1, count)
-        # Slices of equal size, so that little filler is computed.
-        return _ceil_divide(count, _ceil_divide(count, limit))
+            size = limit if task.expected_rows is None else min(limit, task.expected_rows)
+        else:
+            count = max(1, count)
+            size = _ceil_divide(count, _ceil_divide(count, limit))  # all equal, so that little filler is computed
+        return rounded_up(size)
+
+
+def rounded_up(rows: int) -> int:
+    """The multiple of ROWS_OF_REGISTERS that holds so many rows."""
+    return ROWS_OF_REGISTERS * _ceil_divide(rows, ROWS_OF_REGISTERS)
 
 
 def residual_sums(

@@ -102,7 +102,7 @@ def task(model: Any, public: PublicForward) -> Task:
             GivenStatistics(public.calls, statistics, constants=True) as given,
             isolated_call(seeds, index[0], tracker_variables(model), model.weights),
         ):
-            y_pred = call_model(model, x, training=True, unroll=True)
+            y_pred = call_model(model, x, training=True, as_batch=True)
         return BatchPass(y_pred, given.normalized)
 
     def example_loss(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:

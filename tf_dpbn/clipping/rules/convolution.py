@@ -422,6 +422,8 @@ def from_operation(operation: tf.Operation, position: int, shape: tf.TensorShape
     spatial = range(2, inputs.rank) if channels_first else range(1, inputs.rank - 1)
     axes = [Axis(taps=1, inputs=inputs[0], outputs=outputs[0])]
     axes += [_axis(operation, kernel.shape[k], axis, inputs[axis], outputs[axis]) for k, axis in enumerate(spatial)]
+    if any(axis.stride > 1 and axis.dilation > 1 for axis in axes):  # Keras has no such layer
+        return None
     depthwise = operation.type == "DepthwiseConv2dNative"
     *_, per_group, last = kernel.shape.as_list()
     if depthwise:

@@ -61,17 +61,17 @@ def merged(used: Sequence[tuple[Rule, Inputs, tf.Tensor]]) -> list[tuple[Rule, I
     Args:
       used: (rule, inputs, cotangent) of each use of a variable.
     """
-    groups: dict[bool, list[tuple[Rule, Inputs, tf.Tensor]]] = {}
+    groups: dict[tuple[Shape, bool], list[tuple[Rule, Inputs, tf.Tensor]]] = {}
     others = []
     for rule, *data in used:
         if isinstance(rule, MatMulRule):
-            groups.setdefault(rule._transposed, []).append((rule, *data))
+            groups.setdefault((rule.shape, rule._transposed), []).append((rule, *data))
         else:
             others.append((rule, *data))
-    for transposed, group in groups.items():
+    for (shape, transposed), group in groups.items():
         operands = [rule._operands(*data) for rule, *data in group]  # type: ignore[attr-defined]
         a, g = (tf.concat(each, 1) for each in zip(*operands, strict=True))
-        whole = MatMulRule(group[0][0].shape, a.shape[1], transposed, transposed_data=False)
+        whole = MatMulRule(shape, a.shape[1], transposed, transposed_data=False)
         others.append((whole, (a,), g) if len(group) > 1 else group[0])
     return others
 
