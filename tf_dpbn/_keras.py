@@ -86,8 +86,8 @@ def as_compiled(model: Any) -> Any:
 def call_model(model: Any, x: Any, training: bool, as_batch: bool = False) -> Any:
     """Calls `model` with the training argument if its `call` takes one.
 
-    With `as_batch` it runs as fast as it can for a batch whose kernels get no gradient from TensorFlow: recurrent layers
-    of Keras 3 are unrolled over sequences of a known length that is not large.
+    With `as_batch` it runs as fast as it can for a batch whose kernels get no gradient from TensorFlow: layers of Keras
+    3 that recur are unrolled over sequences of a known length that is not large.
     """
     takes_training = model._call_has_training_arg if IS_KERAS_3 else model._call_spec.expects_training_arg
     # cuDNN's operations, which recurrent layers of Keras 3 choose on GPUs, count as changing state, and cannot be

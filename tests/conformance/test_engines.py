@@ -10,8 +10,10 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, zoo
 from tf_dpbn._keras import keras, raw
-from tf_dpbn.clipping import ENGINES, Batch, Task
+from tf_dpbn.clipping import ENGINES, Batch, Task, microbatches
+from tf_dpbn.clipping.contributions import Products
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
+from tf_dpbn.mechanisms import ROUNDING
 from tf_dpbn.model import step
 from tf_dpbn.normalization import StatisticsRelease
 
@@ -310,3 +312,105 @@ def test_dropout_is_independent_across_examples_and_steps():
     masks = np.concatenate([run(tf.constant(ones)).numpy() > 0 for _ in range(2)])
     agreement = [(masks[i] == masks[j]).mean() for i in range(8) for j in range(i)]
     assert 0.35 < min(agreement) and max(agreement) < 0.65
+
+
+def clipped_norm(model, x, y, engine, **options):
+    """The norm of the clipped sum of a batch; the clip norm is 1."""
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=1.0), engine=engine, **options)
+    sums, _ = helpers.clipped_sum_function(model)(x, y)
+    return np.linalg.norm(np.concatenate([np.ravel(each).astype(float) for each in sums]))
+
+
+@pytest.mark.parametrize("x, y", [(1e-19, 9e18), (1e-20, 9e18)])
+def test_norms_count_products_whose_factors_squares_leave_float32(x, y):
+    inputs = keras.Input((784,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1, use_bias=False)(inputs))
+    batch = np.full((1, 784), x, "float32"), np.full((1, 1), y, "float32")
+    norm = clipped_norm(model, *batch, "book_keeping", loss="mse")
+    assert norm <= 1.0 + ROUNDING
+    np.testing.assert_allclose(norm, clipped_norm(model, *batch, "loop", loss="mse"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions, inputs, outputs", [(2, 256, 256), (4, 256, 128), (3, 700, 64)])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_norms_from_inner_products_are_never_below_the_true_ones(positions, inputs, outputs, corrected):
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(0.5, 2.0, (2, 200, 1, 1, 1)).astype("float32")
+    a, g = np.ones((200, 1, positions, inputs), "float32") * sizes[0], np.ones((200, 1, positions, outputs)) * sizes[1]
+    g[:, :, 1::2] *= -(1.0 + rng.choice([3e-4, 1e-3, 3e-3], (200, 1, 1, 1)) * rng.uniform(-1.0, 1.0, (200, 1, 1, 1)))
+    g = g.astype("float32")
+    true = np.einsum("rgti,rgto->rgio", *(each.astype(float) for each in (a, g)))
+    corrections = []
+    if corrected:
+        jacobian = (1.0 + rng.uniform(0.0, 1e-3, (1, 1, inputs, outputs))).astype("float32")
+        cotangent = -(true.mean(2, keepdims=True)).astype("float32")  # what is left is small too
+        true += jacobian.astype(float) * cotangent
+        corrections = [(tf.constant(jacobian), tf.constant(cotangent))]
+    products = Products((inputs, outputs), (tf.constant(a), tf.constant(g)), corrections, lambda matrix: matrix)
+    squared = tf.function(products.squared_norms, autograph=False)().numpy()
+    assert np.all(np.sqrt(squared) >= np.linalg.norm(true.reshape(200, -1), axis=1) * (1.0 - ROUNDING / 2))
+
+
+@pytest.mark.parametrize("microbatch_size", [3, None])
+def test_an_example_does_not_depend_on_its_place_in_half_precision(monkeypatch, microbatch_size):
+    monkeypatch.setattr(microbatches, "ROWS_OF_REGISTERS", 16)
+    rng = np.random.default_rng(0)
+    inputs = keras.Input((3,))
+    x = inputs
+    for _ in range(2):
+        x = keras.layers.Dense(7, dtype="mixed_bfloat16")(x)
+        x = tf_dpbn.DPBatchNormalization(dtype="mixed_bfloat16")(x)
+        x = keras.layers.Activation("sigmoid", dtype="mixed_bfloat16")(x)
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(x))
+    model.set_public_batch(rng.normal(size=(8, 3)).astype("float32"))
+    helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=1.0), microbatch_size=microbatch_size)
+    run = helpers.clipped_sum_function(model)
+    for row in 3.0 * rng.normal(size=(4, 3)).astype("float32"):
+        batch = np.tile(row, (90, 1)), np.zeros(90, int)
+        alone = helpers.flat(run(*batch, np.eye(1, 90, dtype="float32")[0])[0])
+        together = helpers.flat(run(*batch, np.ones(90, "float32"))[0])
+        np.testing.assert_allclose(together, 90.0 * alone, atol=90 * 1e-6)
+
+
+@pytest.mark.parametrize("wrapper", ["Bidirectional", "go_backwards"])
+def test_masked_sequences_read_backwards_are_those_of_the_layer(wrapper):
+    rng = np.random.default_rng(0)
+    inputs = keras.Input((5, 3))
+    x = keras.layers.Masking()(inputs)
+    if wrapper == "Bidirectional":
+        x = keras.layers.Bidirectional(keras.layers.GRU(3, return_sequences=True))(x)
+    else:
+        x = keras.layers.GRU(3, return_sequences=True, go_backwards=True, zero_output_for_mask=True)(x)
+    model = tf_dpbn.DPModel(inputs, keras.layers.GRU(3)(keras.layers.Dense(3)(x)))
+    helpers.randomize(model)
+    data = rng.normal(size=(4, 5, 3)).astype("float32")
+    data[rng.random((4, 5)) < 0.4] = 0.0
+    sums = {}
+    for engine in ("book_keeping", "loop"):
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=0.5), engine=engine)
+        sums[engine], _ = helpers.clipped_sum_function(model)(data, np.arange(4) % 3)
+    assert helpers.relative_error(*sums.values()) < 1e-5
+
+
+class _TwoShapes(keras.layers.Layer):
+    """Multiplies by a matrix, and by the same elements in another shape."""
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(shape=(4, 6), name="kernel")
+
+    def call(self, inputs):
+        kernel = tf.convert_to_tensor(self.kernel)
+        return inputs @ kernel @ tf.reshape(kernel, [6, 4])
+
+
+def test_one_variable_in_two_shapes():
+    rng = np.random.default_rng(0)
+    inputs = keras.Input((4,))
+    model = tf_dpbn.DPModel(inputs, keras.layers.Dense(3)(_TwoShapes()(inputs)))
+    helpers.randomize(model)
+    x, y = rng.normal(size=(4, 4)).astype("float32"), rng.integers(0, 3, 4)
+    sums = {}
+    for engine in ("book_keeping", "loop"):
+        helpers.compiled(model, optimizer=helpers.dp_optimizer(l2_norm_clip=0.5), engine=engine)
+        sums[engine], _ = helpers.clipped_sum_function(model)(x, y)
+    assert helpers.relative_error(*sums.values()) < 1e-5
