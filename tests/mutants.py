@@ -93,6 +93,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "clipping/microbatches.py": (
         ("a + b for a, b", "tf.cast(tf.cast(a + b, tf.float32), tf.float64) for a, b", _FLOATS),
+        ("        return rounded_up(size)", "        return size", _ENGINES, "its_place"),
         (
             "squared, release.l2_norm_clip, mask)",
             "squared, 2.0 * release.l2_norm_clip, mask)",
@@ -121,6 +122,12 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "clipping/contributions.py": (
         ("squared += 2.0 * tf", "squared += 1.0 * tf", *_GRAM),
         (
+            "a, g = (tf.cast(each, tf.float64) for each in (self._a",
+            "a, g = (each for each in (self._a",
+            _ENGINES,
+            "leave_float32",
+        ),
+        (
             "squared = size if single else",
             "squared = size if True else",
             _RULES,
@@ -140,7 +147,12 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "clipping/batch_trace.py": (
         ("    check_same_operations(operations, one_more)", "    pass", _PROOF, "arithmetic"),
-        ("(products - mean * d_beta)", "products", _ENGINES, "microbatches_agree and twice and book_keeping"),
+        (
+            "(tf.concat(products, 1) - mean * d_beta)",
+            "products",
+            _ENGINES,
+            "microbatches_agree and twice and book_keeping",
+        ),
     ),
     "clipping/rows.py": (
         ("return values if finite is None", "return values if True", _RULES, "non_finite"),

@@ -351,6 +351,25 @@ def test_norms_from_inner_products_are_never_below_the_true_ones(positions, inpu
     assert np.all(np.sqrt(squared) >= np.linalg.norm(true.reshape(200, -1), axis=1) * (1.0 - ROUNDING / 2))
 
 
+@pytest.mark.parametrize(
+    "given, mebibytes, expected", [(None, 1, 32), (None, 100, 16), (None, 1000, 1), (1, 1, 1), (3, 1, 16), (20, 1, 32)]
+)
+def test_microbatches_are_multiples_of_16_or_one_row(monkeypatch, given, mebibytes, expected):
+    monkeypatch.setattr(microbatches, "ROWS_OF_REGISTERS", 16)
+    sizes = []
+
+    class Sized(MicrobatchedEngine):
+        def bytes_per_example(self, task, rows):
+            return 2**20 * mebibytes
+
+        def sum_slice(self, task, rows, l2_norm_clip):
+            sizes.append(rows[-1].shape[0])
+            return (tf.zeros([1], tf.float64),), (rows[0], (), rows[0], rows[-1])
+
+    Sized(given)(Task(None, (tf.zeros([1]),)), Batch(tf.range(20.0), (), None, None), 1.0)
+    assert set(sizes) == {expected}
+
+
 @pytest.mark.parametrize("microbatch_size", [3, None])
 def test_an_example_does_not_depend_on_its_place_in_half_precision(monkeypatch, microbatch_size):
     monkeypatch.setattr(microbatches, "ROWS_OF_REGISTERS", 16)

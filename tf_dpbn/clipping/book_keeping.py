@@ -95,9 +95,9 @@ class BookKeepingEngine(MicrobatchedEngine):
     """Clipped sums by book-keeping.
 
     Args:
-      microbatch_size: how many examples are worked on at a time, rounded up to a multiple of 16; it does not change the
-        result. None chooses by what an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64 examples if
-        that is at most 1 GiB.
+      microbatch_size: how many examples are worked on at a time, 1 or rounded up to a multiple of 16; does not change
+        the result. None chooses by what an example keeps: about 16 MiB at a time (on accelerators 1 GiB), or 64
+        examples if that is at most 1 GiB; at least 16, or one where 16 keep more than 4 GiB.
       norm_method: how the norm of a matrix product's gradient is found: "instantiate" (form each example's gradient),
         "gram" (from inner products of all pairs of positions) or "auto" (the cheaper one, operation by operation).
 

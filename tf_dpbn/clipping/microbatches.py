@@ -23,14 +23,15 @@ _MOST_IF_PADDED = 128
 # Rows are worked on in multiples of so many: the last numbers of a tensor that do not fill a processor's register are
 # computed by other instructions, and how an example is rounded must not depend on where in the batch it lies.
 ROWS_OF_REGISTERS = 16
+_MEMORY_OF_REGISTERS = 2**32  # where so many would take more than this, they are worked on one by one
 
 
 class MicrobatchedEngine:
     """Sums clipped examples one microbatch after the other.
 
     Args:
-      microbatch_size: how many examples are worked on at a time, rounded up to a multiple of 16; it does not change the
-        result. None chooses.
+      microbatch_size: how many examples are worked on at a time, 1 or rounded up to a multiple of 16; does not change
+        the result. None chooses.
 
     Raises:
       ValueError: if microbatch_size is not a whole number >= 1.
@@ -109,6 +110,8 @@ class MicrobatchedEngine:
             bytes_per_example = max(1, self.bytes_per_example(task, rows))
             memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
             limit = max(1, min(FEWEST, _MEMORY_OF_FEWEST // bytes_per_example), memory // bytes_per_example)
+            if limit < ROWS_OF_REGISTERS and ROWS_OF_REGISTERS * bytes_per_example > _MEMORY_OF_REGISTERS:
+                limit = 1
             if padded and not has_accelerator():
                 limit = min(limit, _MOST_IF_PADDED)
         if not isinstance(count, int):
@@ -120,8 +123,8 @@ class MicrobatchedEngine:
 
 
 def rounded_up(rows: int) -> int:
-    """The multiple of ROWS_OF_REGISTERS that holds so many rows."""
-    return ROWS_OF_REGISTERS * _ceil_divide(rows, ROWS_OF_REGISTERS)
+    """The multiple of ROWS_OF_REGISTERS that holds so many rows; one row is always in the same place."""
+    return rows if rows == 1 else ROWS_OF_REGISTERS * _ceil_divide(rows, ROWS_OF_REGISTERS)
 
 
 def residual_sums(

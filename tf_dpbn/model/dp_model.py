@@ -95,8 +95,9 @@ class DPModel(keras.Model):
             a step takes a little longer), "full" (3a and 3b) or "none" (statistics as constants; for studies). "auto",
             the default, is "adaptive" from eight normalizations on that train, and else "local".
           engine: "book_keeping" (default), "vectorized" or "loop", see `clipping.get_engine`. All give the same result.
-          microbatch_size: how many examples are worked on at a time, within one step; bounds memory, also that of
-            batches far larger than fit at once, and does not change the result. None chooses.
+          microbatch_size: how many examples are worked on at a time, within one step, 1 or rounded up to a multiple of
+            16; bounds memory, also that of batches far larger than fit at once, and does not change the result. None
+            chooses.
           norm_method: for "book_keeping": "auto", "instantiate" or "gram", see `clipping.book_keeping`.
           loss_scale: power of two by which the loss of each example is multiplied while it is differentiated, and its
             gradient divided by, in float32, before it is clipped: small gradients then survive half precision, and
