@@ -28,7 +28,7 @@ from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, correc
 from tf_dpbn.clipping.independence import NotProvedError
 from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums, rounded_up
 from tf_dpbn.clipping.per_example import PerExampleEngine
-from tf_dpbn.clipping.rows import densify, reshape_rows, unscaled, widen
+from tf_dpbn.clipping.rows import densify, finite_only, reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules import matmul
 from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Task
@@ -74,9 +74,8 @@ class Vectors:
 
         def finite_ones() -> Any:
             ranks = {t.shape.rank for t in tf.nest.flatten(operands)}
-            kept = {rank: reshape_rows(finite, [1] * (rank - 1)) for rank in ranks}
-            zeros = {dtype: tf.zeros([], dtype) for dtype in (tf.float32, tf.float64)}
-            return tf.nest.map_structure(lambda t: tf.where(kept[t.shape.rank], t, zeros[t.dtype]), operands)
+            by_rank = {rank: reshape_rows(finite, [1] * (rank - 1)) for rank in ranks}
+            return tf.nest.map_structure(lambda t: finite_only(by_rank[t.shape.rank], t), operands)
 
         if has_accelerator():  # XLA fuses it with what reads it
             operands = finite_ones()

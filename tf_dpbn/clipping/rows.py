@@ -40,8 +40,8 @@ def by_row(vector: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
 
 
 def finite_only(finite: tf.Tensor | None, values: tf.Tensor) -> tf.Tensor:
-    """Replaces rows that are not `finite`, bool [rows], by zeros: a weight of 0 does not silence a NaN."""
-    return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros_like(values))
+    """Replaces rows that are not `finite`, bool [rows, ones or nothing], by zeros: a weight of 0 silences no NaN."""
+    return values if finite is None else tf.where(by_row(finite, values), values, tf.zeros([], values.dtype))
 
 
 def unscaled(gradient: tf.Tensor, loss_scale: float) -> tf.Tensor:
