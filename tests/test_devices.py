@@ -6,8 +6,10 @@ import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
+from tf_dpbn import _devices
 from tf_dpbn._keras import keras
 from tf_dpbn.auditing import clipped_sums
+from tf_dpbn.clipping.rules.convolution import from_operation
 
 pytestmark = [pytest.mark.both, pytest.mark.filterwarnings("ignore::tf_dpbn.PrivacyWarning")]
 X, Y = np.zeros((16, 3), "float32"), np.zeros(16, "int32")
@@ -93,3 +95,12 @@ def test_what_rounds_whatever_tensorflow_is_told_is_refused(monkeypatch):
         monkeypatch.setenv(name, "")
     assert model.private_steps == 0
     WAYS[0](model)
+
+
+def test_what_xla_compiles_has_no_convolutions_in_a_group_for_each_example():
+    with tf.Graph().as_default():
+        operation = tf.nn.conv2d(tf.zeros([1, 6, 6, 4]), tf.zeros([3, 3, 4, 8]), 1, "SAME").op
+        for compiled in (False, True):
+            with _devices.traced_for_xla(compiled):
+                rule, _ = from_operation(operation, 1, operation.inputs[1].shape)
+            assert rule.is_whole is not compiled

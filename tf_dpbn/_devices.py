@@ -7,8 +7,11 @@ exceed the clip norm by more than the noise allows for (docs/privacy.md).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
+from collections.abc import Iterator
 
 import tensorflow as tf
 
@@ -25,6 +28,28 @@ _ROUNDING = {
 def has_accelerator() -> bool:
     """Whether TensorFlow sees a GPU or a TPU."""
     return bool(tf.config.list_logical_devices("GPU") + tf.config.list_logical_devices("TPU"))
+
+
+class _Tracing(threading.local):
+    compiled = False
+
+
+_TRACING = _Tracing()
+
+
+@contextlib.contextmanager
+def traced_for_xla(compiled: bool) -> Iterator[None]:
+    """Says whether XLA will compile what is traced on this thread."""
+    before, _TRACING.compiled = _TRACING.compiled, compiled
+    try:
+        yield
+    finally:
+        _TRACING.compiled = before
+
+
+def has_cpu_kernels() -> bool:
+    """Whether what is traced will run in TensorFlow's own kernels for CPUs."""
+    return not has_accelerator() and not _TRACING.compiled
 
 
 @functools.cache

@@ -7,11 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_dpbn._devices import traced_for_xla
 from tf_dpbn._keras import (
     call_model,
     compiled_data_loss,
     draw_example_seeds,
     flatten_layers,
+    is_compiled_whole,
     isolated_call,
     kept_state,
     keras,
@@ -61,7 +63,7 @@ def public_forward(model: Any, batch: Batch) -> PublicForward:
 
 def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple[ClippedSum, ...], BatchResult]:
     """The clipped sum of per-example gradients, then those of statistics' residuals; and what metrics read."""
-    with kept_state(model if model._public.structure.has_state else None):
+    with kept_state(model if model._public.structure.has_state else None), traced_for_xla(is_compiled_whole(model)):
         return model._engine(task(model, public), batch, model.optimizer.l2_norm_clip)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn._devices import has_accelerator, has_grouped_filter_gradients
+from tf_dpbn._devices import has_accelerator, has_cpu_kernels, has_grouped_filter_gradients
 from tf_dpbn.clipping.rows import reshape_rows, widen, window_of
 from tf_dpbn.clipping.rules.base import Blocks, Found, Inputs, MatrixRule, Shape
 
@@ -125,7 +125,7 @@ class ConvolutionRule(MatrixRule):
             len(axes) == 3
             and math.prod(self._taps) > 1
             and all(axis.dilation == 1 and min(axis.before, axis.after) >= 0 for axis in axes)
-            and not has_accelerator()
+            and has_cpu_kernels()  # XLA takes minutes to compile convolutions in so many groups
             and (depthwise or (dtype != tf.float64 and has_grouped_filter_gradients()))
         )
 
