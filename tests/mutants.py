@@ -149,7 +149,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("    check_same_operations(operations, one_more)", "    pass", _PROOF, "arithmetic"),
         (
             "(tf.concat(products, 1) - mean * d_beta)",
-            "products",
+            "tf.concat(products, 1)",
             _ENGINES,
             "microbatches_agree and twice and book_keeping",
         ),

@@ -1,12 +1,16 @@
-"""Reading TensorFlow graphs: what depends on data, what writes to variables."""
+"""TensorFlow graphs: what depends on data, what writes to variables; and how they stay small."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+# Tensors of at most this many elements are joined to one vector where the same is done to each: deep networks have
+# hundreds, and every operation on one of its own takes time, in building graphs too.
+SMALL = 4096
 _READS = frozenset(
     "ReadVariableOp ResourceGather ResourceGatherNd VariableShape VarHandleOp VarIsInitializedOp "
     "LookupTableFind LookupTableFindV2 LookupTableSize LookupTableSizeV2 LookupTableExport LookupTableExportV2".split()
@@ -28,11 +32,24 @@ def reshape(tensor: tf.Tensor, shape: Sequence[int | None]) -> tf.Tensor:
       tensor: any.
       shape: static.
     """
-    return (
-        tensor
-        if tensor.shape.rank == len(shape) and tensor.shape.as_list() == list(shape)
-        else tf.reshape(tensor, shape)
-    )
+    if tensor.shape.rank == len(shape) and tensor.shape.as_list() == list(shape):
+        return tensor
+    return tf.reshape(tensor, shape)
+
+
+def put_back(others: Sequence[tf.Tensor], vector: tf.Tensor, shapes: Mapping[int, Sequence[int]]) -> list[tf.Tensor]:
+    """Takes apart tensors that were joined to one vector, and puts them back among the others.
+
+    Args:
+      others: the tensors that were not joined, in order.
+      vector: the elements of the others side by side.
+      shapes: by its position among all tensors, in order, the shape of each that was joined.
+    """
+    found = list(others)
+    parts = tf.split(vector, [math.prod(shape) for shape in shapes.values()])
+    for (position, shape), part in zip(shapes.items(), parts, strict=True):
+        found.insert(position, reshape(part, shape))
+    return found
 
 
 def data_tensors(graph: tf.Graph, sources: Sequence[tf.Tensor]) -> set[int]:

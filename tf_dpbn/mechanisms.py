@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,8 +23,6 @@ ROUNDING = 1e-5
 # One draw of noise has fewer numbers than this: their bits are twice as many words, and TensorFlow counts some things
 # in 32 bits. Accounting reckons with twice as many in all draws of a step.
 _MOST_COORDINATES = 2**30
-# Tensors of at most this many elements are noised together.
-_SMALL = 4096
 # Replicas change a variable alike; the first one's value is taken for all.
 SAME_ON_REPLICAS = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
@@ -210,30 +207,13 @@ def add_gaussian_noise(
         raise _validate.argument_error("clipped", clipped, "be a ClippedSum", "Clip the examples first.", TypeError)
     multiplier = _validate.non_negative("noise_multiplier", noise_multiplier)
     denominator = _validate.positive("denominator", denominator)
-    sums, apart = _side_by_side(clipped.tensors)
+    small = {i: t.shape for i, t in enumerate(clipped.tensors) if t.shape.num_elements() <= _graph.SMALL}
+    sums = [tensor for i, tensor in enumerate(clipped.tensors) if i not in small]
+    if small:
+        sums.append(tf.concat([tf.reshape(clipped.tensors[i], [-1]) for i in small], 0))
     if multiplier > 0:
         stddev = multiplier * _validate.positive("l2_sensitivity", clipped.l2_sensitivity) * (1.0 + ROUNDING)
         noise = source.standard_normal([tensor.shape for tensor in sums])
         sums = [tensor + tf.cast(stddev * each, tensor.dtype) for tensor, each in zip(sums, noise, strict=True)]
-    return NoisedGradients(tuple(apart([tf.cast(tensor / denominator, tf.float32) for tensor in sums])))
-
-
-def _side_by_side(tensors: Sequence[tf.Tensor]) -> tuple[list[tf.Tensor], Callable[[list[tf.Tensor]], list[tf.Tensor]]]:
-    """The tensors, small ones joined to one vector, and what takes such a list apart again.
-
-    Deep networks have hundreds of small tensors; each operation on one of its own takes time, in building graphs too.
-    """
-    small = [i for i, tensor in enumerate(tensors) if tensor.shape.num_elements() <= _SMALL]
-    if len(small) < 2:
-        return list(tensors), lambda tensors: tensors
-    shapes = [tensors[i].shape for i in small]
-    sizes = [shape.num_elements() for shape in shapes]
-    vector = tf.concat([_graph.reshape(tensors[i], [size]) for i, size in zip(small, sizes, strict=True)], 0)
-
-    def apart(together: list[tf.Tensor]) -> list[tf.Tensor]:
-        *found, vector = together
-        for i, part, shape in zip(small, tf.split(vector, sizes), shapes, strict=True):
-            found.insert(i, _graph.reshape(part, shape))
-        return found
-
-    return [*[tensor for i, tensor in enumerate(tensors) if i not in small], vector], apart
+    noised = [tf.cast(tensor / denominator, tf.float32) for tensor in sums]
+    return NoisedGradients(tuple(_graph.put_back(noised[:-1], noised[-1], small) if small else noised))

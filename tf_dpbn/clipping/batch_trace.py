@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _graph
@@ -23,7 +22,7 @@ from tf_dpbn.clipping.rules.base import Found
 from tf_dpbn.clipping.task import BatchPass, Task
 from tf_dpbn.clipping.uses import Use, find_uses
 from tf_dpbn.clipping.vectorization import vectorize
-from tf_dpbn.normalization import NormalizationCall, Normalized, moments
+from tf_dpbn.normalization import NormalizationCall, Normalized, moments, side_by_side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,26 +205,21 @@ def _of_normalizations(
     """
     if not calls:
         return []
-    layers, sizes = [call.layer for call in calls], [call.channels for call in calls]
+    sizes = [call.channels for call in calls]
     dtype = tf.float64 if any(each.inputs.dtype == tf.float64 for each in normalized) else tf.float32
     of_offsets: list[tf.Tensor] = []
     products: list[tf.Tensor] = []
-    for layer, size, each, cotangent in zip(layers, sizes, normalized, cotangents, strict=True):
+    for call, size, each, cotangent in zip(calls, sizes, normalized, cotangents, strict=True):
         rank = each.inputs.shape.rank
-        channels = [1 + axis % rank for axis in layer.channel_axes]
+        channels = [1 + axis % rank for axis in call.layer.channel_axes]
         others = [axis for axis in range(1, rank + 1) if axis not in channels]
         for sums, values in ((of_offsets, cotangent), (products, cotangent * proof.by_row(each.inputs))):
             sums.append(tf.cast(reshape_rows(tf.reduce_sum(values, others), [size]), dtype))
-    # All calls side by side: a deep network has many small ones.
     mean = moments.joined([each.mean for each in normalized], dtype)
-    variance = moments.joined([each.variance for each in normalized], dtype)
-    gammas = [
-        tf.ones([size]) if layer.gamma is None else raw(layer.gamma) for layer, size in zip(layers, sizes, strict=True)
-    ]
-    epsilon = tf.cast(np.repeat([layer.epsilon for layer in layers], sizes), dtype)
+    gamma, variance, epsilon = side_by_side(calls, [each.variance for each in normalized], dtype)
     d_beta = tf.concat(of_offsets, 1)
     d_gamma = (tf.concat(products, 1) - mean * d_beta) * tf.math.rsqrt(variance + epsilon)
-    c = moments.statistics_cotangents(d_gamma, d_beta, moments.joined(gammas, dtype), variance, epsilon)
+    c = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, epsilon)
     return list(zip(calls, *(tf.split(each, sizes, 1) for each in (d_gamma, d_beta, *c)), strict=True))
 
 

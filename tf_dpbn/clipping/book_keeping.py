@@ -15,7 +15,6 @@ and the idea of reweighted output gradients); docs/algorithm.md, section 4, for 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,10 +82,7 @@ class Vectors:
             operands = tf.cond(tf.reduce_all(finite), lambda: operands, finite_ones)
         sums = [each.weighted_sum(weights, o) for each, o in zip(self._parts, operands, strict=True)]
         if self._small:
-            shapes = [self.contributions[i].shape for i in self._small]
-            parts = tf.split(sums.pop(), [math.prod(shape) for shape in shapes])
-            for i, part, shape in zip(self._small, parts, shapes, strict=True):
-                sums.insert(i, _graph.reshape(part, shape))
+            sums = _graph.put_back(sums[:-1], sums[-1], {i: self.contributions[i].shape for i in self._small})
         return tuple(sums)
 
 

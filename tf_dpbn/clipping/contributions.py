@@ -25,8 +25,6 @@ Pair = tuple[tf.Tensor, tf.Tensor]
 _UNITS = 8.0
 # At most so many terms of an inner product are added one to the other.
 _TERMS = 256
-# Variables of at most this many elements are worked on together.
-_SMALL = 4096
 
 
 class Contribution(abc.ABC):
@@ -141,8 +139,8 @@ class Products(Contribution):
                     # An inner product of n terms is off by at most n units of the product of norms (Cauchy, Schwarz),
                     # and by n times the smallest number, below which products vanish.
                     units = _longest_sum(a.shape[3]) * np.finfo(jacobian.dtype.as_numpy_dtype).eps
-                    squared += units * (tf.sqrt(size) + of_correction) * of_correction
-                    vanished = 2.0 * a.shape[3] * np.finfo(np.float32).tiny
+                    squared += units * (tf.sqrt(size) + len(corrections) * of_correction) * of_correction
+                    vanished = 4.0 * len(corrections) * a.shape[3] * np.finfo(np.float32).tiny
                     squared += vanished * (tf.sqrt(a.shape[2] * of_g * of_c) + of_c)
                     scale += of_correction
         rounding = _UNITS * np.finfo(self._a.dtype.as_numpy_dtype).eps
@@ -195,7 +193,7 @@ def merged(contributions: Sequence[Contribution]) -> tuple[list[int], Contributi
 
     def is_small(each: Contribution) -> bool:
         is_whole = isinstance(each, Kept) and each.is_whole and each.operands[0].dtype == tf.float32
-        return is_whole and math.prod(each.shape) <= _SMALL
+        return is_whole and math.prod(each.shape) <= _graph.SMALL
 
     small = [i for i, each in enumerate(contributions) if is_small(each)]
     if len(small) < 2:

@@ -110,7 +110,7 @@ class MicrobatchedEngine:
             bytes_per_example = max(1, self.bytes_per_example(task, rows))
             memory = _ACCELERATOR_MEMORY if has_accelerator() else _CPU_MEMORY
             limit = max(1, min(FEWEST, _MEMORY_OF_FEWEST // bytes_per_example), memory // bytes_per_example)
-            if limit < ROWS_OF_REGISTERS and ROWS_OF_REGISTERS * bytes_per_example > _MEMORY_OF_REGISTERS:
+            if ROWS_OF_REGISTERS * bytes_per_example > _MEMORY_OF_REGISTERS:
                 limit = 1
             if padded and not has_accelerator():
                 limit = min(limit, _MOST_IF_PADDED)

@@ -16,6 +16,7 @@ from tf_dpbn.normalization.layer import (
     StatisticsRelease,
     StatisticsScope,
     current_scope,
+    side_by_side,
 )
 from tf_dpbn.normalization.local_terms import with_local_terms
 from tf_dpbn.normalization.moments import LocalTerm
@@ -45,5 +46,6 @@ __all__ = [
     "create_averages",
     "current_scope",
     "refresh_moving_statistics",
+    "side_by_side",
     "with_local_terms",
 ]

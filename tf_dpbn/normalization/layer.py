@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import tensorflow as tf
 
 from tf_dpbn import _validate
@@ -89,6 +90,22 @@ class NormalizationCall:
             tf.reshape(each, [-1]) for each in (raw(self.layer.shift), raw(self.layer.log_scale), self.public_variance)
         )
         return moments.anchored_cotangents(c_mean, c_variance, variance, shift, log_scale, self.layer.epsilon)
+
+
+def side_by_side(
+    calls: Sequence[NormalizationCall], variances: Sequence[tf.Tensor], dtype: tf.DType
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Scales, variances and epsilons of all calls as `moments` takes them, [channels of all calls] each.
+
+    A deep network has many small ones, and each operation on one of its own takes time.
+    """
+    sizes = [call.channels for call in calls]
+    scales = [
+        tf.ones([size]) if call.layer.gamma is None else raw(call.layer.gamma)
+        for call, size in zip(calls, sizes, strict=True)
+    ]
+    epsilon = tf.constant(np.repeat([call.layer.epsilon for call in calls], sizes), dtype)
+    return moments.joined(scales, dtype), moments.joined(variances, dtype), epsilon
 
 
 class _Scopes(threading.local):

@@ -15,7 +15,13 @@ from tf_dpbn import _graph
 from tf_dpbn._keras import call_model, flatten_layers, raw
 from tf_dpbn.mechanisms import NoisedGradients, clip_weights
 from tf_dpbn.normalization import moments
-from tf_dpbn.normalization.layer import DPBatchNormalization, GivenStatistics, NormalizationCall, PublicPass
+from tf_dpbn.normalization.layer import (
+    DPBatchNormalization,
+    GivenStatistics,
+    NormalizationCall,
+    PublicPass,
+    side_by_side,
+)
 from tf_dpbn.normalization.local_terms import PassGraph, with_local_terms
 
 CORRECTIONS = ("auto", "local", "adaptive", "full", "none")
@@ -188,16 +194,13 @@ class PublicForward:
             return [None] * len(self._variables)
         by_variable = {id(v): tensor for v, tensor in zip(self._variables, noised.tensors, strict=True)}
         layers, sizes = [call.layer for call in calls], [call.channels for call in calls]
-        # All calls side by side: a deep network has many small ones.
         dtype = tf.float64 if any(call.variance.dtype == tf.float64 for call in calls) else tf.float32
-        gamma = moments.joined([raw(layer.gamma) for layer in layers], dtype)
-        variance = moments.joined([call.variance for call in calls], dtype)
         d_gamma = moments.joined([by_variable[id(raw(layer.gamma))] for layer in layers], dtype)
         d_beta = moments.joined([by_variable[id(raw(layer.beta))] for layer in layers], dtype)
         if self._correction == "adaptive":
             share = self._shares_of_signal(calls, d_gamma, d_beta, stddev)
             d_gamma, d_beta = share * d_gamma, share * d_beta
-        epsilon = tf.cast(np.repeat([layer.epsilon for layer in layers], sizes), dtype)
+        gamma, variance, epsilon = side_by_side(calls, [call.variance for call in calls], dtype)
         c = moments.statistics_cotangents(d_gamma, d_beta, gamma, variance, epsilon)
         targets: list[tf.Tensor] = []
         cotangents: list[tf.Tensor] = []
