@@ -17,7 +17,7 @@ import tensorflow as tf
 import tf_dpbn
 from tf_dpbn._keras import keras
 from tf_dpbn.clipping import Batch, BatchResult, Task
-from tf_dpbn.mechanisms import ClippedSum
+from tf_dpbn.mechanisms import ClippedSum, ClipRule, sensitivity_of
 from tf_dpbn.model import step
 
 layers = keras.layers
@@ -195,7 +195,9 @@ class StubEngine:
     As an engine's they need the batch to be read first.
     """
 
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+    def __call__(
+        self, task: Task, batch: Batch, l2_norm_clip: float | ClipRule
+    ) -> tuple[tuple[ClippedSum, ...], BatchResult]:
         weight = () if batch.sample_weight is None else batch.sample_weight
         inputs = tf.nest.flatten(batch.x)
         first = tf.nest.map_structure(lambda t: t[0], (batch.x, batch.y, weight))
@@ -205,7 +207,8 @@ class StubEngine:
             return tf.zeros(tf.concat([tf.shape(inputs[0])[:1], tf.shape(tensor)], 0), tensor.dtype)
 
         with tf.control_dependencies(inputs):
-            gradient = ClippedSum(tuple(tf.zeros(v.shape, tf.float64) for v in task.variables), float(l2_norm_clip))
+            zeros = tuple(tf.zeros(v.shape, tf.float64) for v in task.variables)
+            gradient = ClippedSum(zeros, sensitivity_of(l2_norm_clip))
             released = [ClippedSum((tf.zeros([r.size], tf.float64),), r.l2_norm_clip) for r in task.releases]
         by_products = tf.nest.map_structure(by_row, (*example.logged(), example.y_pred))
         return (gradient, *released), BatchResult(*by_products, tf.constant(0, tf.int64))

@@ -102,7 +102,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("squared, release.l2_norm_clip, mask)", "squared, release.l2_norm_clip, None)", *_OF_STATISTICS),
         ("(total,), release.l2_norm_clip)", "(total,), 0.5 * release.l2_norm_clip)", *_OF_STATISTICS),
-        ("float(l2_norm_clip))]", "0.5 * float(l2_norm_clip))]", *_GRAM),
+        ("sensitivity_of(l2_norm_clip))]", "0.5 * sensitivity_of(l2_norm_clip))]", *_GRAM),
         ("return (*data, positions < examples)", "return (*data, positions <= examples)", *_PADDING),
         ("i * size, size, examples)", "i * size + 1, size, examples)", *_PADDING),
     ),

@@ -29,7 +29,7 @@ LEVELS = (
     ("clipping.vectorization", "normalization.local_terms"),
     ("clipping.rows", "normalization.public_pass"),
     ("normalization",),
-    ("clipping.independence", "clipping.task"),
+    ("clipping.clip_norms", "clipping.independence", "clipping.task"),
     ("clipping.contributions",),
     ("clipping.rules.base",),
     (

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         public_data,
         sampling,
     )
+    from tf_dpbn.clipping import AutomaticClip
     from tf_dpbn.conversion import convert, to_stock, validate
     from tf_dpbn.model import DPModel, DPSequential
     from tf_dpbn.normalization import DPBatchNormalization
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 # The module of each name; imported, TensorFlow with it, when it is first asked for, so that accounting is quick.
 _MODULE_OF = {
+    "AutomaticClip": "clipping",
     "DPBatchNormalization": "normalization",
     "DPModel": "model",
     "DPOptimizer": "optimizers",
@@ -63,6 +65,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AutomaticClip",
     "DPBatchNormalization",
     "DPModel",
     "DPOptimizer",

@@ -36,7 +36,25 @@ def checked_clip(name: str, value: Any) -> float:
     return clip
 
 
-def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor | None) -> tf.Tensor:
+class ClipRule:
+    """How vectors are scaled to a bounded norm, where that is not by a constant clip norm."""
+
+    @property
+    def l2_sensitivity(self) -> float:
+        """Bound on the L2 norm of a scaled vector."""
+        raise NotImplementedError
+
+    def weights(self, norms: tf.Tensor) -> tf.Tensor:
+        """The factor that scales each vector, [batch], by its L2 norm; that of a non-finite one is not used."""
+        raise NotImplementedError
+
+
+def sensitivity_of(l2_norm_clip: float | ClipRule) -> float:
+    """The bound on the L2 norm of what is clipped so."""
+    return l2_norm_clip.l2_sensitivity if isinstance(l2_norm_clip, ClipRule) else float(l2_norm_clip)
+
+
+def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float | ClipRule, mask: tf.Tensor | None) -> tf.Tensor:
     """The factor that scales each example's vector to an L2 norm of at most `l2_norm_clip`.
 
     An example whose norm is non-finite gets weight 0: its contribution is dropped, which is a function of that
@@ -44,11 +62,11 @@ def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor 
 
     Args:
       squared_norms: float32 [batch], squared L2 norm of each example's whole vector.
-      l2_norm_clip: bound on the norm, > 0; `math.inf` does not clip.
+      l2_norm_clip: bound on the norm, > 0; `math.inf` does not clip. Or a rule, whose factors are used.
       mask: bool [batch], False for padding rows (weight 0), or None.
 
     Returns:
-      float32 [batch], each in [0, 1].
+      float32 [batch], each in [0, 1] unless a rule says otherwise.
 
     Source: Abadi et al. 2016, Algorithm 1, with min(1, C/|g|) in place of 1/max(1, |g|/C).
 
@@ -56,7 +74,10 @@ def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float, mask: tf.Tensor 
     [0.5, 1.0, 0.0]
     """
     norms = tf.sqrt(squared_norms)
-    weights = l2_norm_clip / tf.maximum(norms, l2_norm_clip) if math.isfinite(l2_norm_clip) else 1.0
+    if isinstance(l2_norm_clip, ClipRule):
+        weights = l2_norm_clip.weights(norms)
+    else:
+        weights = l2_norm_clip / tf.maximum(norms, l2_norm_clip) if math.isfinite(l2_norm_clip) else 1.0
     keep = tf.math.is_finite(norms)
     if mask is not None:
         keep = tf.logical_and(keep, mask)

@@ -16,13 +16,16 @@ import tensorflow as tf
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, apply_gradients, keras
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
+from tf_dpbn.clipping import AutomaticClip
 from tf_dpbn.mechanisms import (
     SAME_ON_REPLICAS,
     ClippedSum,
+    ClipRule,
     NoisedGradients,
     NoiseSource,
     add_gaussian_noise,
     checked_clip,
+    sensitivity_of,
 )
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
@@ -85,7 +88,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     Args:
       inner: a keras optimizer, or its name.
-      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0; or an AutomaticClip, which
+        needs no tuning.
       noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy. If the model
         releases noised statistics, it is the effective noise multiplier of all releases of a step together.
       expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size
@@ -108,7 +112,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner: Any,
-        l2_norm_clip: float,
+        l2_norm_clip: float | ClipRule,
         noise_multiplier: float,
         expected_batch_size: float | None = None,
         num_examples: int | None = None,
@@ -132,7 +136,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         name = name or f"dp_{inner.name}"
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
-        self._l2_norm_clip = checked_clip("l2_norm_clip", l2_norm_clip)
+        self._l2_norm_clip = _checked_clip(l2_norm_clip)
         remedy = "Use a PrivacyPlan to compute it from a target epsilon."
         self._noise_multiplier = _validate.non_negative("noise_multiplier", noise_multiplier, remedy)
         remedy = "Pass the expected number of examples in a batch, or build the optimizer with from_plan."
@@ -154,7 +158,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         cls: type[_Self],
         plan: PrivacyPlan,
         inner: Any,
-        l2_norm_clip: float,
+        l2_norm_clip: float | ClipRule,
         *,
         noise_seed: int | None = None,
         name: str | None = None,
@@ -175,7 +179,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
 
-    l2_norm_clip: float = _fixed("l2_norm_clip", "Bound on the L2 norm of one example's gradient.")
+    l2_norm_clip: float | ClipRule = _fixed("l2_norm_clip", "Bound on one example's gradient, or an AutomaticClip.")
     noise_multiplier: float = _fixed("noise_multiplier", "Standard deviation of the noise over l2_norm_clip.")
     expected_batch_size: float = _fixed("expected_batch_size", "The denominator.")
     num_examples: int | None = _fixed("num_examples", "Size of the training set, or None.")
@@ -188,7 +192,8 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def gradient_stddev(self, statistic_releases: int) -> float:
         """Standard deviation of the noise in each entry of a step's released mean gradient."""
-        return self.noise_multipliers(statistic_releases)[0] * self.l2_norm_clip / self.expected_batch_size
+        sensitivity = sensitivity_of(self.l2_norm_clip)
+        return self.noise_multipliers(statistic_releases)[0] * sensitivity / self.expected_batch_size
 
     @property
     def sampling_probability(self) -> float | None:
@@ -263,7 +268,10 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self.inner.finalize_variable_values(var_list)
 
     def _privacy_config(self) -> dict[str, Any]:
-        return {argument: getattr(self, argument) for argument in _PRIVACY_ARGUMENTS}
+        config = {argument: getattr(self, argument) for argument in _PRIVACY_ARGUMENTS}
+        if isinstance(self.l2_norm_clip, ClipRule):
+            config["l2_norm_clip"] = keras.saving.serialize_keras_object(self.l2_norm_clip)
+        return config
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments, the inner optimizer serialized; never a noise seed."""
@@ -291,7 +299,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
 
     def __init__(
         self,
-        l2_norm_clip: float,
+        l2_norm_clip: float | ClipRule,
         noise_multiplier: float,
         num_microbatches: int | None = None,
         *inner_args: Any,
@@ -315,13 +323,13 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
 
     @classmethod
     def from_plan(  # type: ignore[override]
-        cls: type[_Self], plan: PrivacyPlan, l2_norm_clip: float, **inner_kwargs: Any
+        cls: type[_Self], plan: PrivacyPlan, l2_norm_clip: float | ClipRule, **inner_kwargs: Any
     ) -> _Self:
         """Builds the optimizer with the noise multiplier, batch size and data set size of a PrivacyPlan.
 
         Args:
           plan: the plan.
-          l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+          l2_norm_clip: see DPOptimizer.
           **inner_kwargs: arguments of the inner optimizer, and noise_seed.
 
         Raises:
@@ -351,7 +359,7 @@ class VectorizedDPKerasSGDOptimizer(_VectorizedDPKerasOptimizer):
     """DPOptimizer around keras.optimizers.SGD, with tensorflow-privacy's argument names.
 
     Args:
-      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0.
+      l2_norm_clip: see DPOptimizer.
       noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0.
       num_microbatches: None, or the expected batch size, which it then gives. Every example is clipped on its own:
         other values, which clip means of several examples, are refused.
@@ -380,6 +388,13 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     """
 
     inner_class = keras.optimizers.Adagrad
+
+
+def _checked_clip(l2_norm_clip: Any) -> float | ClipRule:
+    """A clip norm, or a rule, which may be serialized."""
+    if isinstance(l2_norm_clip, dict):
+        l2_norm_clip = keras.saving.deserialize_keras_object(l2_norm_clip)
+    return l2_norm_clip if isinstance(l2_norm_clip, AutomaticClip) else checked_clip("l2_norm_clip", l2_norm_clip)
 
 
 def _decided_by_plan(plan: Any, others: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -90,8 +90,9 @@ class UpdateAttack(keras.callbacks.Callback):
         """Computes what is expected of the step, at the weights before it."""
         sums, vectors = self._functions
         self._vectors = vectors(*self._canaries).numpy().astype(np.float64)
-        known = sums(*self._known, np.ones(self._examples, "float32"))[0].tensors
-        self._expected = self._rate * (_flat(known) + 0.5 * self._vectors.sum(0))
+        known = sums(*self._known, np.ones(self._examples, "float32"))[0]
+        self._sensitivity = known.l2_sensitivity
+        self._expected = self._rate * (_flat(known.tensors) + 0.5 * self._vectors.sum(0))
         self._before = _flat(self.model.trainable_variables)
         self._learning_rate = float(np.asarray(self.model.optimizer.learning_rate))
 
@@ -105,8 +106,7 @@ class UpdateAttack(keras.callbacks.Callback):
 
     def scores(self) -> np.ndarray:
         """[canaries], about one half more for those that were trained on than for the others."""
-        optimizer = self.model.optimizer
         drawn = self._rate / 2.0
-        penalty = (optimizer.noise_multiplier * optimizer.l2_norm_clip) ** 2 / (drawn * (1.0 - drawn))
+        penalty = (self.model.optimizer.noise_multiplier * self._sensitivity) ** 2 / (drawn * (1.0 - drawn))
         penalty = max(penalty, 1e-9 * float(np.trace(self._products)))
         return np.linalg.solve(self._products + penalty * np.eye(len(self._match)), self._match)

@@ -4,8 +4,8 @@ The contract, which every engine satisfies and tests/conformance checks:
 
 - It computes, for each example i, the vector of corrected gradients L_i' = dL_i/dtheta + local terms, a function of
   example i, the weights, and the released or public statistics alone.
-- It scales the whole vector (all variables together) to an L2 norm of at most `l2_norm_clip`; examples that are
-  padding or whose vector is non-finite contribute exactly zero.
+- It scales the whole vector (all variables together) to an L2 norm of at most `l2_norm_clip`, or by a rule
+  (`clip_norms`) to at most its bound; examples that are padding or whose vector is non-finite contribute exactly zero.
 - It returns the sum as a `ClippedSum` whose sensitivity under adding or removing one example is `l2_norm_clip`.
 - It does the same with each residual of statistics that an example yields (docs/algorithm.md, section 5), each with a
   bound of its own.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping.book_keeping import BookKeepingEngine
+from tf_dpbn.clipping.clip_norms import AutomaticClip
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rules.base import NORM_METHODS
@@ -23,6 +24,7 @@ from tf_dpbn.clipping.task import Batch, BatchPass, BatchResult, ExampleResult, 
 __all__ = [
     "ENGINES",
     "NORM_METHODS",
+    "AutomaticClip",
     "Batch",
     "BatchPass",
     "BatchResult",

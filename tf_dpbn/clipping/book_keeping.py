@@ -33,7 +33,7 @@ from tf_dpbn.clipping.rules.base import NORM_METHODS
 from tf_dpbn.clipping.task import Task
 from tf_dpbn.clipping.uses import Use, find_uses
 from tf_dpbn.clipping.vectorization import vectorize
-from tf_dpbn.mechanisms import clip_weights
+from tf_dpbn.mechanisms import ClipRule, clip_weights
 
 
 class Vectors:
@@ -139,7 +139,7 @@ class BookKeepingEngine(MicrobatchedEngine):
             return None
         return Vectors(self._contributions(task, records), records.uses, records.results, records.residuals)
 
-    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float | ClipRule) -> Any:
         """See MicrobatchedEngine."""
         vectors = self.vectors(task, rows)
         if vectors is None:

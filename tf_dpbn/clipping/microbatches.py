@@ -11,7 +11,7 @@ from tf_dpbn import _validate
 from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping.rows import finite_only, weighted_sum
 from tf_dpbn.clipping.task import Batch, BatchResult, Task
-from tf_dpbn.mechanisms import ClippedSum, clip_weights
+from tf_dpbn.mechanisms import ClippedSum, ClipRule, clip_weights, sensitivity_of
 from tf_dpbn.normalization import StatisticsRelease
 
 # What the examples of one microbatch keep takes about this many bytes unless microbatch_size is given. On CPUs a small
@@ -50,20 +50,22 @@ class MicrobatchedEngine:
         """How much memory one example of a microbatch takes, about."""
         raise NotImplementedError
 
-    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float | ClipRule) -> Any:
         """Clips and sums one microbatch.
 
         Args:
           task: the model.
           rows: (x, y, weight, index, mask), everything with a batch axis; a missing weight is an empty tuple.
-          l2_norm_clip: bound on the norm of each example's vector.
+          l2_norm_clip: bound on the norm of each example's vector, or how it is scaled.
 
         Returns:
           (sums, one float64 tensor a variable and then one a release; (loss, parts, y_pred, non_finite), each by row).
         """
         raise NotImplementedError
 
-    def __call__(self, task: Task, batch: Batch, l2_norm_clip: float) -> tuple[tuple[ClippedSum, ...], BatchResult]:
+    def __call__(
+        self, task: Task, batch: Batch, l2_norm_clip: float | ClipRule
+    ) -> tuple[tuple[ClippedSum, ...], BatchResult]:
         """Clips and sums the examples of a batch.
 
         Returns:
@@ -99,7 +101,7 @@ class MicrobatchedEngine:
             lambda values: tf.ensure_shape(values, [rows_of_batch, *values.shape[1:]]), by_products[:3]
         )
         non_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
-        clipped = [ClippedSum(tuple(sums[: len(task.variables)]), float(l2_norm_clip))]
+        clipped = [ClippedSum(tuple(sums[: len(task.variables)]), sensitivity_of(l2_norm_clip))]
         for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
             clipped.append(ClippedSum((total,), release.l2_norm_clip))
         return tuple(clipped), BatchResult(loss, parts, y_pred, non_finite)

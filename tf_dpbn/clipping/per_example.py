@@ -15,7 +15,7 @@ from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
 from tf_dpbn.clipping.rows import densify, finite_only, sum_of_squares, unscaled, weighted_sum, widen
 from tf_dpbn.clipping.task import ExampleResult, Task
 from tf_dpbn.clipping.vectorization import loop, vectorize
-from tf_dpbn.mechanisms import clip_weights
+from tf_dpbn.mechanisms import ClipRule, clip_weights
 
 
 class PerExampleEngine(MicrobatchedEngine):
@@ -39,7 +39,7 @@ class PerExampleEngine(MicrobatchedEngine):
         """The size of one example's gradient."""
         return 4 * sum(v.shape.num_elements() for v in task.variables)
 
-    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float) -> Any:
+    def sum_slice(self, task: Task, rows: Any, l2_norm_clip: float | ClipRule) -> Any:
         """Clips and sums one microbatch; also returns (loss, parts, y_pred, non_finite) by row."""
         results, gradients, cotangents = self._run(task, rows)
         gradients = _add_local_terms(task, gradients, cotangents)
