@@ -22,6 +22,7 @@ _HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
 
 
 STOCK = "stock"
+CLIPPINGS: dict[str, Any] = {"flat": float, "automatic": tf_dpbn.AutomaticClip, "adaptive": tf_dpbn.AdaptiveClip}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Setting:
       public_size: examples in it.
       epsilon: None trains without noise and clipping.
       batch_size, epochs, learning_rate, l2_norm_clip: of training with SGD, momentum 0.9, cosine decay to a tenth.
+      clipping: "flat", to l2_norm_clip; "automatic", to nearly all of it; or "adaptive", to the median from there on.
       multiplicity: augmented copies of each example, shifted by up to `shift` pixels and mirrored if `flip`.
       ema: decay of the weights' moving average with which the model is evaluated; 0 for none.
     """
@@ -60,6 +62,7 @@ class Setting:
     epochs: int = 4
     learning_rate: float = 0.5
     l2_norm_clip: float = 1.0
+    clipping: str = "flat"
     multiplicity: int = 1
     shift: int = 2
     flip: bool = False
@@ -123,7 +126,7 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     model.compile(
         tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
             plan,
-            l2_norm_clip=setting.l2_norm_clip if setting.epsilon is not None else 1e9,
+            l2_norm_clip=CLIPPINGS[setting.clipping](setting.l2_norm_clip if setting.epsilon is not None else 1e9),
             learning_rate=rate,
             momentum=0.9,
             **average,

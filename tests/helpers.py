@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import tf_dpbn
 from tf_dpbn._keras import keras
-from tf_dpbn.clipping import Batch, BatchResult, Task
+from tf_dpbn.clipping import Batch, BatchResult, Task, count_release
 from tf_dpbn.mechanisms import ClippedSum, ClipRule, sensitivity_of
 from tf_dpbn.model import step
 
@@ -209,6 +209,9 @@ class StubEngine:
         with tf.control_dependencies(inputs):
             zeros = tuple(tf.zeros(v.shape, tf.float64) for v in task.variables)
             gradient = ClippedSum(zeros, sensitivity_of(l2_norm_clip))
-            released = [ClippedSum((tf.zeros([r.size], tf.float64),), r.l2_norm_clip) for r in task.releases]
+            released = [
+                ClippedSum((tf.zeros([r.size], tf.float64),), r.l2_norm_clip)
+                for r in (*task.releases, *count_release(l2_norm_clip))
+            ]
         by_products = tf.nest.map_structure(by_row, (*example.logged(), example.y_pred))
         return (gradient, *released), BatchResult(*by_products, tf.constant(0, tf.int64))

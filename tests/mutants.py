@@ -36,6 +36,7 @@ _MECHANISMS, _STATISTICS, _RELEASED = (
 )
 _ACCOUNTING, _PLAN, _SAMPLING = (f"tests/test_{n}.py" for n in ("accounting", "accounting_plan", "sampling"))
 _DATASET = "tests/test_poisson_dataset.py"
+_CLIP_NORMS = "tests/test_clip_norms.py"
 _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
@@ -84,7 +85,18 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("[secrets.randbits(63), secrets.randbits(63)]", "[0, 0]", _MECHANISMS),
         ("tf.cast(tensor / denominator, tf.float32)", "tf.cast(tensor, tf.float32)", _MECHANISMS),
     ),
+    "clipping/clip_norms.py": (
+        ("self.l2_norm_clip / (norms + self.gamma)", "self.l2_norm_clip / self.gamma", _CLIP_NORMS, "automatic"),
+        (
+            "1.0 / tf.maximum(norms, self.norm)",
+            "self.norm / tf.maximum(norms, self.norm)",
+            _CLIP_NORMS,
+            "adaptive_sums",
+        ),
+        ("tf.exp(-self.learning_rate", "tf.exp(self.learning_rate", _CLIP_NORMS, "units"),
+    ),
     "accounting/events.py": (
+        ("parts += (sigma / math.sqrt(f),)", "parts += (sigma,)", _CLIP_NORMS, "together_is"),
         ("event.count * tail_delta", "0.0 * tail_delta", _ACCOUNTING),
         ("** 2 for sigma in sigmas)", "** 2 for sigma in sigmas[:1])", _ACCOUNTING, "effective or folded or lost"),
         ("stats.binom.sf(rows - 1,", "stats.binom.sf(rows,", _ACCOUNTING, "truncation"),

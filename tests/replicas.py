@@ -59,7 +59,12 @@ def trained(
         # Clips what it gets and has a memory: the gradient must be whole when it gets there.
         inner = keras.optimizers.SGD(0.5, momentum=0.9, clipnorm=0.2)
         optimizer = helpers.dp_optimizer(
-            inner=inner, noise_multiplier=0.5, expected_batch_size=ROWS, num_examples=64, noise_seed=1
+            inner=inner,
+            l2_norm_clip=1.0 if statistics else tf_dpbn.AdaptiveClip(0.5),
+            noise_multiplier=0.5,
+            expected_batch_size=ROWS,
+            num_examples=64,
+            noise_seed=1,
         )
         if set(statistics) - {"noised"}:
             model.set_public_batch(helpers.images(6, seed=1)[0])
@@ -84,12 +89,16 @@ def one_number(y: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
 
 
 def values(model: Any) -> np.ndarray:
-    return helpers.flat([*model.get_weights(), *model._record.released_means.variables.values()])
+    kept = model._record.released_means.variables.values()
+    return helpers.flat([*model.get_weights(), *kept, model.optimizer.clip_norm])
 
 
 def spread_over_replicas(model: Any, strategy: tf.distribute.Strategy) -> float:
     """How far the copies of any variable lie apart."""
-    copies = [strategy.experimental_local_results(raw(variable)) for variable in model.variables]
+    copies = [
+        strategy.experimental_local_results(raw(variable))
+        for variable in [*model.variables, *model.optimizer.variables]
+    ]
     return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b[0])))) for b in copies for a in b)
 
 

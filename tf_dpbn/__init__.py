@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         public_data,
         sampling,
     )
-    from tf_dpbn.clipping import AutomaticClip
+    from tf_dpbn.clipping import AdaptiveClip, AutomaticClip
     from tf_dpbn.conversion import convert, to_stock, validate
     from tf_dpbn.model import DPModel, DPSequential
     from tf_dpbn.normalization import DPBatchNormalization
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 # The module of each name; imported, TensorFlow with it, when it is first asked for, so that accounting is quick.
 _MODULE_OF = {
+    "AdaptiveClip": "clipping",
     "AutomaticClip": "clipping",
     "DPBatchNormalization": "normalization",
     "DPModel": "model",
@@ -65,6 +66,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "AdaptiveClip",
     "AutomaticClip",
     "DPBatchNormalization",
     "DPModel",

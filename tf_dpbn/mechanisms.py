@@ -36,6 +36,11 @@ def checked_clip(name: str, value: Any) -> float:
     return clip
 
 
+def within_clip_range(norm: tf.Tensor) -> tf.Tensor:
+    """The norm, or the nearest one that `checked_clip` accepts."""
+    return tf.clip_by_value(norm, _SMALLEST_CLIP, _LARGEST_CLIP)
+
+
 class ClipRule:
     """How vectors are scaled to a bounded norm, where that is not by a constant clip norm."""
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tf_dpbn import _validate
 from tf_dpbn._keras import IS_KERAS_3, apply_gradients, keras
 from tf_dpbn.accounting import PrivacyPlan, split_noise_multiplier
-from tf_dpbn.clipping import AutomaticClip
+from tf_dpbn.clipping import AdaptiveClip, AutomaticClip, ClipAt
 from tf_dpbn.mechanisms import (
     SAME_ON_REPLICAS,
     ClippedSum,
@@ -29,6 +29,7 @@ from tf_dpbn.mechanisms import (
 )
 
 _Self = TypeVar("_Self", bound="DPOptimizer")
+_Clip = float | AutomaticClip | AdaptiveClip
 _PRIVACY_ARGUMENTS = (
     "l2_norm_clip",
     "noise_multiplier",
@@ -60,17 +61,17 @@ def _of_inner(name: str, doc: str) -> Any:
 
 
 class _StepCounter:
-    """Counts steps by how many statistics they release; in no checkpoint, which could set it back."""
+    """Counts steps by how much they release beside the gradient; in no checkpoint, which could set it back."""
 
     def __init__(self) -> None:
         with tf.init_scope():
             zeros = tf.zeros([_MOST_RELEASES], tf.int64)
             self._counts = tf.Variable(zeros, trainable=False, name="private_steps", aggregation=SAME_ON_REPLICAS)
 
-    def count(self, statistic_releases: int) -> tf.Tensor:
-        if statistic_releases >= _MOST_RELEASES:
-            raise ValueError(f"A step releases fewer than {_MOST_RELEASES} statistics. Received: {statistic_releases}")
-        return self._counts.assign_add(tf.one_hot(statistic_releases, _MOST_RELEASES, dtype=tf.int64))
+    def count(self, further_releases: int) -> tf.Tensor:
+        if further_releases >= _MOST_RELEASES:
+            raise ValueError(f"A step releases fewer than {_MOST_RELEASES} statistics. Received: {further_releases}")
+        return self._counts.assign_add(tf.one_hot(further_releases, _MOST_RELEASES, dtype=tf.int64))
 
     def counts(self) -> list[int]:
         return tf.convert_to_tensor(self._counts).numpy().tolist()
@@ -88,10 +89,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     Args:
       inner: a keras optimizer, or its name.
-      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0; or an AutomaticClip, which
-        needs no tuning.
+      l2_norm_clip: bound on the L2 norm of one example's gradient over all variables, > 0; or an AutomaticClip or
+        AdaptiveClip, which need no tuning.
       noise_multiplier: standard deviation of the noise over l2_norm_clip, >= 0. 0 gives no privacy. If the model
-        releases noised statistics, it is the effective noise multiplier of all releases of a step together.
+        releases noised statistics, or the clip norm is adaptive, it is the effective noise multiplier of all releases
+        of a step together.
       expected_batch_size: expected number of examples in a batch, the denominator. A public constant: never the size
         of the batch at hand, which depends on who is in it.
       num_examples: size of the training set, for accounting; None if not known here.
@@ -112,7 +114,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def __init__(
         self,
         inner: Any,
-        l2_norm_clip: float | ClipRule,
+        l2_norm_clip: _Clip,
         noise_multiplier: float,
         expected_batch_size: float | None = None,
         num_examples: int | None = None,
@@ -137,6 +139,11 @@ class DPOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name) if IS_KERAS_3 else super().__init__(name=name)
         self.inner = inner
         self._l2_norm_clip = _checked_clip(l2_norm_clip)
+        self._clip_norm: tf.Variable | None = None
+        if isinstance(self._l2_norm_clip, AdaptiveClip):
+            with tf.init_scope():
+                initial = tf.constant(self._l2_norm_clip.initial)
+                self._clip_norm = tf.Variable(initial, trainable=False, name="clip_norm", aggregation=SAME_ON_REPLICAS)
         remedy = "Use a PrivacyPlan to compute it from a target epsilon."
         self._noise_multiplier = _validate.non_negative("noise_multiplier", noise_multiplier, remedy)
         remedy = "Pass the expected number of examples in a batch, or build the optimizer with from_plan."
@@ -158,7 +165,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
         cls: type[_Self],
         plan: PrivacyPlan,
         inner: Any,
-        l2_norm_clip: float | ClipRule,
+        l2_norm_clip: _Clip,
         *,
         noise_seed: int | None = None,
         name: str | None = None,
@@ -179,21 +186,34 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     # The traced train step and the ledger rely on these: a change needs a new optimizer and a new compile.
 
-    l2_norm_clip: float | ClipRule = _fixed("l2_norm_clip", "Bound on one example's gradient, or an AutomaticClip.")
+    l2_norm_clip: _Clip = _fixed("l2_norm_clip", "As given: a bound on one example's gradient, or how to find one.")
     noise_multiplier: float = _fixed("noise_multiplier", "Standard deviation of the noise over l2_norm_clip.")
     expected_batch_size: float = _fixed("expected_batch_size", "The denominator.")
     num_examples: int | None = _fixed("num_examples", "Size of the training set, or None.")
     delta: float | None = _fixed("delta", "The delta at which callbacks report epsilon, or None.")
     statistics_fraction: float = _fixed("statistics_fraction", "Part of a step's privacy for noised statistics.")
 
-    def noise_multipliers(self, statistic_releases: int) -> tuple[float, ...]:
-        """Noise multipliers of the gradient and of each of a number of statistic releases in one step."""
-        return split_noise_multiplier(self.noise_multiplier, self.statistics_fraction, statistic_releases)
+    @property
+    def clip_norm(self) -> float:
+        """The clip norm of the next step: as given, or where an AdaptiveClip has brought it."""
+        return float(self._norm())
 
-    def gradient_stddev(self, statistic_releases: int) -> float:
-        """Standard deviation of the noise in each entry of a step's released mean gradient."""
-        sensitivity = sensitivity_of(self.l2_norm_clip)
-        return self.noise_multipliers(statistic_releases)[0] * sensitivity / self.expected_batch_size
+    def _norm(self) -> float | tf.Tensor:
+        return sensitivity_of(self._l2_norm_clip) if self._clip_norm is None else self._clip_norm.read_value()
+
+    def clip_of_step(self) -> float | ClipRule:
+        """How a step clips its examples; read in the step, before its release."""
+        return self._l2_norm_clip if self._clip_norm is None else ClipAt(self._norm())
+
+    def noise_multipliers(self, further_releases: int) -> tuple[float, ...]:
+        """Noise multipliers of a step's gradient and its further releases: statistics, and an AdaptiveClip's count."""
+        count = getattr(self._l2_norm_clip, "count_fraction", None)
+        statistics = further_releases - (count is not None)
+        return split_noise_multiplier(self.noise_multiplier, self.statistics_fraction, statistics, count)
+
+    def gradient_stddev(self, further_releases: int) -> float | tf.Tensor:
+        """Standard deviation of the noise in each entry of a step's released mean gradient; read before the release."""
+        return self.noise_multipliers(further_releases)[0] * self._norm() / self.expected_batch_size
 
     @property
     def sampling_probability(self) -> float | None:
@@ -204,16 +224,23 @@ class DPOptimizer(keras.optimizers.Optimizer):
         """Releases the clipped sums of one step: its privacy boundary. Counts the step, then draws its noise.
 
         Args:
-          clipped: ClippedSums, the gradient's, then those of statistics (at most 1,023), if any.
+          clipped: ClippedSums, the gradient's, then those of statistics, if any, and the count of an AdaptiveClip (at
+            most 1,023 further ones).
 
         Returns:
-          Each sum, noised, over the expected batch size.
+          Each sum, noised, over the expected batch size; but the count, which goes into the next step's clip norm.
         """
         sums = [tensor for each in clipped for tensor in getattr(each, "tensors", ())]
         with tf.control_dependencies(sums):  # a batch that cannot be read, beyond the end of the data, is no step
             counted = self._steps.count(len(clipped) - 1)
         with tf.control_dependencies([counted]):
-            return self._noised(clipped)
+            noised = self._noised(clipped)
+        if self._clip_norm is None:
+            return noised
+        gradient, *statistics, count = noised  # from here on post-processing
+        norm = self._norm()
+        self._clip_norm.assign(self._l2_norm_clip.updated(norm, count.tensors[0]))
+        return NoisedGradients(tuple(norm * tensor for tensor in gradient.tensors)), *statistics
 
     def _noised(self, clipped: Sequence[ClippedSum]) -> tuple[NoisedGradients, ...]:
         """What `release` returns; by itself it counts nothing, for audits."""
@@ -225,7 +252,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
     def counted_steps(self) -> dict[tuple[float, ...], int]:
         """How many steps `release` has taken in this process, by the noise multipliers that it drew with."""
         counts = enumerate(self._steps.counts())
-        return {self.noise_multipliers(releases): steps for releases, steps in counts if steps}
+        return {self.noise_multipliers(further): steps for further, steps in counts if steps}
 
     def apply_gradients(self, gradients: NoisedGradients, variables: Any = None, **kwargs: Any) -> Any:
         """Lets the inner optimizer apply noised gradients to `variables`; refuses ordinary ones."""
@@ -259,8 +286,12 @@ class DPOptimizer(keras.optimizers.Optimizer):
             self.built = True
 
     iterations: Any = _of_inner("iterations", "The inner optimizer's step count.")
-    variables: Any = _of_inner("variables", "The inner optimizer's variables.")
     learning_rate: Any = _of_inner("learning_rate", "The inner optimizer's learning rate.")
+
+    @property
+    def variables(self) -> Any:
+        """The inner optimizer's variables, and an adaptive clip norm."""
+        return self.inner.variables if self._clip_norm is None else [*self.inner.variables, self._clip_norm]
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Lets the inner optimizer write its averaged weights back, if it keeps any."""
@@ -269,7 +300,7 @@ class DPOptimizer(keras.optimizers.Optimizer):
 
     def _privacy_config(self) -> dict[str, Any]:
         config = {argument: getattr(self, argument) for argument in _PRIVACY_ARGUMENTS}
-        if isinstance(self.l2_norm_clip, ClipRule):
+        if not isinstance(self.l2_norm_clip, float):
             config["l2_norm_clip"] = keras.saving.serialize_keras_object(self.l2_norm_clip)
         return config
 
@@ -299,7 +330,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
 
     def __init__(
         self,
-        l2_norm_clip: float | ClipRule,
+        l2_norm_clip: _Clip,
         noise_multiplier: float,
         num_microbatches: int | None = None,
         *inner_args: Any,
@@ -323,7 +354,7 @@ class _VectorizedDPKerasOptimizer(DPOptimizer):
 
     @classmethod
     def from_plan(  # type: ignore[override]
-        cls: type[_Self], plan: PrivacyPlan, l2_norm_clip: float | ClipRule, **inner_kwargs: Any
+        cls: type[_Self], plan: PrivacyPlan, l2_norm_clip: _Clip, **inner_kwargs: Any
     ) -> _Self:
         """Builds the optimizer with the noise multiplier, batch size and data set size of a PrivacyPlan.
 
@@ -390,11 +421,12 @@ class VectorizedDPKerasAdagradOptimizer(_VectorizedDPKerasOptimizer):
     inner_class = keras.optimizers.Adagrad
 
 
-def _checked_clip(l2_norm_clip: Any) -> float | ClipRule:
-    """A clip norm, or a rule, which may be serialized."""
+def _checked_clip(l2_norm_clip: Any) -> Any:
+    """A clip norm, or how to find one, which may be serialized."""
     if isinstance(l2_norm_clip, dict):
         l2_norm_clip = keras.saving.deserialize_keras_object(l2_norm_clip)
-    return l2_norm_clip if isinstance(l2_norm_clip, AutomaticClip) else checked_clip("l2_norm_clip", l2_norm_clip)
+    found = isinstance(l2_norm_clip, (AutomaticClip, AdaptiveClip))
+    return l2_norm_clip if found else checked_clip("l2_norm_clip", l2_norm_clip)
 
 
 def _decided_by_plan(plan: Any, others: str, given: dict[str, Any]) -> dict[str, Any]:

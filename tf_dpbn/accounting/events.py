@@ -56,33 +56,41 @@ def effective_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
 
 
 def split_noise_multiplier(
-    noise_multiplier: float, statistics_fraction: float, statistic_releases: int
+    noise_multiplier: float, statistics_fraction: float, statistic_releases: int, count_fraction: float | None = None
 ) -> tuple[float, ...]:
-    """Divides a step's privacy between the gradient and releases of statistics.
+    """Divides a step's privacy between the gradient, releases of statistics, and the count of an adaptive clip norm.
 
     Of sigma^-2 a fraction rho goes to n statistic releases, in equal parts, and the rest to the gradient:
       sigma_g = sigma / sqrt(1 - rho),    sigma_s = sigma sqrt(n / rho),    (1/sigma_g^2 + n/sigma_s^2)^(-1/2) = sigma.
+    If there is a count, a fraction f goes to it before: its multiplier is sigma / sqrt(f), and the others are as above
+    for sigma / sqrt(1 - f).
 
     Args:
       noise_multiplier: sigma, effective noise multiplier of the step, >= 0.
       statistics_fraction: rho, in (0, 1).
       statistic_releases: n, >= 0; 0 leaves everything to the gradient.
+      count_fraction: f, in (0, 1); None if there is no count.
 
     Returns:
-      (sigma_g, sigma_s, ..., sigma_s), whose effective noise multiplier is sigma, never less.
+      (sigma_g, sigma_s, ..., sigma_s), and the count's if there is one; the effective noise multiplier of all is sigma,
+      never less.
 
     Raises:
       ValueError: an argument is out of range.
 
     >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 2)]
     [1.4142, 2.0, 2.0]
+    >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 0, 0.01)]
+    [1.005, 10.0]
     """
     sigma = _validate.non_negative("noise_multiplier", noise_multiplier)
     rho = _validate.open_probability("statistics_fraction", statistics_fraction)
     n = _validate.non_negative_int("statistic_releases", statistic_releases)
-    if n == 0:
-        return (sigma,)
-    parts = (sigma / math.sqrt(1.0 - rho), *[sigma * math.sqrt(n / rho)] * n)
+    f = 0.0 if count_fraction is None else _validate.open_probability("count_fraction", count_fraction)
+    rest = sigma / math.sqrt(1.0 - f)
+    parts = (rest / math.sqrt(1.0 - rho), *[rest * math.sqrt(n / rho)] * n) if n else (rest,)
+    if f:
+        parts += (sigma / math.sqrt(f),)
     # Folded again, rounding must not leave less than sigma.
     while sigma and effective_noise_multiplier(parts) < sigma:
         parts = tuple(part * (1.0 + 1e-15) for part in parts)

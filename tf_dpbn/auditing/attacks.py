@@ -91,7 +91,7 @@ class UpdateAttack(keras.callbacks.Callback):
         sums, vectors = self._functions
         self._vectors = vectors(*self._canaries).numpy().astype(np.float64)
         known = sums(*self._known, np.ones(self._examples, "float32"))[0]
-        self._sensitivity = known.l2_sensitivity
+        self._sensitivity, self._unit = known.l2_sensitivity, self.model.optimizer.clip_norm / known.l2_sensitivity
         self._expected = self._rate * (_flat(known.tensors) + 0.5 * self._vectors.sum(0))
         self._before = _flat(self.model.trainable_variables)
         self._learning_rate = float(np.asarray(self.model.optimizer.learning_rate))
@@ -99,7 +99,7 @@ class UpdateAttack(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Compares the update with what was expected."""
         update = (self._before - _flat(self.model.trainable_variables)) / self._learning_rate
-        released = self.model.optimizer.expected_batch_size * update
+        released = self.model.optimizer.expected_batch_size * update / self._unit
         self._products += self._vectors @ self._vectors.T
         self._match += self._vectors @ (released - self._expected)
         self.updates += 1

@@ -8,14 +8,14 @@ The contract, which every engine satisfies and tests/conformance checks:
   (`clip_norms`) to at most its bound; examples that are padding or whose vector is non-finite contribute exactly zero.
 - It returns the sum as a `ClippedSum` whose sensitivity under adding or removing one example is `l2_norm_clip`.
 - It does the same with each residual of statistics that an example yields (docs/algorithm.md, section 5), each with a
-  bound of its own.
+  bound of its own, and, if the clip norm is adaptive, with the count of examples that it does not scale.
 """
 
 from __future__ import annotations
 
 from tf_dpbn import _validate
 from tf_dpbn.clipping.book_keeping import BookKeepingEngine
-from tf_dpbn.clipping.clip_norms import AutomaticClip
+from tf_dpbn.clipping.clip_norms import AdaptiveClip, AutomaticClip, ClipAt, count_release
 from tf_dpbn.clipping.microbatches import MicrobatchedEngine
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rules.base import NORM_METHODS
@@ -24,13 +24,16 @@ from tf_dpbn.clipping.task import Batch, BatchPass, BatchResult, ExampleResult, 
 __all__ = [
     "ENGINES",
     "NORM_METHODS",
+    "AdaptiveClip",
     "AutomaticClip",
     "Batch",
     "BatchPass",
     "BatchResult",
+    "ClipAt",
     "ExampleResult",
     "MaskedPredictions",
     "Task",
+    "count_release",
     "get_engine",
 ]
 

@@ -25,7 +25,7 @@ from tf_dpbn._devices import has_accelerator
 from tf_dpbn.clipping.batch_trace import BatchTrace, Records
 from tf_dpbn.clipping.contributions import BoundTerm, Contribution, Kept, corrected, merged
 from tf_dpbn.clipping.independence import NotProvedError
-from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, residual_sums, rounded_up
+from tf_dpbn.clipping.microbatches import FEWEST, MicrobatchedEngine, clip_counts, residual_sums, rounded_up
 from tf_dpbn.clipping.per_example import PerExampleEngine
 from tf_dpbn.clipping.rows import densify, finite_only, reshape_rows, unscaled, widen
 from tf_dpbn.clipping.rules import matmul
@@ -147,7 +147,7 @@ class BookKeepingEngine(MicrobatchedEngine):
         squared, mask = vectors.squared_norms(), rows[-1]
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = vectors.weighted_sums(clip_weights(squared, l2_norm_clip, mask), finite)
-        sums += residual_sums(task.releases, vectors.residuals, mask)
+        sums += residual_sums(task.releases, vectors.residuals, mask) + clip_counts(l2_norm_clip, squared, mask)
         return sums, (*vectors.results, tf.logical_and(mask, tf.logical_not(finite)))
 
     def _contributions(self, task: Task, records: Records) -> list[Contribution]:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_dpbn import _validate
 from tf_dpbn._devices import has_accelerator
+from tf_dpbn.clipping.clip_norms import ClipAt, count_release
 from tf_dpbn.clipping.rows import finite_only, weighted_sum
 from tf_dpbn.clipping.task import Batch, BatchResult, Task
 from tf_dpbn.mechanisms import ClippedSum, ClipRule, clip_weights, sensitivity_of
@@ -59,7 +60,8 @@ class MicrobatchedEngine:
           l2_norm_clip: bound on the norm of each example's vector, or how it is scaled.
 
         Returns:
-          (sums, one float64 tensor a variable and then one a release; (loss, parts, y_pred, non_finite), each by row).
+          (sums, one float64 tensor a variable, then one a release and an adaptive clip norm's count; (loss, parts,
+          y_pred, non_finite), each by row).
         """
         raise NotImplementedError
 
@@ -69,10 +71,11 @@ class MicrobatchedEngine:
         """Clips and sums the examples of a batch.
 
         Returns:
-          The sums, the gradient's with the sensitivity `l2_norm_clip` and then those of the task's releases; and the
-          un-noised by-products.
+          The sums, the gradient's with the sensitivity `l2_norm_clip`, those of the task's releases and then the count
+          of an adaptive clip norm; and the un-noised by-products.
         """
         task = self.prepared(task)
+        releases = (*task.releases, *count_release(l2_norm_clip))
         rows, count = to_rows(batch), _batch_size(batch)
         if not isinstance(count, int):  # may be 0, and a slice needs a row to read
             rows = tf.nest.map_structure(_with_spare_row, rows)
@@ -91,7 +94,7 @@ class MicrobatchedEngine:
             if isinstance(slices, int) and slices == 1:
                 sums, by_products = clipped_slice(0)
             else:
-                shapes = [*[v.shape for v in task.variables], *[release.size for release in task.releases]]
+                shapes = [*[v.shape for v in task.variables], *[release.size for release in releases]]
                 sums = tuple(tf.zeros(shape, tf.float64) for shape in shapes)
                 sums, by_products = _accumulate(clipped_slice, slices, _ceil_divide(examples, size), sums)
             by_products = tf.nest.map_structure(lambda t: tf.gather(t, positions), by_products)
@@ -102,7 +105,7 @@ class MicrobatchedEngine:
         )
         non_finite = tf.reduce_sum(tf.cast(by_products[3], tf.int64))
         clipped = [ClippedSum(tuple(sums[: len(task.variables)]), sensitivity_of(l2_norm_clip))]
-        for release, total in zip(task.releases, sums[len(task.variables) :], strict=True):
+        for release, total in zip(releases, sums[len(task.variables) :], strict=True):
             clipped.append(ClippedSum((total,), release.l2_norm_clip))
         return tuple(clipped), BatchResult(loss, parts, y_pred, non_finite)
 
@@ -149,6 +152,12 @@ def residual_sums(
         weights = clip_weights(squared, release.l2_norm_clip, mask)
         sums.append(weighted_sum(weights, finite_only(tf.math.is_finite(tf.sqrt(squared)), rows)))
     return tuple(sums)
+
+
+def clip_counts(l2_norm_clip: Any, squared_norms: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """The sum that an adaptive clip norm releases, as `residual_sums` has it; () for other clip norms."""
+    counts = [l2_norm_clip.counts(squared_norms)] if isinstance(l2_norm_clip, ClipAt) else []
+    return residual_sums(count_release(l2_norm_clip), counts, mask)
 
 
 def to_rows(batch: Batch) -> tuple[Any, Any, Any, tf.Tensor, tf.Tensor]:

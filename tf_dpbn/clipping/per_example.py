@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_dpbn.clipping.microbatches import MicrobatchedEngine, residual_sums
+from tf_dpbn.clipping.microbatches import MicrobatchedEngine, clip_counts, residual_sums
 from tf_dpbn.clipping.rows import densify, finite_only, sum_of_squares, unscaled, weighted_sum, widen
 from tf_dpbn.clipping.task import ExampleResult, Task
 from tf_dpbn.clipping.vectorization import loop, vectorize
@@ -48,7 +48,7 @@ class PerExampleEngine(MicrobatchedEngine):
         weights = clip_weights(squared, l2_norm_clip, mask)
         finite = tf.math.is_finite(tf.sqrt(squared))
         sums = tuple(weighted_sum(weights, finite_only(finite, g)) for g in gradients)
-        sums += residual_sums(task.releases, results.residuals, mask)
+        sums += residual_sums(task.releases, results.residuals, mask) + clip_counts(l2_norm_clip, squared, mask)
         non_finite = tf.logical_and(mask, tf.logical_not(finite))
         return sums, (results.loss, results.parts, results.y_pred, non_finite)
 

@@ -180,8 +180,9 @@ class DPModel(keras.Model):
         public = step.public_forward(self, batch)
         clipped, result = step.clipped_sums(self, batch, public)
         penalty, penalty_gradients = step.regularization(self)
+        stddev = optimizer.gradient_stddev(len(clipped) - 1)
         released, *statistics = optimizer.release(summed_over_replicas(clipped))  # the privacy boundary
-        correction = public.nonlocal_correction(released, optimizer.gradient_stddev(len(statistics)))
+        correction = public.nonlocal_correction(released, stddev)
         gradients = released.plus(correction).plus(penalty_gradients)
         with tf.control_dependencies([tf.group(gradients.tensors)]):  # no variable changes while an update reads it
             optimizer.apply_gradients(gradients, self.trainable_variables)

@@ -64,7 +64,7 @@ def public_forward(model: Any, batch: Batch) -> PublicForward:
 def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple[ClippedSum, ...], BatchResult]:
     """The clipped sum of per-example gradients, then those of statistics' residuals; and what metrics read."""
     with kept_state(model if model._public.structure.has_state else None), traced_for_xla(is_compiled_whole(model)):
-        return model._engine(task(model, public), batch, model.optimizer.l2_norm_clip)
+        return model._engine(task(model, public), batch, model.optimizer.clip_of_step())
 
 
 def task(model: Any, public: PublicForward) -> Task:

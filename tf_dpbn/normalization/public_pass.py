@@ -177,7 +177,7 @@ class PublicForward:
         kinds = {(True, True): "both", (True, False): local, (False, True): "non-local", (False, False): "none"}
         return [(call.layer.name, kinds[bool(call.local_terms), call.is_nonlocal]) for call in self.calls]
 
-    def nonlocal_correction(self, noised: NoisedGradients, stddev: float) -> list[tf.Tensor | None]:
+    def nonlocal_correction(self, noised: NoisedGradients, stddev: float | tf.Tensor) -> list[tf.Tensor | None]:
         """The gradient that flows through the statistics into all earlier layers (section 3b).
 
         Post-processing: it uses the noised gradients of scale and offset, the weights and the public batch.
@@ -217,7 +217,7 @@ class PublicForward:
         return [None if term is None else tf.convert_to_tensor(term) for term in terms]
 
     def _shares_of_signal(
-        self, calls: Sequence[NormalizationCall], d_gamma: tf.Tensor, d_beta: tf.Tensor, stddev: float
+        self, calls: Sequence[NormalizationCall], d_gamma: tf.Tensor, d_beta: tf.Tensor, stddev: float | tf.Tensor
     ) -> tf.Tensor:
         """How much of the released gradients of scales and offsets is signal, over the last steps; by channel."""
         kept = self._released_means.of_gradients([call.layer for call in calls])
