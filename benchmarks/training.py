@@ -22,7 +22,6 @@ _HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
 
 
 STOCK = "stock"
-CLIPPINGS: dict[str, Any] = {"flat": float, "automatic": tf_dpbn.AutomaticClip, "adaptive": tf_dpbn.AdaptiveClip}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Setting:
       public_size: examples in it.
       epsilon: None trains without noise and clipping.
       batch_size, epochs, learning_rate, l2_norm_clip: of training with SGD, momentum 0.9, cosine decay to a tenth.
-      clipping: "flat", to l2_norm_clip; "automatic", to nearly all of it; or "adaptive", to the median from there on.
+      clipping: "flat", to l2_norm_clip; "automatic", to nearly all of it; or "adaptive", from there to target_quantile.
       multiplicity: augmented copies of each example, shifted by up to `shift` pixels and mirrored if `flip`.
       ema: decay of the weights' moving average with which the model is evaluated; 0 for none.
     """
@@ -63,6 +62,7 @@ class Setting:
     learning_rate: float = 0.5
     l2_norm_clip: float = 1.0
     clipping: str = "flat"
+    target_quantile: float = 0.5
     multiplicity: int = 1
     shift: int = 2
     flip: bool = False
@@ -112,6 +112,17 @@ def make_plan(setting: Setting, examples: int) -> tf_dpbn.PrivacyPlan:
     )
 
 
+def clip_of(setting: Setting) -> Any:
+    """The optimizer's `l2_norm_clip`."""
+    if setting.epsilon is None:
+        return 1e9
+    if setting.clipping == "automatic":
+        return tf_dpbn.AutomaticClip(setting.l2_norm_clip)
+    if setting.clipping == "adaptive":
+        return tf_dpbn.AdaptiveClip(setting.l2_norm_clip, setting.target_quantile)
+    return setting.l2_norm_clip
+
+
 def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset, seed: int) -> tf_dpbn.DPModel:
     """The compiled model."""
     image = data.x_train.shape[1:]
@@ -126,7 +137,7 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     model.compile(
         tf_dpbn.optimizers.VectorizedDPKerasSGDOptimizer.from_plan(
             plan,
-            l2_norm_clip=CLIPPINGS[setting.clipping](setting.l2_norm_clip if setting.epsilon is not None else 1e9),
+            l2_norm_clip=clip_of(setting),
             learning_rate=rate,
             momentum=0.9,
             **average,

@@ -93,14 +93,15 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
             _CLIP_NORMS,
             "adaptive_sums",
         ),
+        ("    l2_sensitivity = 1.0", "    l2_sensitivity = 0.5", _CLIP_NORMS, "adaptive_releases"),
         ("tf.exp(-self.learning_rate", "tf.exp(self.learning_rate", _CLIP_NORMS, "units"),
     ),
     "accounting/events.py": (
-        ("parts += (sigma / math.sqrt(f),)", "parts += (sigma,)", _CLIP_NORMS, "together_is"),
+        ("parts += (sigma / math.sqrt(f),)", "parts += (sigma / f,)", _CLIP_NORMS, "together_is"),
         ("event.count * tail_delta", "0.0 * tail_delta", _ACCOUNTING),
         ("** 2 for sigma in sigmas)", "** 2 for sigma in sigmas[:1])", _ACCOUNTING, "effective or folded or lost"),
         ("stats.binom.sf(rows - 1,", "stats.binom.sf(rows,", _ACCOUNTING, "truncation"),
-        ("sigma / math.sqrt(1.0 - rho)", "sigma / (1.0 - rho)", _RELEASED, "split_noise"),
+        ("rest / math.sqrt(1.0 - rho)", "rest / (1.0 - rho)", _RELEASED, "split_noise"),
         ("max(epsilon, 0.0)", "epsilon / 2.0", _ACCOUNTING, "closed_form"),
     ),
     "clipping/microbatches.py": (

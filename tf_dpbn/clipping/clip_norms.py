@@ -89,7 +89,7 @@ class AdaptiveClip(_Argument):
     the optimizer's variables, and saved with them.
 
     Args:
-      initial: the first step's norm, > 0; far from the quantile costs some tens of steps.
+      initial: the first step's norm, > 0. Rather too small, which costs some tens of steps; too large means much noise.
       target_quantile: which fraction of the gradients is not to be clipped, in (0, 1).
       learning_rate: of the logarithm of the norm, > 0.
       count_fraction: which part of a step's privacy goes to the count, in (0, 1). Its noise has a standard deviation of
@@ -102,7 +102,7 @@ class AdaptiveClip(_Argument):
     1905.03871, sections 2 and 3; their standard deviation of the count is a twentieth of the expected batch size.
     """
 
-    initial: float = 1.0
+    initial: float = 0.1
     target_quantile: float = 0.5
     learning_rate: float = 0.2
     count_fraction: float = 0.01
