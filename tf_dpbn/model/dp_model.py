@@ -252,7 +252,7 @@ class DPModel(keras.Model):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                     if class_weight is not None:
                         x, class_weight = apply_class_weight(x, class_weight), None
-                    elif source is not None and source.sample_weight is None:  # metrics are to see no weights either
+                    elif source is not None and not source.has_weights:  # metrics are to see no weights either
                         x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))
                 kwargs["callbacks"] = with_refreshes(callbacks)
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
