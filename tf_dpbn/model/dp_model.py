@@ -81,6 +81,7 @@ class DPModel(keras.Model):
         norm_method: str = "auto",
         loss_scale: float | None = None,
         augmentation_multiplicity: int = 1,
+        max_examples_per_user: int = 1,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -104,6 +105,9 @@ class DPModel(keras.Model):
             nothing else changes. None takes 1024 if a layer computes in float16 and 1 otherwise.
           augmentation_multiplicity: K > 1 if inputs are [batch, K, ...], K augmented copies of each example, as
             `poisson_dataset` makes them; the gradients of an example's copies are averaged before they are clipped.
+          max_examples_per_user: K > 1 if inputs, labels and weights are [batch, K, ...], at most K examples of each
+            user, as `poisson_dataset(user_ids=...)` makes them; the gradients of a user's examples are averaged before
+            they are clipped, and the guarantee is for users.
 
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
@@ -134,7 +138,9 @@ class DPModel(keras.Model):
             "norm_method": norm_method,
             "loss_scale": loss_scale,
             "augmentation_multiplicity": _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity),
+            "max_examples_per_user": _validate.positive_int("max_examples_per_user", max_examples_per_user),
         }
+        checks.check_one_group(self._dp_options)
         if augmentation_multiplicity > 1:
             checks.check_reduction(loss)
         if IS_KERAS_3:
@@ -144,10 +150,14 @@ class DPModel(keras.Model):
         checks.check_layers(self)
         super().compile(optimizer, loss, *args, **kwargs)
         self.optimizer = self._private_optimizer = optimizer  # tf_keras wraps it under mixed_float16
-        self._record.open(optimizer)
+        self._record.open(optimizer, unit=self._unit())
         self._public.structure = None
         self._forget_traces()
         self._create_averages()
+
+    def _unit(self) -> str:
+        """What a row of a batch is."""
+        return "user" if self._dp_options["max_examples_per_user"] > 1 else "example"
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialized."""
@@ -257,7 +267,7 @@ class DPModel(keras.Model):
                 kwargs["callbacks"] = with_refreshes(callbacks)
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
             finally:
-                self._record.open(optimizer)  # later steps are not on these batches
+                self._record.open(optimizer, unit=self._unit())  # later steps are not on these batches
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger records the step with sampling assumed, without a warning.
@@ -321,7 +331,7 @@ class DPModel(keras.Model):
         else:
             checks.check_sampling(batches, optimizer, self.distribute_strategy.num_replicas_in_sync)
         if source is not None:
-            checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
+            checks.check_same_groups(source, self._dp_options)
         checks.check_workers(self.distribute_strategy, source, self._public.batch)
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
@@ -335,7 +345,7 @@ class DPModel(keras.Model):
         if isinstance(held_out, (tuple, list)) and len(held_out) > 1 and held_out[1] is not None:
             checks.check_labels(self, held_out[1], held_out[2] if len(held_out) > 2 else None, "validation_data")
         checks.check_callbacks(options["callbacks"])
-        next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
+        next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed", self._unit())
         if source is not None and source.plan is not None:
             checks.check_plan(source.plan, source.sampling, self.ledger, next_step, options)
         self._create_variables(*x.element_spec[:2] if source is not None else (None, None))
@@ -351,14 +361,12 @@ class DPModel(keras.Model):
         can_trace = is_functional or self.distribute_strategy.num_replicas_in_sync == 1
         if x is not None and not self._is_prepared and can_trace:
             checks.check_layers(self)
+            first_x, first_y = step.first_of_groups(self._dp_options, x, y)
             if not is_functional:
-                one = x  # without the axis of augmented copies
-                if self._dp_options["augmentation_multiplicity"] > 1:
-                    one = tf.nest.map_structure(lambda t: tf.TensorSpec([t.shape[0], *t.shape[2:]], t.dtype), x)
-                y_pred = trace_outputs(self, one)
+                y_pred = trace_outputs(self, first_x)
                 checks.check_trainable(self)
             with self.distribute_strategy.scope():
-                _keras.build_compiled(self, y, y_pred)
+                _keras.build_compiled(self, first_y, y_pred)
         elif not (is_functional or x is not None and self.built):
             return
         self._create_averages()

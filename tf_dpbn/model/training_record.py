@@ -38,7 +38,11 @@ class TrainingRecord(tf.train.experimental.PythonState):
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
 
     def open(
-        self, optimizer: DPOptimizer, batches: PoissonSampling | None = None, sampling: str = "assumed"
+        self,
+        optimizer: DPOptimizer,
+        batches: PoissonSampling | None = None,
+        sampling: str = "assumed",
+        unit: str = "example",
     ) -> StepRecord:
         """Records the steps so far, and from here on those of `optimizer` on batches drawn in a given way.
 
@@ -49,6 +53,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
           optimizer: whose steps are counted.
           batches: the distribution of the batches; None takes the optimizer's.
           sampling: "poisson" if they are known to be drawn so, or "assumed".
+          unit: what the optimizer's numbers count where `batches` are not known, "example" or "user".
         """
         self._close()
         if optimizer is not self._optimizer:
@@ -60,6 +65,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
             num_examples=batches.num_examples if batches else optimizer.num_examples,
             max_batch_size=batches.max_batch_size if batches else None,
             sampling=sampling,
+            unit=batches.unit if batches else unit,
         )
         return self.next_step
 

@@ -16,7 +16,7 @@ import tensorflow as tf
 from tf_dpbn import _validate, accounting, augmentation
 from tf_dpbn.clipping.independence import NotProvedError, Proof, check_no_state
 from tf_dpbn.clipping.independence import Rows as RowsOfExamples
-from tf_dpbn.sampling.draws import PoissonSampling, SharedDraws, checked_seed, digest_of, draws, seed_sequence
+from tf_dpbn.sampling.draws import PoissonSampling, SharedDraws, Users, checked_seed, digest_of, draws, seed_sequence
 from tf_dpbn.sampling.sources import ArrayRows, LoadedRows, Rows, is_source
 
 _SOURCE_ATTRIBUTE = "tf_dpbn_source"
@@ -37,6 +37,7 @@ class PoissonSource:
       has_weights: whether examples have weights; else those of batches only tell examples from padding.
       augmentation_multiplicity: how many augmented copies of each example a batch holds, on an axis of their own; 1
         where there is no such axis.
+      max_examples_per_user: how many examples of each user a batch holds at most, likewise.
       draws: under MultiWorkerMirroredStrategy what keeps the workers' draws alike; otherwise None.
       plan: the plan whose dataset it is, or None.
     """
@@ -47,6 +48,7 @@ class PoissonSource:
     sample_weight: Any = None
     has_weights: bool = False
     augmentation_multiplicity: int = 1
+    max_examples_per_user: int = 1
     draws: SharedDraws | None = None
     plan: PrivacyPlan | None = None
 
@@ -60,6 +62,8 @@ def poisson_dataset(
     max_batch_size: int,
     steps_per_epoch: int | None = None,
     load: Callable[[Any], Any] | None = None,
+    user_ids: Any = None,
+    max_examples_per_user: int = 1,
     augment: Callable[[Any], Any] | None = None,
     augmentation_multiplicity: int = 1,
     seed: int | None = None,
@@ -93,6 +97,10 @@ def poisson_dataset(
         dictionaries and tuples, of arrays, lists, numbers or strings, all of one shape and type. A Python function,
         called once for each drawn example, by several threads at once; what it makes of one element must not depend
         on others.
+      user_ids: for data in which people have several examples: whose each is, whole numbers or strings [N]. Users are
+        then drawn instead of examples, N and B count them, and the guarantee is for users, with all of their examples.
+      max_examples_per_user: how many examples K of a drawn user, chosen at random, go into the batch; the number given
+        to `DPModel.compile`. With K > 1 inputs, labels and weights are [M, K, ...].
       augment: maps one example's inputs to augmented ones of the same shapes, at random, without state; see
         `augmentation`.
       augmentation_multiplicity: how many augmented copies K of each example to make; the number given to
@@ -109,10 +117,17 @@ def poisson_dataset(
       TypeError: `x`, `y` or `sample_weight` holds something that is no dense array, or has no random access.
     """
     examples = _Examples(x, y, sample_weight, load)
-    num_examples = examples.count
+    most = _validate.positive_int("max_examples_per_user", max_examples_per_user)
+    users = None if user_ids is None else Users(user_ids, most)
+    if users is None and most > 1:
+        raise _validate.argument_error("user_ids", None, "be given with max_examples_per_user")
+    if users is not None and len(user_ids) != examples.count:
+        requirement = f"name the user of each of the {examples.count} examples"
+        raise _validate.argument_error("user_ids", f"{len(user_ids)} of them", requirement)
+    num_examples = examples.count if users is None else users.count
     expected = _validate.positive_int("expected_batch_size", expected_batch_size)
     if expected > num_examples:
-        requirement = f"be at most the number of examples, {num_examples}"
+        requirement = f"be at most the number of {'examples' if users is None else 'users'}, {num_examples}"
         raise _validate.argument_error("expected_batch_size", expected, requirement)
     if _validate.positive_int("max_batch_size", max_batch_size) < expected:
         requirement = f"be at least `expected_batch_size`, {expected}"
@@ -124,15 +139,19 @@ def poisson_dataset(
         max_batch_size=max_batch_size,
         steps_per_epoch=math.ceil(num_examples / expected) if steps_per_epoch is None else steps_per_epoch,
         replicas=tf.distribute.get_strategy().num_replicas_in_sync,
+        unit="example" if users is None else "user",
     )
     multiplicity = _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity)
     if multiplicity > 1 and augment is None:
         remedy = "Without it all copies would be the same: see tf_dpbn.augmentation."
         raise _validate.argument_error("augment", None, "be given with augmentation_multiplicity", remedy)
+    if augment is not None and most > 1:
+        remedy = "Augment in `load`, which is called for each example."
+        raise _validate.argument_error("augment", augment, "be left out with max_examples_per_user > 1", remedy)
     seed, draws = checked_seed(seed), None
     if isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy):
         draws = SharedDraws(seed, digest_of([*examples.arrays, np.array(dataclasses.astuple(sampling))]))
-    dataset = _index_dataset(sampling, seed, draws)
+    dataset = _index_dataset(sampling, seed, draws, users, most)
     dataset = dataset.map(examples.gather, num_parallel_calls=_AHEAD)
     dataset.tf_dpbn_examples = examples  # kept, with the data
     if augment is not None:
@@ -152,6 +171,7 @@ def poisson_dataset(
         sample_weight=sample_weight,
         has_weights=examples.has_weights,
         augmentation_multiplicity=multiplicity,
+        max_examples_per_user=most,
         draws=draws,
     )
     setattr(dataset, _SOURCE_ATTRIBUTE, source)
@@ -165,9 +185,9 @@ class PrivacyPlan(accounting.PrivacyPlan):
         """Builds the plan's dataset of Poisson-sampled batches.
 
         Args:
-          x, y, sample_weight: as for `sampling.poisson_dataset`, with exactly `num_examples` examples.
-          **options: `load`, `augment`, `augmentation_multiplicity` and `seed`, as for `sampling.poisson_dataset`; leave
-            the seed out when training for privacy.
+          x, y, sample_weight: as for `sampling.poisson_dataset`, with exactly `num_examples` examples, or users.
+          **options: `load`, `user_ids`, `max_examples_per_user`, `augment`, `augmentation_multiplicity` and `seed`, as
+            for `sampling.poisson_dataset`; leave the seed out when training for privacy.
 
         Returns:
           A dataset of `steps_per_epoch` draws (x, y, weight) of `max_batch_size` rows.
@@ -188,7 +208,7 @@ class PrivacyPlan(accounting.PrivacyPlan):
         )
         source = getattr(dataset, _SOURCE_ATTRIBUTE)
         if source.sampling.num_examples != self.num_examples:
-            requirement = f"have the plan's num_examples={self.num_examples} examples"
+            requirement = f"have the plan's num_examples={self.num_examples} {source.sampling.unit}s"
             remedy = "Plan anew: dataclasses.replace(plan, num_examples=...)."
             raise _validate.argument_error("x, y", source.sampling.num_examples, requirement, remedy)
         setattr(dataset, _SOURCE_ATTRIBUTE, dataclasses.replace(source, plan=self))
@@ -295,17 +315,21 @@ def apply_class_weight(dataset: tf.data.Dataset, class_weight: Mapping[int, floa
     return dataset.map(weigh)
 
 
-def _index_dataset(sampling: PoissonSampling, seed: int | None, shared: SharedDraws | None) -> tf.data.Dataset:
-    """Returns a dataset of one epoch of index vectors, int64 [rows]."""
+def _index_dataset(
+    sampling: PoissonSampling, seed: int | None, shared: SharedDraws | None, users: Users | None, most: int
+) -> tf.data.Dataset:
+    """Returns a dataset of one epoch of draws: indices and which of them count, [rows], or [rows, most] of users."""
     iterations = itertools.count()
+    shape = [sampling.rows, most] if most > 1 else [sampling.rows]
 
-    def epoch() -> Iterator[np.ndarray]:
+    def epoch() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         stream = (seed, next(iterations)) if shared is None else (shared.seed, *shared.stream())
         rng = np.random.default_rng(seed_sequence(*stream))
         for indices, _ in itertools.islice(draws(sampling, rng), sampling.steps_per_epoch):
-            yield indices
+            found, counts = (indices, indices >= 0) if users is None else users.examples_of(indices, rng)
+            yield found.reshape(shape), counts.reshape(shape)
 
-    signature = tf.TensorSpec([sampling.rows], tf.int64)
+    signature = tf.TensorSpec(shape, tf.int64), tf.TensorSpec(shape, tf.bool)
     dataset = tf.data.Dataset.from_generator(epoch, output_signature=signature)
     return dataset.apply(tf.data.experimental.assert_cardinality(sampling.steps_per_epoch))
 
@@ -349,8 +373,8 @@ class _Examples:
         self.arrays = [a for part in parts if isinstance(part, ArrayRows) for a in part.arrays]
 
     @tf.autograph.experimental.do_not_convert
-    def gather(self, indices: tf.Tensor) -> Any:
-        """Returns the batch, its padding zeros."""
+    def gather(self, indices: tf.Tensor, counts: tf.Tensor) -> Any:
+        """Returns the batch, padding zeros, with weight 0 where an index does not count."""
         reader = weakref.WeakMethod(self._read)  # TensorFlow never forgets a function that it may call
         specs = tf.nest.flatten(self._specs)
         types = [spec.dtype for spec in specs]
@@ -358,10 +382,15 @@ class _Examples:
         for rows, spec in zip(copied, specs, strict=True):
             rows.set_shape([*indices.shape, *spec.shape])
         x, y, weights = tf.nest.pack_sequence_as(self._specs, copied)
-        return x, y, tf.cast(weights, tf.float32)
+        counts = tf.reshape(counts, [*counts.shape, *[1] * (weights.shape.rank - counts.shape.rank)])
+        return x, y, tf.where(counts, tf.cast(weights, tf.float32), 0.0)
 
     def _read(self, indices: np.ndarray) -> list[np.ndarray]:
-        columns = [rows for part in self._parts for rows in part.read(indices)]
+        if indices.ndim == 1:
+            columns = [rows for part in self._parts for rows in part.read(indices)]
+        else:  # several examples of each user, some of them twice
+            distinct, places = np.unique(indices, return_inverse=True)
+            columns = [rows[places.reshape(indices.shape)] for part in self._parts for rows in part.read(distinct)]
         if not np.all(np.isfinite(columns[-1])):
             raise _validate.argument_error("load", "a non-finite weight", "make finite weights")
         return columns
