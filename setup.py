@@ -15,7 +15,8 @@ def _version() -> str:
 
 
 _LEGACY = ["tf_keras>=2.18"]
-_EXAMPLES = ["matplotlib>=3.7", "mlxtend>=0.23"]
+_PLOT = ["matplotlib>=3.7"]
+_EXAMPLES = [*_PLOT, "mlxtend>=0.23"]
 # tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
 # everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
 _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
@@ -38,15 +39,18 @@ setuptools.setup(
     license_files=["LICENSE"],
     packages=setuptools.find_packages(include=["tf_dpbn", "tf_dpbn.*"]),
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["tf_dpbn = tf_dpbn.__main__:main"]},
     install_requires=[
         "absl-py>=1.0",
         "dp-accounting>=0.4.3",
+        "h5py>=3.10",
         "numpy>=1.26",
         "scipy>=1.10",
         "tensorflow>=2.18",
     ],
     extras_require={
         "legacy": _LEGACY,
+        "plot": _PLOT,
         # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
         # examples/multi_worker.py runs on tf_keras.
         "examples": [*_EXAMPLES, *_LEGACY, "importlib_resources", "tensorflow-datasets>=4.9.4"],
