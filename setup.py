@@ -16,6 +16,8 @@ def _version() -> str:
 
 _LEGACY = ["tf_keras>=2.18"]
 _PLOT = ["matplotlib>=3.7"]
+# What Keras' `export` makes and what runs it, beside SavedModel.
+_EXPORT = ["ai-edge-litert>=2.0", "onnxruntime>=1.20", "openvino>=2025.0", "tf2onnx>=1.16"]
 _EXAMPLES = [*_PLOT, "mlxtend>=0.23"]
 # tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
 # everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
@@ -50,6 +52,7 @@ setuptools.setup(
     ],
     extras_require={
         "legacy": _LEGACY,
+        "export": _EXPORT,
         "plot": _PLOT,
         # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
         # examples/multi_worker.py runs on tf_keras.

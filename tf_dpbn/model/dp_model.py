@@ -494,7 +494,10 @@ class DPModel(keras.Model):
     # ------------------------------------------------------------------ saving
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.export: a SavedModel for inference that loads without tf_dpbn."""
+        """keras.Model.export: a file for inference that runs without tf_dpbn.
+
+        A SavedModel, or with Keras 3 `format="litert"`, "onnx" or "openvino", each with its packages (extra "export").
+        """
         self._public.refresh_if_trained()
         return super().export(*args, **kwargs)
 
