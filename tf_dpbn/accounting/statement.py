@@ -111,6 +111,11 @@ def privacy_statement(
     return "\n\n".join(textwrap.fill(paragraph, width=80) for paragraph in paragraphs) + "\n"
 
 
+def shown_epsilon(epsilon: float) -> str:
+    """Epsilon to four decimals, rounded up, never down: the printed number must be a guarantee too."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "infinite"
+
+
 def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> str:
     if ledger.steps == 0:
         return "No training step is recorded here: epsilon = 0 for this ledger's training."
@@ -124,11 +129,9 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
         return f"NO PRIVACY GUARANTEE: epsilon is infinite at delta = {delta:g}, because {reason}."
     assumed = any(entry.sampling == "assumed" for entry in ledger.entries)
     condition = ", PROVIDED that the sampling assumed below is what happened" if assumed else ""
-    # Rounded up, never down: the printed number must be a guarantee too.
-    shown = math.ceil(epsilon * 1e4) / 1e4
     return (
-        f"Training was (epsilon, delta)-differentially private with epsilon = {shown:.4f} at delta = {delta:g}, after "
-        f"{ledger.steps} steps, by {accountant.upper()} accounting{condition}."
+        f"Training was (epsilon, delta)-differentially private with epsilon = {shown_epsilon(epsilon)} at delta = "
+        f"{delta:g}, after {ledger.steps} steps, by {accountant.upper()} accounting{condition}."
     )
 
 

@@ -15,6 +15,7 @@ from tf_dpbn import _keras, _validate
 from tf_dpbn._devices import has_accelerator, require_full_float32
 from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyWarning, privacy_statement
+from tf_dpbn.accounting.files import TRAINING_ROWS
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
 from tf_dpbn.model import checks, saving, step
@@ -490,7 +491,7 @@ class DPModel(keras.Model):
 
     def privacy_statement(self, delta: float, accountant: str = "rdp") -> str:
         """What the guarantee is, what it assumes, and what it does not cover, in plain words. For what really ran."""
-        told = ["rows of the training data in the public batch"] if self._public.may_contain_training_rows else []
+        told = [TRAINING_ROWS] if self._public.may_contain_training_rows else []
         return privacy_statement(self.ledger, delta=delta, accountant=accountant, not_covered=told)
 
     @property
@@ -501,7 +502,10 @@ class DPModel(keras.Model):
     # ------------------------------------------------------------------ saving
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.export: a SavedModel for inference that loads without tf_dpbn."""
+        """keras.Model.export: a file for inference that runs without tf_dpbn.
+
+        A SavedModel, or with Keras 3 `format="litert"`, "onnx" or "openvino", each with its packages (extra "export").
+        """
         self._public.refresh_if_trained()
         return super().export(*args, **kwargs)
 
