@@ -17,7 +17,7 @@ LEVELS = (
     ("_validate", "_registration", "version"),
     ("auditing.bounds", "accounting.events"),
     ("accounting.ledger",),
-    ("accounting.planning", "accounting.statement"),
+    ("accounting.ledger_file", "accounting.planning", "accounting.statement"),
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),

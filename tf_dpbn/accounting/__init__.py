@@ -1,6 +1,6 @@
 """Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out. Needs no TensorFlow.
 
-Looking back: `StepRecord`, `Ledger`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
+Looking back: `StepRecord`, `Ledger`, `LedgerFile`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
 `calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation / L2
 sensitivity. Adjacency is add-or-remove one example; the number of examples and the expected batch size are public.
 """
@@ -13,11 +13,13 @@ from tf_dpbn.accounting.events import (
     truncation_probability,
 )
 from tf_dpbn.accounting.ledger import Ledger, StepRecord, dp_sgd_event
+from tf_dpbn.accounting.ledger_file import LedgerFile
 from tf_dpbn.accounting.planning import PrivacyPlan, PrivacyWarning, calibrate_noise_multiplier, max_steps
 from tf_dpbn.accounting.statement import TensorFlowPrivacyEpsilons, privacy_statement, tensorflow_privacy_epsilons
 
 __all__ = [
     "Ledger",
+    "LedgerFile",
     "PrivacyPlan",
     "PrivacyWarning",
     "StepRecord",
