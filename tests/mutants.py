@@ -259,7 +259,8 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "accounting/ledger_file.py": (
         ("self._block - steps, record", "self._block, record", _LEDGER_FILE, "ahead_of_each"),
-        ("self._last, self._left = now, -1", "self._last, self._left = now, 0", _LEDGER_FILE, "cannot_be_written"),
+        ("if self._left >= 0 and", "if self._left >= -1 and", _LEDGER_FILE, "ahead_of_each"),
+        ("and record is self._record", "", _LEDGER_FILE, "another_cost"),
         ("        self._file.truncate(self._end)", "        pass", _LEDGER_FILE, "cut_short"),
         ("before.encode() + rest", "rest", _LEDGER_FILE, "other_change"),
         ("        os.fsync(self._file.fileno())\n", "", _LEDGER_FILE, "ahead_of_each"),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 
 import pytest
@@ -11,7 +12,7 @@ import tensorflow as tf
 import tf_dpbn
 from tests import helpers, killed, programs
 from tf_dpbn._keras import keras
-from tf_dpbn.accounting import Ledger, LedgerFile
+from tf_dpbn.accounting import Ledger, LedgerFile, ledger_file
 from tf_dpbn.model import checks, training_record
 
 layers = keras.layers
@@ -49,6 +50,12 @@ def write(path, run="a", steps=3):
     file.close(ledger(steps))
 
 
+@pytest.fixture(autouse=True)
+def _blocks_double(monkeypatch):
+    """However slow the machine is."""
+    monkeypatch.setattr(ledger_file, "_BLOCK_SECONDS", math.inf)
+
+
 @pytest.fixture
 def unsynced(monkeypatch):
     """Without the wait for the disk, in tests of many files."""
@@ -75,6 +82,7 @@ def test_the_file_is_ahead_of_each_step_until_it_is_closed(tmp_path, monkeypatch
 
 def test_blocks_are_as_many_steps_as_take_a_second(tmp_path, monkeypatch, unsynced):
     now, blocks = [0.0], []
+    monkeypatch.setattr(ledger_file, "_BLOCK_SECONDS", 1.0)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     file = LedgerFile(tmp_path / "ledger", "a")
     file.open()

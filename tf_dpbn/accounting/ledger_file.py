@@ -92,7 +92,7 @@ class LedgerFile:
         now = time.monotonic()
         is_fast = now - self._last < _BLOCK_SECONDS
         self._block = max(2 * self._block if is_fast else self._block // 2, steps)
-        self._last, self._left = now, -1  # in case that writing fails
+        self._last = now
         ledger = ran()
         ledger.record(dataclasses.replace(record, steps=self._block))
         self._append(ledger)
