@@ -57,7 +57,7 @@ class LedgerFile:
           ValueError: the file is open elsewhere, is no ledger file, or was changed; it is left as it is.
           ModuleNotFoundError: on systems without fcntl, which locks it.
         """
-        import fcntl  # not on Windows, where the rest of the package works
+        import fcntl  # here, since Windows has none
 
         file = open(self._path, "a+b", buffering=0)
         try:
