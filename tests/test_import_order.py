@@ -16,7 +16,7 @@ LEVELS = (
     ("_validate", "_registration", "version"),
     ("auditing.bounds", "accounting.events"),
     ("accounting.ledger",),
-    ("accounting.files", "accounting.planning", "accounting.statement"),
+    ("accounting.files", "accounting.ledger_file", "accounting.planning", "accounting.statement"),
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),

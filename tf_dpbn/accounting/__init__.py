@@ -1,8 +1,9 @@
 """Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out. Needs no TensorFlow.
 
-Looking back: `StepRecord`, `Ledger`, `read_training`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
-`calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation / L2
-sensitivity. Adjacency is add-or-remove one example; the number of examples and the expected batch size are public.
+Looking back: `StepRecord`, `Ledger`, `LedgerFile`, `read_training`, `privacy_statement` (what ran). Looking ahead:
+`PrivacyPlan`, `calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation
+/ L2 sensitivity. Adjacency is add-or-remove one example, or one user with all of theirs; the number of examples or users
+and the expected batch size are public.
 """
 
 from tf_dpbn.accounting.events import (
@@ -14,11 +15,13 @@ from tf_dpbn.accounting.events import (
 )
 from tf_dpbn.accounting.files import SavedTraining, read_training
 from tf_dpbn.accounting.ledger import Ledger, StepRecord, dp_sgd_event
+from tf_dpbn.accounting.ledger_file import LedgerFile
 from tf_dpbn.accounting.planning import PrivacyPlan, PrivacyWarning, calibrate_noise_multiplier, max_steps
 from tf_dpbn.accounting.statement import TensorFlowPrivacyEpsilons, privacy_statement, tensorflow_privacy_epsilons
 
 __all__ = [
     "Ledger",
+    "LedgerFile",
     "PrivacyPlan",
     "PrivacyWarning",
     "SavedTraining",

@@ -133,6 +133,13 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
         )
 
 
+def check_ledger_file(strategy: tf.distribute.Strategy, path: Any) -> None:
+    """Refuses a ledger file under several workers: one would know of steps that the others do not."""
+    if path is not None and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        requirement = "be None under MultiWorkerMirroredStrategy"
+        raise _validate.argument_error("ledger_file", path, requirement, "Save checkpoints.", NotImplementedError)
+
+
 def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str = "y") -> None:
     """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 

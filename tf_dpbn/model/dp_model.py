@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -83,6 +84,7 @@ class DPModel(keras.Model):
         loss_scale: float | None = None,
         augmentation_multiplicity: int = 1,
         max_examples_per_user: int = 1,
+        ledger_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -109,12 +111,16 @@ class DPModel(keras.Model):
           max_examples_per_user: K > 1 if inputs, labels and weights are [batch, K, ...], at most K examples of each
             user, as `poisson_dataset(user_ids=...)` makes them; the gradients of a user's examples are averaged before
             they are clipped, and the guarantee is for users.
+          ledger_file: path of an `accounting.LedgerFile`, or None. Steps are written to it before they run, so that the
+            record of none is lost if the program dies; what it says already is added to the ledger. One model at a time
+            trains with it. It is no part of a saved model: compile again after `load_model`.
 
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
-          ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
+          ValueError: for unknown options, stock batch normalization in the model (naming the layer), or a ledger file
+            that is open elsewhere, was changed, or is none.
           NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
-            replicas cannot combine with.
+            replicas, or several workers, cannot combine with.
           RuntimeError: by a callback of a running `fit`.
         """
         if not isinstance(optimizer, DPOptimizer):
@@ -127,6 +133,7 @@ class DPModel(keras.Model):
         self._private_optimizer = None  # a model whose `compile` fails does not train
         checks.check_overrides(self, DPModel)
         checks.check_replicas(self.distribute_strategy, optimizer, bool(kwargs.get("run_eagerly")))
+        checks.check_ledger_file(self.distribute_strategy, ledger_file)
         self._record.check_optimizer(optimizer)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
@@ -150,6 +157,7 @@ class DPModel(keras.Model):
                 kwargs["jit_compile"] = False
         checks.check_layers(self)
         super().compile(optimizer, loss, *args, **kwargs)
+        self._record.use_file(ledger_file)
         self.optimizer = self._private_optimizer = optimizer  # tf_keras wraps it under mixed_float16
         self._record.open(optimizer, unit=self._unit())
         self._public.structure = None
@@ -219,6 +227,7 @@ class DPModel(keras.Model):
 
         def train_function(*args: Any, **kwargs: Any) -> Any:
             require_full_float32()
+            self._record.write_ahead(functools.partial(_keras.steps_of_call, self))
             self._is_in_step = True
             try:
                 return function(*args, **kwargs)
@@ -297,11 +306,14 @@ class DPModel(keras.Model):
         with _keras.as_compiled(self):
             checks.check_trainable(self)
             checks.check_grouped_convolutions(self, _keras.is_compiled_whole(self))
+        self._record.open_file()
         self._is_training = True
         try:
             yield optimizer
         finally:
             self._is_training = False
+            if method == "fit":  # `train_on_batch` cannot know of its last step
+                self._record.close_file()
 
     def _refuse_while_training(self, method: str) -> None:
         if self._is_training:
