@@ -2,8 +2,8 @@
 
 Looking back: `StepRecord`, `Ledger`, `LedgerFile`, `read_training`, `privacy_statement` (what ran). Looking ahead:
 `PrivacyPlan`, `calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation
-/ L2 sensitivity. Adjacency is add-or-remove one example, or one user with all of theirs; the number of examples or users
-and the expected batch size are public.
+/ L2 sensitivity. Adjacency is add-or-remove one example, or one user with all of theirs; the number of examples or
+users and the expected batch size are public.
 """
 
 from tf_dpbn.accounting.events import (
