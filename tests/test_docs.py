@@ -75,7 +75,7 @@ def built_data_source(count: int, directory: pathlib.Path) -> Any:
     features = datasets.features.FeaturesDict(
         {"image": datasets.features.Image(shape=(SIDE, SIDE, 3)), "label": datasets.features.ClassLabel(num_classes=2)}
     )
-    rows = [{"image": picture(k), "label": k % 2} for k in range(count)]
+    rows = [(k, {"image": picture(k), "label": k % 2}) for k in range(count)]
     built = datasets.dataset_builders.AdhocBuilder(
         name="pictures",
         version="1.0.0",
