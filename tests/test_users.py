@@ -157,6 +157,14 @@ def test_ledger_and_statement_speak_of_users_at_their_rate(trained):
     assert mixed.unit == "example"
 
 
+def test_audit_of_a_step_tells_users_apart(trained):
+    model, x, y, _ = trained[0], *grouped(users=4)
+    found = tf_dpbn.auditing.audit_step(model, 30.0 * x, y, delta=1e-3, trials=400)
+    assert "with and without user" in found.method and 0.5 < found.epsilon_lower_bound < found.claimed_epsilon
+    with pytest.raises(ValueError, match="Audit users by audit_step"):
+        tf_dpbn.auditing.audit_training(model, x, y, x, y, trained[1])
+
+
 def test_refuses_misuse():
     x, y = helpers.images(8)
     sizes = {"expected_batch_size": 2, "max_batch_size": 4}
