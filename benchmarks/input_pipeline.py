@@ -1,7 +1,7 @@
 """What data cost that are made one example at a time: memory, time to read, and time to draw.
 
-A million pictures exist only as numbers from which `load` makes them. `fit` takes steps of 512 expected examples on them
-and on one batch that is kept, in turns; the difference is what reading costs where it is not hidden behind the step.
+A million pictures exist only as numbers from which `load` makes them. `fit` takes steps of 512 expected examples on
+them and on one batch that is kept, in turns; the difference is what reading costs where the step does not hide it.
 
     python benchmarks/input_pipeline.py --net=resnet20 --steps=20
 """
@@ -14,11 +14,11 @@ import resource
 import time
 from typing import Any
 
-import nets
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
+import nets
 import tf_dpbn
 
 _NET = flags.DEFINE_string("net", "resnet20", "network, see nets.py")

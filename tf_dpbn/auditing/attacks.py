@@ -26,8 +26,8 @@ def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
     """A function (x, y, weights) -> the clipped sums that a step of a compiled model would release, without noise.
 
-    At the current weights. The sums are private; they are for audits and tests. Weights are [rows]; where rows are users,
-    all examples of a row have its weight.
+    At the current weights. The sums are private; they are for audits and tests. Weights are [rows]; where rows are
+    users, all examples of a row have its weight.
     """
     require_full_float32()
     sensitivities: list[float] = []
