@@ -91,6 +91,19 @@ def test_statement_of_a_ledger_is_that_of_its_steps(tmp_path, printed):
     assert printed("statement", f"--file={path}", f"--delta={DELTA}", "--accountant=pld") == expected
 
 
+def test_ledger_files_are_read_whole(tmp_path, printed):
+    path = tmp_path / "run.ledger"
+    for run in ("a", "b"):
+        file = accounting.LedgerFile(path, run)
+        file.open()
+        file.close(LEDGER)
+    both = accounting.Ledger([*LEDGER.entries, *LEDGER.entries])
+    assert accounting.read_training(path).ledger == both
+    path.write_bytes(path.read_bytes().replace(b"steps", b"spets", 1))
+    with pytest.raises(ValueError, match="line 2, or one before it, was changed"):
+        accounting.read_training(path)
+
+
 def test_plot_shows_epsilon_after_the_steps_of_a_ledger_and_of_a_plan(tmp_path, printed, monkeypatch):
     axes, curves = pytest.importorskip("matplotlib.axes"), []
     draw = axes.Axes.plot

@@ -14,7 +14,7 @@ from typing import Any
 from tf_dpbn import _validate
 from tf_dpbn.accounting.ledger import Ledger, StepRecord
 
-_HEADER = b"tf_dpbn ledger file, version 1\n"
+HEADER = b"tf_dpbn ledger file, version 1\n"
 _LINE_END = b"]}"  # of a ledger as text, and nowhere else in it
 _RESTORE = "Restore it from a copy; it was left as it is."
 _BLOCK_SECONDS = 1.0  # what a block of steps is to take: one line and one fsync for each
@@ -64,7 +64,7 @@ class LedgerFile:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _sync_directory(os.path.dirname(os.path.abspath(self._path)))
             file.seek(0)
-            runs = self._read(file.read())
+            runs = self.parse(file.read())
         except BlockingIOError:
             file.close()
             remedy = "Wait for the other one to end, or give this training a file of its own."
@@ -109,12 +109,13 @@ class LedgerFile:
             self._file.close()
             self._file = None
 
-    def _read(self, content: bytes) -> dict[str, Ledger]:
-        if not content.startswith(_HEADER) and not _HEADER.startswith(content):
+    def parse(self, content: bytes) -> dict[str, Ledger]:
+        """What the file says of each run, from its content; errors as of `open`."""
+        if not content.startswith(HEADER) and not HEADER.startswith(content):
             remedy = "Choose another path; the file was left as it is."
             raise self._error("be missing, or a file that ledger_file has made, of this version", remedy)
         runs: dict[str, Ledger] = {}
-        checksum = _checksum("", _HEADER)
+        checksum = _checksum("", HEADER)
         *lines, tail = content.split(b"\n")
         for number, line in enumerate(lines[1:], 2):
             expected, _, rest = line.partition(b" ")
@@ -133,7 +134,7 @@ class LedgerFile:
         checksum = _checksum(self._checksum, rest)
         line = b"%s %s\n" % (checksum.encode(), rest)
         if not self._end:
-            line = _HEADER + line
+            line = HEADER + line
         self._written = None
         self._file.truncate(self._end)  # of what a dying program, or a full disk, has left of a line
         if self._file.write(line) != len(line):
