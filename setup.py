@@ -19,6 +19,8 @@ _PLOT = ["matplotlib>=3.7"]
 # What Keras' `export` makes and what runs it, beside SavedModel.
 _EXPORT = ["ai-edge-litert>=2.0", "onnxruntime>=1.20", "openvino>=2025.0", "tf2onnx>=1.16"]
 _EXAMPLES = [*_PLOT, "mlxtend>=0.23"]
+# tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
+_DATASETS = ["importlib_resources", "tensorflow-datasets>=4.9.4"]
 # tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
 # everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
 _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
@@ -54,12 +56,12 @@ setuptools.setup(
         "legacy": _LEGACY,
         "export": _EXPORT,
         "plot": _PLOT,
-        # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
         # examples/multi_worker.py runs on tf_keras.
-        "examples": [*_EXAMPLES, *_LEGACY, "importlib_resources", "tensorflow-datasets>=4.9.4"],
+        "examples": [*_EXAMPLES, *_LEGACY, *_DATASETS],
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,
         "bench": _EXAMPLES,
-        "test": [*_TESTS, *_EXAMPLES, *_LEGACY],
+        # TFDS' data sources read array_record's files.
+        "test": [*_TESTS, *_EXAMPLES, *_LEGACY, *_DATASETS, "array_record", *_EXPORT],
         "test-tensorflow-privacy": [*_TESTS, *_EXAMPLES, *_TENSORFLOW_PRIVACY],
     },
     classifiers=[
