@@ -7,7 +7,7 @@
 # make gallery  the table of planted bugs and of what catches each
 # make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
-# make check-wheel  runs the quick start from the built wheel in a fresh environment
+# make check-wheel  runs the quick start and the command line from the built wheel in a fresh environment
 # make check-bazel  builds all targets with Debian's Bazel and runs some tests with it
 # make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
@@ -119,6 +119,7 @@ check-wheel: | check-python
 	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
 	sed -n '/^```python/,/^```$$/p' README.md | sed '/^```/d' > build/wheel/quick_start.py
 	cd build/wheel && venv/bin/python quick_start.py
+	build/wheel/venv/bin/tf_dpbn
 
 # Builds and tests with Bazel, as far as Debian's goes without a network.
 check-bazel: $(TEST_VENV)/.installed

@@ -15,7 +15,12 @@ def _version() -> str:
 
 
 _LEGACY = ["tf_keras>=2.18"]
-_EXAMPLES = ["matplotlib>=3.7", "mlxtend>=0.23"]
+_PLOT = ["matplotlib>=3.7"]
+# What Keras' `export` makes and what runs it, beside SavedModel.
+_EXPORT = ["ai-edge-litert>=2.0", "onnxruntime>=1.20", "openvino>=2025.0", "tf2onnx>=1.16"]
+_EXAMPLES = [*_PLOT, "mlxtend>=0.23"]
+# tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
+_DATASETS = ["importlib_resources", "tensorflow-datasets>=4.9.4"]
 # tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
 # everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
 _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
@@ -38,21 +43,25 @@ setuptools.setup(
     license_files=["LICENSE"],
     packages=setuptools.find_packages(include=["tf_dpbn", "tf_dpbn.*"]),
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["tf_dpbn = tf_dpbn.__main__:main"]},
     install_requires=[
         "absl-py>=1.0",
         "dp-accounting>=0.4.3",
+        "h5py>=3.10",
         "numpy>=1.26",
         "scipy>=1.10",
         "tensorflow>=2.18",
     ],
     extras_require={
         "legacy": _LEGACY,
-        # tensorflow-datasets imports importlib_resources without asking for it (4.9.10).
+        "export": _EXPORT,
+        "plot": _PLOT,
         # examples/multi_worker.py runs on tf_keras.
-        "examples": [*_EXAMPLES, *_LEGACY, "importlib_resources", "tensorflow-datasets>=4.9.4"],
+        "examples": [*_EXAMPLES, *_LEGACY, *_DATASETS],
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,
         "bench": _EXAMPLES,
-        "test": [*_TESTS, *_EXAMPLES, *_LEGACY],
+        # TFDS' data sources read array_record's files.
+        "test": [*_TESTS, *_EXAMPLES, *_LEGACY, *_DATASETS, "array_record", *_EXPORT],
         "test-tensorflow-privacy": [*_TESTS, *_EXAMPLES, *_TENSORFLOW_PRIVACY],
     },
     classifiers=[

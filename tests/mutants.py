@@ -40,6 +40,7 @@ _CLIP_NORMS = "tests/test_clip_norms.py"
 _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
+_LEDGER_FILE = "tests/test_ledger_file.py"
 _DEVICES, _GPU = "tests/test_devices.py", "tests/test_gpu_graphs.py"
 
 
@@ -269,7 +270,16 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("self._steps.count(len(clipped) - 1)", "tf.constant(0)", _LEDGER, "recorded_by"),
         ("with tf.control_dependencies(sums):", "with tf.control_dependencies([]):", _LEDGER, "beyond_the_end"),
     ),
+    "accounting/ledger_file.py": (
+        ("self._block - steps, record", "self._block, record", _LEDGER_FILE, "ahead_of_each"),
+        ("if self._left >= 0 and", "if self._left >= -1 and", _LEDGER_FILE, "ahead_of_each"),
+        ("and record is self._record", "", _LEDGER_FILE, "another_cost"),
+        ("        self._file.truncate(self._end)", "        pass", _LEDGER_FILE, "cut_short"),
+        ("before.encode() + rest", "rest", _LEDGER_FILE, "other_change"),
+        ("        os.fsync(self._file.fileno())\n", "", _LEDGER_FILE, "ahead_of_each"),
+    ),
     "model/training_record.py": (
+        ("self._merge(self._file.open())", "self._file.open()", _LEDGER_FILE, "resumed_model"),
         ("steps - self._counted.get(multipliers, 0)", "steps", _LEDGER, "recorded_by"),
         ("if optimizer is not self._optimizer:", "if True:", _LEDGER, "while_the_ledger"),
     ),
@@ -290,6 +300,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
             "promised_noise",
         ),
         ("            require_full_float32()\n", "", _DEVICES),
+        ("self._record.write_ahead(", "(lambda steps: None)(", _LEDGER_FILE, "resumed_model"),
     ),
     "_devices.py": (("tensor_float_32_execution(False)", "tensor_float_32_execution(True)", _DEVICES),),
     "clipping/vectorization.py": (("images.shape.rank != 5", "images.shape.rank != 6", _GPU, "sums"),),

@@ -66,15 +66,16 @@ def neighbouring(rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(pairs).T)
 
 
-def sums_of_subsets(model: Any) -> Callable[..., list[np.ndarray]]:
+def sums_of_subsets(model: Any, within: np.ndarray | None = None) -> Callable[..., list[np.ndarray]]:
     """A function (x, y, weights [subsets, rows]) -> for each release [subsets, size], through the model's own step.
 
-    The sums are divided by their declared sensitivity.
+    The sums are divided by their declared sensitivity. Rows that are users have examples with the weights `within`,
+    [rows, examples].
     """
     released: list[tuple[int, float]] = []  # size and sensitivity of each, known once a step is traced
 
     def one(x: Any, y: Any, weight: tf.Tensor) -> tf.Tensor:
-        batch = step.read_batch(model, (x, y, weight))
+        batch = step.read_batch(model, (x, y, weight if within is None else weight[:, None] * within))
         found, _ = step.clipped_sums(model, batch, step.public_forward(model, batch))
         released[:] = [(sum(t.shape.num_elements() for t in each.tensors), each.l2_sensitivity) for each in found]
         return tf.concat([tf.reshape(t, [-1]) for each in found for t in each.tensors], 0)

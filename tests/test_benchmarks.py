@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -63,3 +66,14 @@ def test_mobilenet_is_converted_trained_exported_and_made_plain_again():
     row = applications.run("MobileNetV2")  # raises if a loaded, exported or plain model predicts otherwise
     assert row.normalizations == row.corrected_locally == 52
     assert applications.render([row]).splitlines()[-1].startswith("| MobileNetV2 | 52 | 52 | 0 |")
+
+
+@pytest.mark.thorough
+def test_a_million_examples_made_as_they_are_drawn_take_little_memory():
+    """In a process of its own, whose memory it measures."""
+    script = pathlib.Path(applications.__file__).with_name("input_pipeline.py")
+    command = [sys.executable, str(script), "--net=resnet8", "--steps=5", "--turns=1"]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout.splitlines()[-1])
+    assert found["examples"] == 1_000_000 and found["peak_memory_MiB"] < 2048
+    assert found["reading_alone_s"] < 0.1 * found["step_on_a_kept_batch_s"]
+    assert found["draw_of_batch_from_1e9_ms"] < 10

@@ -9,7 +9,6 @@ import sys
 import pytest
 
 import tf_dpbn
-from tf_dpbn import __main__
 
 ROOT = pathlib.Path(tf_dpbn.__file__).parent
 # Modules may import from lower levels, and within their own where that is not a circle.
@@ -17,13 +16,11 @@ LEVELS = (
     ("_validate", "_registration", "version"),
     ("auditing.bounds", "accounting.events"),
     ("accounting.ledger",),
-    ("accounting.planning", "accounting.statement"),
+    ("accounting.ledger_file", "accounting.planning", "accounting.statement"),
+    ("accounting.files",),
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),
-    ("sampling.draws",),
-    ("sampling.dataset",),
-    ("sampling",),
     ("normalization.moments", "constraints"),
     ("normalization.layer",),
     ("clipping.vectorization", "normalization.local_terms"),
@@ -44,6 +41,9 @@ LEVELS = (
     ("clipping.batch_trace", "clipping.per_example"),
     ("clipping.book_keeping",),
     ("clipping",),
+    ("sampling.draws", "sampling.sources", "sampling.tfrecords"),
+    ("sampling.dataset",),
+    ("sampling",),
     ("optimizers",),
     ("model.checks", "model.training_record", "model.saving"),
     ("model.training_trace",),
@@ -182,16 +182,6 @@ def test_a_missing_tf_keras_is_named_with_its_extra():
         [sys.executable, "-c", program], check=False, capture_output=True, text=True, env=environment, cwd=ROOT.parent
     )
     assert done.returncode and "pip install 'tf_dpbn[legacy]'" in done.stderr
-
-
-def test_command_line(capsys):
-    __main__.main([])
-    assert "tf_dpbn 0" in capsys.readouterr().out
-    plan = ["plan", "--delta=1e-5", "--num_examples=1000", "--expected_batch_size=50", "--epochs=2"]
-    __main__.main([*plan, "--target_epsilon=3"])
-    assert "steps 40 of 50" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="`target_epsilon` must be a finite number greater than 0"):
-        __main__.main([*plan, "--target_epsilon=-3"])
 
 
 def test_only_mechanisms_draws_noise():

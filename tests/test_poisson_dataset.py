@@ -157,7 +157,7 @@ def test_prefetching_and_options_keep_the_source_and_what_is_derived_otherwise_d
         dataset.cache(),
         dataset.repeat(),
         dataset.take(1),
-        dataset.map(lambda x, y, weight: (x, y, weight)).prefetch(1),
+        dataset.map(lambda x, y, weight: (x[::-1], y, weight)).prefetch(1),
         dataset.with_options(in_any_order).prefetch(1),
     ):
         assert source_of(derived) is None

@@ -105,6 +105,23 @@ def test_draws_follow_the_poisson_distribution(num_examples, rate):
     assert [p_value(inside, rate) > ACCEPTED for p_value in P_VALUES] == [True] * 4
 
 
+@pytest.mark.thorough
+def test_many_draws_follow_the_poisson_distribution():
+    inside = memberships(draw(make_sampling(200, 0.05, rows=200), 100_000, seed=12), 200)
+    assert [p_value(inside, 0.05) > ACCEPTED for p_value in P_VALUES] == [True] * 4
+    together = inside.T.astype("float32") @ inside.astype("float32")  # how often each pair of examples met
+    pairs = together[np.triu_indices(200, 1)]
+    scores = (pairs - 1e5 * 0.05**2) / math.sqrt(1e5 * 0.05**2 * (1 - 0.05**2))
+    assert abs(np.mean(scores**2) - 1.0) < 0.05 and np.max(np.abs(scores)) < 6.0
+
+
+def test_drawing_takes_time_in_proportion_to_the_draw():
+    sampling = make_sampling(10**9, 512 / 10**9, rows=1000)
+    drawn = draw(sampling, 50, seed=13)  # a coin for each example would take minutes
+    sizes = [np.sum(indices >= 0) for indices in drawn]
+    assert abs(np.mean(sizes) - 512) < 5 * math.sqrt(512 / 50) and max(indices.max() for indices in drawn) > 0.9e9
+
+
 @pytest.mark.parametrize(
     "wrong,p_value",
     [

@@ -331,6 +331,38 @@ def test_norms_count_products_whose_factors_squares_leave_float32(x, y):
     np.testing.assert_allclose(norm, clipped_norm(model, *batch, "loop", loss="mse"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_norms_are_infinite_where_products_leave_float32(sign):
+    a, g, jacobian, cotangent = (
+        tf.constant(np.array(values, "float32").reshape(shape))
+        for values, shape in (
+            ([1e20, 1e20], (1, 1, 1, 2)),
+            ([1e-20], (1, 1, 1, 1)),
+            ([1e19, 1e18], (1, 1, 2, 1)),
+            ([sign * 1e-22], (1, 1, 1, 1)),
+        )
+    )
+    products = Products((2, 1), (a, g), [(jacobian, cotangent)], lambda matrix: matrix)
+    assert np.isinf(products.squared_norms().numpy()).all()
+
+
+def set_float_type(name):
+    keras.backend.set_floatx(name)
+    keras.mixed_precision.set_global_policy(name)
+
+
+def test_norms_of_float64_count_all_that_the_sum_holds():
+    """No wider type holds the squares of float64's factors, or tells positions apart that cancel in it."""
+    set_float_type("float64")
+    try:
+        inputs = keras.Input((784,))
+        model = tf_dpbn.DPModel(inputs, keras.layers.Dense(1, use_bias=False)(inputs))
+        batch = np.full((1, 784), 1e-155), np.full((1, 1), 5e153)
+        assert clipped_norm(model, *batch, "book_keeping", loss="mse", norm_method="gram") <= 1.0 + ROUNDING
+    finally:
+        set_float_type("float32")
+
+
 @pytest.mark.parametrize("positions, inputs, outputs", [(2, 256, 256), (4, 256, 128), (3, 700, 64)])
 @pytest.mark.parametrize("corrected", [False, True])
 def test_norms_from_inner_products_are_never_below_the_true_ones(positions, inputs, outputs, corrected):

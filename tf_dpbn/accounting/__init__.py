@@ -1,8 +1,9 @@
 """Privacy accounting: noise multipliers, sampling rate, steps in; (epsilon, delta) out. Needs no TensorFlow.
 
-Looking back: `StepRecord`, `Ledger`, `privacy_statement` (what ran). Looking ahead: `PrivacyPlan`,
-`calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation / L2
-sensitivity. Adjacency is add-or-remove one example; the number of examples and the expected batch size are public.
+Looking back: `StepRecord`, `Ledger`, `LedgerFile`, `read_training`, `privacy_statement` (what ran). Looking ahead:
+`PrivacyPlan`, `calibrate_noise_multiplier`, `max_steps`, `default_max_batch_size`. A "multiplier" is standard deviation
+/ L2 sensitivity. Adjacency is add-or-remove one example, or one user with all of theirs; the number of examples or
+users and the expected batch size are public.
 """
 
 from tf_dpbn.accounting.events import (
@@ -12,14 +13,18 @@ from tf_dpbn.accounting.events import (
     tail_delta,
     truncation_probability,
 )
+from tf_dpbn.accounting.files import SavedTraining, read_training
 from tf_dpbn.accounting.ledger import Ledger, StepRecord, dp_sgd_event
+from tf_dpbn.accounting.ledger_file import LedgerFile
 from tf_dpbn.accounting.planning import PrivacyPlan, PrivacyWarning, calibrate_noise_multiplier, max_steps
 from tf_dpbn.accounting.statement import TensorFlowPrivacyEpsilons, privacy_statement, tensorflow_privacy_epsilons
 
 __all__ = [
     "Ledger",
+    "LedgerFile",
     "PrivacyPlan",
     "PrivacyWarning",
+    "SavedTraining",
     "StepRecord",
     "TensorFlowPrivacyEpsilons",
     "calibrate_noise_multiplier",
@@ -28,6 +33,7 @@ __all__ = [
     "effective_noise_multiplier",
     "max_steps",
     "privacy_statement",
+    "read_training",
     "split_noise_multiplier",
     "tail_delta",
     "tensorflow_privacy_epsilons",

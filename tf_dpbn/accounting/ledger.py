@@ -25,7 +25,7 @@ from tf_dpbn.accounting.events import (
     truncation_probability,
 )
 
-SAMPLINGS = ("poisson", "assumed")
+SAMPLINGS, UNITS = ("poisson", "assumed"), ("example", "user")
 _FORMAT, _VERSION = "tf_dpbn.Ledger", 1
 
 
@@ -42,6 +42,8 @@ class StepRecord:
         truncated. Truncation is charged to delta, so N and q must then be known (q may be filled in later if sampling
         is "assumed").
       sampling: "poisson" if the batches came from this library's Poisson sampler, "assumed" if that is taken on trust.
+      unit: what is drawn, and what one more or less of makes data sets neighbours: "example", or "user" with all of
+        their examples; N, q and M count them.
 
     Raises:
       ValueError: a field is out of range, or one that another needs is missing.
@@ -53,6 +55,7 @@ class StepRecord:
     num_examples: int | None = None
     max_batch_size: int | None = None
     sampling: str = "assumed"
+    unit: str = "example"
 
     def __post_init__(self) -> None:
         # Python's own numbers throughout, so that records of equal steps are equal and can be written as JSON.
@@ -61,6 +64,7 @@ class StepRecord:
         put("noise_multipliers", tuple(float(sigma) for sigma in self.noise_multipliers))
         put("steps", _validate.non_negative_int("steps", self.steps))
         _validate.one_of("sampling", self.sampling, SAMPLINGS)
+        _validate.one_of("unit", self.unit, UNITS)
         if self.sampling_probability is not None:
             put("sampling_probability", _validate.probability("sampling_probability", self.sampling_probability))
         elif self.sampling == "poisson":
@@ -138,6 +142,11 @@ class Ledger:
     def entries(self) -> tuple[StepRecord, ...]:
         """One record for each configuration, with all its steps."""
         return tuple(dataclasses.replace(key, steps=steps) for key, steps in self._steps.items())
+
+    @property
+    def unit(self) -> str:
+        """What is protected by all steps together: "user" if it is by each, else "example"."""
+        return "user" if self._steps and all(entry.unit == "user" for entry in self._steps) else "example"
 
     @property
     def steps(self) -> int:

@@ -58,8 +58,14 @@ _NOT_COVERED = (
     "side channels such as timing or memory",
     "floating-point effects of the noise: the analysis is for real numbers",
 )
+_NEIGHBOURS = {
+    "example": "Neighbouring data sets differ by adding or removing one example: one row of the data given to "
+    "poisson_dataset or fit. Whoever has several rows in it has less protection than epsilon says.",
+    "user": "Neighbouring data sets differ by adding or removing one user, with all of their examples: all rows of one "
+    "of the user_ids given to poisson_dataset.",
+}
 _SAMPLING_SENTENCES = {
-    "poisson": "Poisson sampling by this library: each example in each batch independently.",
+    "poisson": "Poisson sampling by this library: each {unit} in each batch independently.",
     "assumed": (
         "Poisson sampling is ASSUMED: these batches are not known to come from this library's sampler. Shuffled or "
         "fixed-order batches do not satisfy the assumption, and this epsilon is then no guarantee."
@@ -95,17 +101,19 @@ def privacy_statement(
             f"Of delta, {ledger.truncation_delta():.3g} pays for batches truncated to their padded size, and "
             f"{ledger.tail_delta():.3g} for what the noise's tail leaves out."
         )
+    paragraphs.append(_NEIGHBOURS[ledger.unit])
     paragraphs.append(
-        "Neighbouring data sets differ by adding or removing one example: one row of the data given to poisson_dataset "
-        "or fit. Whoever has several rows in it has less protection than epsilon says."
-    )
-    paragraphs.append(
-        "Treated as public, and not protected: the number of examples and the expected batch size; the initial "
+        f"Treated as public, and not protected: the number of {ledger.unit}s and the expected batch size; the initial "
         "weights; the public batch, if there is one, which is stored with the model."
     )
     paragraphs.append("Covered: " + "; ".join((*_COVERED, *covered)) + ".")
     paragraphs.append("NOT covered: " + "; ".join((*_NOT_COVERED, *not_covered)) + ".")
     return "\n\n".join(textwrap.fill(paragraph, width=80) for paragraph in paragraphs) + "\n"
+
+
+def shown_epsilon(epsilon: float) -> str:
+    """Epsilon to four decimals, rounded up, never down: the printed number must be a guarantee too."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}" if math.isfinite(epsilon) else "infinite"
 
 
 def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> str:
@@ -121,11 +129,9 @@ def _headline(ledger: Ledger, epsilon: float, delta: float, accountant: str) -> 
         return f"NO PRIVACY GUARANTEE: epsilon is infinite at delta = {delta:g}, because {reason}."
     assumed = any(entry.sampling == "assumed" for entry in ledger.entries)
     condition = ", PROVIDED that the sampling assumed below is what happened" if assumed else ""
-    # Rounded up, never down: the printed number must be a guarantee too.
-    shown = math.ceil(epsilon * 1e4) / 1e4
     return (
-        f"Training was (epsilon, delta)-differentially private with epsilon = {shown:.4f} at delta = {delta:g}, after "
-        f"{ledger.steps} steps, by {accountant.upper()} accounting{condition}."
+        f"Training was (epsilon, delta)-differentially private with epsilon = {shown_epsilon(epsilon)} at delta = "
+        f"{delta:g}, after {ledger.steps} steps, by {accountant.upper()} accounting{condition}."
     )
 
 
@@ -138,7 +144,7 @@ def _entry_text(entry: StepRecord) -> str:
     text = f"{entry.steps} steps: sampling probability {probability:.6g}, {noise}"
     if entry.num_examples is not None:
         expected = probability * entry.num_examples
-        text += f"; {entry.num_examples} examples, {expected:.6g} expected in a batch"
+        text += f"; {entry.num_examples} {entry.unit}s, {expected:.6g} expected in a batch"
     if entry.max_batch_size is not None:
         text += f", at most {entry.max_batch_size}"
-    return f"{text}. {_SAMPLING_SENTENCES[entry.sampling]}"
+    return f"{text}. {_SAMPLING_SENTENCES[entry.sampling].format(unit=entry.unit)}"

@@ -26,12 +26,15 @@ def _sums_of(model: DPModel, data: Any) -> tuple[ClippedSum, ...]:
 def clipped_sums(model: DPModel) -> Callable[[Any, Any, Any], tuple[ClippedSum, ...]]:
     """A function (x, y, weights) -> the clipped sums that a step of a compiled model would release, without noise.
 
-    At the current weights. The sums are private; they are for audits and tests.
+    At the current weights. The sums are private; they are for audits and tests. Weights are [rows]; where rows are
+    users, all examples of a row have its weight.
     """
     require_full_float32()
     sensitivities: list[float] = []
 
     def run(x: Any, y: Any, weights: Any) -> list[tuple[tf.Tensor, ...]]:
+        if (most := model._dp_options["max_examples_per_user"]) > 1:
+            weights = tf.repeat(weights[:, None], most, 1)
         found = _sums_of(model, (x, y, weights))
         sensitivities[:] = [each.l2_sensitivity for each in found]
         return [each.tensors for each in found]

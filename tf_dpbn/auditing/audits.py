@@ -41,9 +41,9 @@ def audit_step(
 
     Args:
       model: compiled with a DPOptimizer; it is not trained, and nothing is recorded.
-      x, y: nests of arrays [rows, ...], a batch.
+      x, y: nests of arrays [rows, ...], a batch; [rows, K, ...] of a model of users, whose rows are users.
       delta: in (0, 1).
-      row: the example; None tries all and takes the one that moves the sums most.
+      row: the example, or user; None tries all and takes the one that moves the sums most.
       trials: how many releases in each world, >= 4. The noise that they use up is never used again.
       confidence: in (0, 1).
 
@@ -89,7 +89,7 @@ def audit_step(
         claimed_epsilon=Ledger([record]).epsilon(delta, "pld"),
         delta=delta,
         confidence=confidence,
-        method=f"one step with and without row {row}, {trials} releases of each; Gaussian trade-off",
+        method=f"one step with and without {model._unit()} {row}, {trials} releases of each; Gaussian trade-off",
     )
 
 
@@ -162,9 +162,13 @@ def audit_training(
       **fit: further arguments of `model.fit`.
 
     Raises:
-      ValueError: the plan is for another number of examples, or an argument is out of range.
+      ValueError: the plan is for another number of examples, an argument is out of range, or the model's rows are users
+        with several examples, which `audit_step` audits.
       RuntimeError: several steps ran between two callbacks (steps_per_execution).
     """
+    if model._unit() == "user":
+        remedy = "Canaries are single examples. Audit users by audit_step."
+        raise _validate.argument_error("model", model.name, "have max_examples_per_user=1", remedy)
     count, examples = (len(tf.nest.flatten(each)[0]) for each in (canary_x, x))
     draws, seed = seed, secrets.randbits(63) if seed is None else seed
     included = np.random.default_rng(seed).random(count) < 0.5

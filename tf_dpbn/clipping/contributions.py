@@ -114,9 +114,9 @@ class Products(Contribution):
     def squared_norms(self) -> tf.Tensor:
         """See `Contribution`; never below the true value by more than rounding.
 
-        In float64, as the sum: gradients are products, which may be large where squares of a factor leave float32, and
-        positions may cancel but for less than float32 rounds. Only what is multiplied by Jacobians, which takes most of
-        the time, is float32, and the most that this can cost is added.
+        In float64, as the sum, and of nothing wider than float32: gradients are products, which may be large where
+        squares of a factor leave float32, and positions may cancel but for less than float32 rounds. Only what is
+        multiplied by Jacobians, which takes most of the time, is float32, and the most that this can cost is added.
         """
         a, g = (tf.cast(each, tf.float64) for each in (self._a, self._g))
         corrections = [(jacobian, tf.cast(cotangent, tf.float64)) for jacobian, cotangent in self._corrections]
@@ -144,7 +144,8 @@ class Products(Contribution):
                     squared += vanished * (tf.sqrt(a.shape[2] * of_g * of_c) + of_c)
                     scale += of_correction
         rounding = _UNITS * np.finfo(self._a.dtype.as_numpy_dtype).eps
-        return tf.where(squared < 0.0, tf.zeros_like(squared), squared) + rounding * tf.square(scale)
+        # What is negative is so by rounding, or by products that left float32: then it must stay infinite.
+        return tf.abs(squared) + rounding * tf.square(scale)
 
     def weighted_sum(self, weights: tf.Tensor, operands: Sequence[tf.Tensor]) -> tf.Tensor:
         """See `Contribution`."""

@@ -133,6 +133,13 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
         )
 
 
+def check_ledger_file(strategy: tf.distribute.Strategy, path: Any) -> None:
+    """Refuses a ledger file under several workers: one would know of steps that the others do not."""
+    if path is not None and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        requirement = "be None under MultiWorkerMirroredStrategy"
+        raise _validate.argument_error("ledger_file", path, requirement, "Save checkpoints.", NotImplementedError)
+
+
 def check_labels(model: Any, labels: Any, sample_weight: Any = None, name: str = "y") -> None:
     """Refuses labels that one of Keras' losses cannot take: strings, and integers that are no class of the model's.
 
@@ -335,21 +342,35 @@ def check_single_batch(strategy: tf.distribute.Strategy) -> None:
         )
 
 
-def check_multiplicity(made: int, averaged: int) -> None:
-    """Refuses a data set with another number of augmented copies than the model averages over."""
-    if made != averaged:
-        requirement = f"equal that of the Poisson data set, {made}"
-        remedy = "Pass the same augmentation_multiplicity to compile and to poisson_dataset."
-        raise _validate.argument_error("augmentation_multiplicity", averaged, requirement, remedy)
+GROUPS = ("augmentation_multiplicity", "max_examples_per_user")
 
 
-def check_copies(x: Any, multiplicity: int) -> None:
-    """Refuses inputs that do not hold the augmented copies that the model averages over."""
-    for tensor in tf.nest.flatten(x) if multiplicity > 1 else []:
-        if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (multiplicity, None)):
-            requirement = f"have shape [batch, {multiplicity}, ...], as augmentation_multiplicity asks for"
-            remedy = "poisson_dataset(augment=..., augmentation_multiplicity=...) makes such inputs."
-            raise _validate.argument_error("x", tensor.shape, requirement, remedy)
+def check_one_group(options: dict[str, Any]) -> None:
+    """Refuses augmented copies of several examples a user."""
+    if all(options[name] > 1 for name in GROUPS):
+        remedy = "Augment one copy of each example, augmentation_multiplicity=1."
+        raise _validate.argument_error(GROUPS[0], options[GROUPS[0]], "be 1 with max_examples_per_user > 1", remedy)
+
+
+def check_same_groups(source: PoissonSource, options: dict[str, Any]) -> None:
+    """Refuses a data set with another number of copies, or of examples a user, than the model averages over."""
+    for name in GROUPS:
+        if getattr(source, name) != options[name]:
+            requirement = f"equal that of the Poisson data set, {getattr(source, name)}"
+            remedy = f"Pass the same {name} to compile and to poisson_dataset."
+            raise _validate.argument_error(name, options[name], requirement, remedy)
+
+
+def check_groups(x: Any, weight: Any, options: dict[str, Any]) -> None:
+    """Refuses a batch that does not hold the copies, or a user's examples, that the model averages over."""
+    size, name = max((options[name], name) for name in GROUPS)
+    for tensor in tf.nest.flatten(x) if size > 1 else []:
+        if tensor.shape.rank is not None and (tensor.shape.rank < 2 or tensor.shape[1] not in (size, None)):
+            requirement = f"have shape [batch, {size}, ...], as {name} asks for"
+            raise _validate.argument_error("x", tensor.shape, requirement, "poisson_dataset makes such inputs.")
+    if weight is None and options["max_examples_per_user"] > 1:
+        remedy = "It tells a user's examples from padding; poisson_dataset makes it."
+        raise _validate.argument_error("sample_weight", None, f"have shape [batch, {size}]", remedy)
 
 
 def check_reduction(loss: Any) -> None:

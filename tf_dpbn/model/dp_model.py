@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from tf_dpbn import _keras, _validate
 from tf_dpbn._devices import has_accelerator, require_full_float32
 from tf_dpbn._keras import IS_KERAS_3, Functional, keras
 from tf_dpbn.accounting import Ledger, PrivacyWarning, privacy_statement
+from tf_dpbn.accounting.files import TRAINING_ROWS
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
 from tf_dpbn.model import checks, saving, step
@@ -81,6 +83,8 @@ class DPModel(keras.Model):
         norm_method: str = "auto",
         loss_scale: float | None = None,
         augmentation_multiplicity: int = 1,
+        max_examples_per_user: int = 1,
+        ledger_file: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
         """Configures training.
@@ -104,12 +108,19 @@ class DPModel(keras.Model):
             nothing else changes. None takes 1024 if a layer computes in float16 and 1 otherwise.
           augmentation_multiplicity: K > 1 if inputs are [batch, K, ...], K augmented copies of each example, as
             `poisson_dataset` makes them; the gradients of an example's copies are averaged before they are clipped.
+          max_examples_per_user: K > 1 if inputs, labels and weights are [batch, K, ...], at most K examples of each
+            user, as `poisson_dataset(user_ids=...)` makes them; the gradients of a user's examples are averaged before
+            they are clipped, and the guarantee is for users.
+          ledger_file: path of an `accounting.LedgerFile`, or None. Steps are written to it before they run, so that the
+            record of none is lost if the program dies; what it says already is added to the ledger. One model at a time
+            trains with it. It is no part of a saved model: compile again after `load_model`.
 
         Raises:
           TypeError: if the optimizer is not a DPOptimizer.
-          ValueError: for unknown options, or stock batch normalization in the model (naming the layer).
+          ValueError: for unknown options, stock batch normalization in the model (naming the layer), or a ledger file
+            that is open elsewhere, was changed, or is none.
           NotImplementedError: under a distribution strategy that does not mirror variables, or for options that several
-            replicas cannot combine with.
+            replicas, or several workers, cannot combine with.
           RuntimeError: by a callback of a running `fit`.
         """
         if not isinstance(optimizer, DPOptimizer):
@@ -122,6 +133,7 @@ class DPModel(keras.Model):
         self._private_optimizer = None  # a model whose `compile` fails does not train
         checks.check_overrides(self, DPModel)
         checks.check_replicas(self.distribute_strategy, optimizer, bool(kwargs.get("run_eagerly")))
+        checks.check_ledger_file(self.distribute_strategy, ledger_file)
         self._record.check_optimizer(optimizer)
         _validate.one_of("correction", correction, CORRECTIONS)
         self._engine = get_engine(engine, microbatch_size, norm_method)
@@ -134,7 +146,9 @@ class DPModel(keras.Model):
             "norm_method": norm_method,
             "loss_scale": loss_scale,
             "augmentation_multiplicity": _validate.positive_int("augmentation_multiplicity", augmentation_multiplicity),
+            "max_examples_per_user": _validate.positive_int("max_examples_per_user", max_examples_per_user),
         }
+        checks.check_one_group(self._dp_options)
         if augmentation_multiplicity > 1:
             checks.check_reduction(loss)
         if IS_KERAS_3:
@@ -143,11 +157,16 @@ class DPModel(keras.Model):
                 kwargs["jit_compile"] = False
         checks.check_layers(self)
         super().compile(optimizer, loss, *args, **kwargs)
+        self._record.use_file(ledger_file)
         self.optimizer = self._private_optimizer = optimizer  # tf_keras wraps it under mixed_float16
-        self._record.open(optimizer)
+        self._record.open(optimizer, unit=self._unit())
         self._public.structure = None
         self._forget_traces()
         self._create_averages()
+
+    def _unit(self) -> str:
+        """What a row of a batch is."""
+        return "user" if self._dp_options["max_examples_per_user"] > 1 else "example"
 
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile`, serialized."""
@@ -209,6 +228,7 @@ class DPModel(keras.Model):
 
         def train_function(*args: Any, **kwargs: Any) -> Any:
             require_full_float32()
+            self._record.write_ahead(functools.partial(_keras.steps_of_call, self))
             self._is_in_step = True
             try:
                 return function(*args, **kwargs)
@@ -253,12 +273,12 @@ class DPModel(keras.Model):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                     if class_weight is not None:
                         x, class_weight = apply_class_weight(x, class_weight), None
-                    elif source is not None and source.sample_weight is None:  # metrics are to see no weights either
+                    elif source is not None and not source.has_weights:  # metrics are to see no weights either
                         x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))
                 kwargs["callbacks"] = with_refreshes(callbacks)
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
             finally:
-                self._record.open(optimizer)  # later steps are not on these batches
+                self._record.open(optimizer, unit=self._unit())  # later steps are not on these batches
 
     def train_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
         """keras.Model.train_on_batch; the ledger records the step with sampling assumed, without a warning.
@@ -287,11 +307,14 @@ class DPModel(keras.Model):
         with _keras.as_compiled(self):
             checks.check_trainable(self)
             checks.check_grouped_convolutions(self, _keras.is_compiled_whole(self))
+        self._record.open_file()
         self._is_training = True
         try:
             yield optimizer
         finally:
             self._is_training = False
+            if method == "fit":  # `train_on_batch` cannot know of its last step
+                self._record.close_file()
 
     def _refuse_while_training(self, method: str) -> None:
         if self._is_training:
@@ -322,7 +345,7 @@ class DPModel(keras.Model):
         else:
             checks.check_sampling(batches, optimizer, self.distribute_strategy.num_replicas_in_sync)
         if source is not None:
-            checks.check_multiplicity(source.augmentation_multiplicity, self._dp_options["augmentation_multiplicity"])
+            checks.check_same_groups(source, self._dp_options)
         checks.check_workers(self.distribute_strategy, source, self._public.batch)
         if source is not None and source.draws is not None:
             source.draws.begin(lambda: self.private_steps)
@@ -336,7 +359,7 @@ class DPModel(keras.Model):
         if isinstance(held_out, (tuple, list)) and len(held_out) > 1 and held_out[1] is not None:
             checks.check_labels(self, held_out[1], held_out[2] if len(held_out) > 2 else None, "validation_data")
         checks.check_callbacks(options["callbacks"])
-        next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed")
+        next_step = self._record.open(optimizer, batches, "poisson" if source else "assumed", self._unit())
         if source is not None and source.plan is not None:
             checks.check_plan(source.plan, source.sampling, self.ledger, next_step, options)
         self._create_variables(*x.element_spec[:2] if source is not None else (None, None))
@@ -352,14 +375,12 @@ class DPModel(keras.Model):
         can_trace = is_functional or self.distribute_strategy.num_replicas_in_sync == 1
         if x is not None and not self._is_prepared and can_trace:
             checks.check_layers(self)
+            first_x, first_y = step.first_of_groups(self._dp_options, x, y)
             if not is_functional:
-                one = x  # without the axis of augmented copies
-                if self._dp_options["augmentation_multiplicity"] > 1:
-                    one = tf.nest.map_structure(lambda t: tf.TensorSpec([t.shape[0], *t.shape[2:]], t.dtype), x)
-                y_pred = trace_outputs(self, one)
+                y_pred = trace_outputs(self, first_x)
                 checks.check_trainable(self)
             with self.distribute_strategy.scope():
-                _keras.build_compiled(self, y, y_pred)
+                _keras.build_compiled(self, first_y, y_pred)
         elif not (is_functional or x is not None and self.built):
             return
         self._create_averages()
@@ -483,7 +504,7 @@ class DPModel(keras.Model):
 
     def privacy_statement(self, delta: float, accountant: str = "rdp") -> str:
         """What the guarantee is, what it assumes, and what it does not cover, in plain words. For what really ran."""
-        told = ["rows of the training data in the public batch"] if self._public.may_contain_training_rows else []
+        told = [TRAINING_ROWS] if self._public.may_contain_training_rows else []
         return privacy_statement(self.ledger, delta=delta, accountant=accountant, not_covered=told)
 
     @property
@@ -494,7 +515,10 @@ class DPModel(keras.Model):
     # ------------------------------------------------------------------ saving
 
     def export(self, *args: Any, **kwargs: Any) -> Any:
-        """keras.Model.export: a SavedModel for inference that loads without tf_dpbn."""
+        """keras.Model.export: a file for inference that runs without tf_dpbn.
+
+        A SavedModel, or with Keras 3 `format="litert"`, "onnx" or "openvino", each with its packages (extra "export").
+        """
         self._public.refresh_if_trained()
         return super().export(*args, **kwargs)
 

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dpbn._keras import IS_KERAS_3
+from tf_dpbn.accounting.files import RECORD_KEY
 
-_KEY = "tf_dpbn_record"
 _BATCH_KEY = "tf_dpbn_public_batch_"
 _STRINGS = b"tf_dpbn strings "
 _LEGACY_ENDINGS = (".h5", ".hdf5")
@@ -25,16 +25,16 @@ def save_record(model: Any, store: Any) -> None:
         "public_batch": None if batch is None else tf.nest.pack_sequence_as(batch, list(range(len(arrays)))),
         "may_contain_training_rows": model._public.may_contain_training_rows,
     }
-    store[_KEY] = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    store[RECORD_KEY] = np.frombuffer(json.dumps(record).encode(), np.uint8)
     for i, array in enumerate(arrays):
         store[f"{_BATCH_KEY}{i}"] = _stored(array.numpy())
 
 
 def load_record(model: Any, store: Any) -> None:
     """Adds the ledger of a file, and takes its public batch; a stock model's file has neither."""
-    if _KEY not in store.keys():
+    if RECORD_KEY not in store.keys():
         return
-    record = json.loads(bytes(np.asarray(store[_KEY])).decode())
+    record = json.loads(bytes(np.asarray(store[RECORD_KEY])).decode())
     model._record.deserialize(record["record"])
     if record["public_batch"] is not None:
         structure = record["public_batch"]

@@ -38,7 +38,7 @@ _HALF_PRECISION_LOSS_SCALE = 1024.0
 def read_batch(model: Any, data: Any) -> Batch:
     """The examples of what Keras hands to a train step."""
     x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-    checks.check_copies(x, model._dp_options["augmentation_multiplicity"])
+    checks.check_groups(x, weight, model._dp_options)
     if weight is None:
         return Batch(x, y, None, None)
     masks = [real_example_mask(each) for each in tf.nest.flatten(weight)]
@@ -52,13 +52,24 @@ def public_forward(model: Any, batch: Batch) -> PublicForward:
     normalization, say) that the examples' own passes leave out.
     """
     checks.check_layers(model)
-    x = batch.x
-    if model._dp_options["augmentation_multiplicity"] > 1:
-        x = tf.nest.map_structure(lambda t: t[:, 0], x)
-    structure = model._public.structure = trace_structure(model, x, batch.y)
+    x, y = first_of_groups(model._dp_options, batch.x, batch.y)
+    structure = model._public.structure = trace_structure(model, x, y)
     zeros = tf.nest.map_structure(lambda t: tf.zeros_like(t[:1]), x)
     public_batch = model._public.require_batch() if structure.needs_public_batch else zeros
     return PublicForward(model, public_batch, model._dp_options["correction"], model._record.released_means)
+
+
+def first_of_groups(options: dict[str, Any], x: Any, y: Any) -> tuple[Any, Any]:
+    """Inputs and labels, nests of tensors or specs, without the axis of copies or of a user's examples."""
+
+    def first(each: Any) -> Any:
+        if isinstance(each, tf.TensorSpec):
+            return tf.TensorSpec([each.shape[0], *each.shape[2:]], each.dtype)
+        return each[:, 0]
+
+    of_users = options["max_examples_per_user"] > 1
+    x = tf.nest.map_structure(first, x) if of_users or options["augmentation_multiplicity"] > 1 else x
+    return x, tf.nest.map_structure(first, y) if of_users else y
 
 
 def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple[ClippedSum, ...], BatchResult]:
@@ -68,9 +79,30 @@ def clipped_sums(model: Any, batch: Batch, public: PublicForward) -> tuple[tuple
 
 
 def task(model: Any, public: PublicForward) -> Task:
-    """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics."""
+    """Describes one example's forward pass: a batch of its copies, or of one, with the public statistics.
+
+    With several examples a user, the batch of a user's examples takes the place of the copies of an example.
+    """
     seeds = draw_example_seeds(model)
-    copies = model._dp_options["augmentation_multiplicity"]
+    users, copies = model._dp_options["max_examples_per_user"], model._dp_options["augmentation_multiplicity"]
+    group = max(users, copies)
+
+    def loss_of_user(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> tuple[Any, Any, Any]:
+        """What `loss_of` yields, as means over the user's examples; all their predictions, [examples, ...]."""
+        masks, results = masks_of(y_pred), []
+        for k in range(users):
+            outputs, masks_of_one = tf.nest.map_structure(lambda t: t[k : k + 1], (y_pred, masks))  # noqa: B023
+            of_one = tf.nest.map_structure(lambda t: t[k], (y, weight))  # noqa: B023
+            results.append(loss_of(with_masks(outputs, masks_of_one), of_one[0], of_one[1], index)[:2])
+        present = [real_example_mask(each) for each in tf.nest.flatten(weight)]
+        present = tf.reduce_any(tf.stack(present), 0)
+
+        def mean(*values: tf.Tensor) -> tf.Tensor:
+            total = tf.reduce_sum(tf.where(present, tf.stack(values), tf.zeros([users])))
+            return tf.math.divide_no_nan(total, tf.reduce_sum(tf.cast(present, tf.float32)))
+
+        loss, parts = tf.nest.map_structure(mean, *results)
+        return loss, parts, MaskedPredictions(y_pred, masks) if tf.nest.flatten(masks) else y_pred
 
     def loss_of(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> tuple[tf.Tensor, tuple[tf.Tensor, ...], Any]:
         """(loss, parts, prediction) of one example, from the predictions [copies, ...] for it."""
@@ -89,17 +121,18 @@ def task(model: Any, public: PublicForward) -> Task:
         return scale * tf.cast(tf.reduce_mean(loss), tf.float32), parts, y_pred
 
     def run_example(x: Any, y: Any, weight: Any, index: tf.Tensor, statistics: Any) -> ExampleResult:
-        if copies == 1:
+        if group == 1:
             x = tf.nest.map_structure(lambda t: t[None], x)
         with (
             GivenStatistics(public.calls, statistics) as given,
             isolated_call(seeds, index, tracker_variables(model), model.weights),
         ):
             y_pred = call_model(model, x, training=True)
-        return ExampleResult(*loss_of(y_pred, y, weight, index), public.residuals(given, tf.nest.flatten(x)))
+        loss, parts, y_pred = (loss_of if users == 1 else loss_of_user)(y_pred, y, weight, index)
+        return ExampleResult(loss, parts, y_pred, public.residuals(given, tf.nest.flatten(x)))
 
     def run_batch(x: Any, index: tf.Tensor, statistics: Any) -> BatchPass:
-        x = tf.nest.map_structure(_merge_copies if copies > 1 else tf.identity, x)
+        x = tf.nest.map_structure(_merge_groups if group > 1 else tf.identity, x)
         with (
             GivenStatistics(public.calls, statistics, constants=True) as given,
             isolated_call(seeds, index[0], tracker_variables(model), model.weights),
@@ -108,6 +141,8 @@ def task(model: Any, public: PublicForward) -> Task:
         return BatchPass(y_pred, given.normalized)
 
     def example_loss(y_pred: Any, y: Any, weight: Any, index: tf.Tensor) -> Any:
+        if users > 1:
+            return loss_of_user(y_pred, y, weight, index)
         return loss_of(tf.nest.map_structure(lambda t: t[None] if copies == 1 else t, y_pred), y, weight, index)
 
     variables = tuple(raw(variable) for variable in model.trainable_variables)
@@ -115,7 +150,7 @@ def task(model: Any, public: PublicForward) -> Task:
     return Task(run_example, variables, public.calls, _loss_scale(model), run_batch, example_loss, expected)
 
 
-def _merge_copies(x: tf.Tensor) -> tf.Tensor:
+def _merge_groups(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(x, tf.concat([[-1], tf.shape(x)[2:]], 0))
 
 
@@ -157,12 +192,15 @@ def update_metrics(model: Any, batch: Batch, result: BatchResult, penalty: tf.Te
     total.update_state(mean(result.loss) + penalty, sample_weight=count)
     for tracker, values in zip(parts, result.parts, strict=True):
         tracker.update_state(mean(values), sample_weight=count)
-    y_pred, weight = result.y_pred, batch.sample_weight
+    y, y_pred, weight, mask = batch.y, result.y_pred, batch.sample_weight, batch.mask
+    if model._dp_options["max_examples_per_user"] > 1:
+        y, y_pred, weight = tf.nest.map_structure(_merge_groups, (y, y_pred, weight))
+        mask = tf.reduce_any(tf.stack([real_example_mask(each) for each in tf.nest.flatten(weight)]), 0)
     if isinstance(y_pred, MaskedPredictions):
         y_pred = with_masks(*y_pred)
     if isinstance(weight, tf.Tensor) and weight.dtype in (tf.bool, tf.int8):  # only says which rows are real
         weight = None
-    update_compiled_metrics(model, batch.y, y_pred, weight, batch.mask)
+    update_compiled_metrics(model, y, y_pred, weight, mask)
     return model.get_metrics_result()
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
+import os
 import uuid
+import weakref
+from collections.abc import Callable
 
 import tensorflow as tf
 
 from tf_dpbn import _validate
-from tf_dpbn.accounting import Ledger, StepRecord
+from tf_dpbn.accounting import Ledger, LedgerFile, StepRecord
 from tf_dpbn.normalization import ReleasedMeans
 from tf_dpbn.optimizers import DPOptimizer
 from tf_dpbn.sampling import PoissonSampling
@@ -32,13 +36,19 @@ class TrainingRecord(tf.train.experimental.PythonState):
         self._counted: dict[tuple[float, ...], int] = {}  # what the optimizer had counted when `open` was called
         self._run = uuid.uuid4().hex
         self._closed = {self._run: Ledger()}  # by who took the steps: only this object adds to its own
+        self._file: LedgerFile | None = None  # where steps are written before they run
+        self._most_steps = 1  # of a call of the train function since `use_file`; its trace may keep an earlier setting
         self.released_means = ReleasedMeans()  # what normalizations keep of earlier releases
         with tf.init_scope():
             zero = tf.constant(0, tf.int64)  # of examples that were dropped because their gradient was non-finite
             self.non_finite = tf.Variable(zero, trainable=False, aggregation=tf.VariableAggregation.SUM)
 
     def open(
-        self, optimizer: DPOptimizer, batches: PoissonSampling | None = None, sampling: str = "assumed"
+        self,
+        optimizer: DPOptimizer,
+        batches: PoissonSampling | None = None,
+        sampling: str = "assumed",
+        unit: str = "example",
     ) -> StepRecord:
         """Records the steps so far, and from here on those of `optimizer` on batches drawn in a given way.
 
@@ -49,6 +59,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
           optimizer: whose steps are counted.
           batches: the distribution of the batches; None takes the optimizer's.
           sampling: "poisson" if they are known to be drawn so, or "assumed".
+          unit: what the optimizer's numbers count where `batches` are not known, "example" or "user".
         """
         self._close()
         if optimizer is not self._optimizer:
@@ -60,6 +71,7 @@ class TrainingRecord(tf.train.experimental.PythonState):
             num_examples=batches.num_examples if batches else optimizer.num_examples,
             max_batch_size=batches.max_batch_size if batches else None,
             sampling=sampling,
+            unit=batches.unit if batches else unit,
         )
         return self.next_step
 
@@ -102,6 +114,30 @@ class TrainingRecord(tf.train.experimental.PythonState):
                 merged[run] = ledger
         self._closed = merged
 
+    def use_file(self, path: str | os.PathLike[str] | None) -> None:
+        """Adds what a ledger file says, and has steps written there before they run; None has them in no file."""
+        self.close_file()
+        self._file, self._most_steps = None if path is None else LedgerFile(path, self._run), 1
+        self.open_file()
+        self.close_file()
+        _WITH_FILES.add(self)
+
+    def open_file(self) -> None:
+        """Locks the ledger file, if there is one, and adds what others have written since."""
+        if self._file is not None and not self._file.is_open:
+            self._merge(self._file.open())
+
+    def write_ahead(self, steps_of_call: Callable[[], int]) -> None:
+        """Writes the steps of a call of the train function, of which there may be fewer, to the ledger file."""
+        if self._file is not None and self.next_step is not None:
+            self._most_steps = max(self._most_steps, steps_of_call())
+            self._file.reserve(self._most_steps, lambda: self._ledgers()[0][self._run], self.next_step)
+
+    def close_file(self) -> None:
+        """Writes to the ledger file which steps did run, and unlocks it."""
+        if self._file is not None:
+            self._file.close(self._ledgers()[0][self._run])
+
     def take_over(self, other: TrainingRecord) -> None:
         """Adds what another model's weights have cost, and takes its released means; the weights were copied."""
         self._merge(other._ledgers()[0])
@@ -119,3 +155,13 @@ class TrainingRecord(tf.train.experimental.PythonState):
         saved = json.loads(text)
         self.released_means.load(saved["released_means"])
         self._merge({run: Ledger.from_json(ledger) for run, ledger in saved["runs"].items()})
+
+
+_WITH_FILES: weakref.WeakSet[TrainingRecord] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_files() -> None:
+    """After `train_on_batch`, which does not know of its last step."""
+    for record in list(_WITH_FILES):
+        record.close_file()

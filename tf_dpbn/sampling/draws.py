@@ -23,6 +23,7 @@ single example.
 from __future__ import annotations
 
 import hashlib
+import math
 import numbers
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +41,12 @@ class PoissonSampling:
     """The distribution of the batches; public facts only.
 
     Attributes:
-      num_examples: N, number of examples in the data set.
-      sampling_probability: q, probability in (0, 1] that a batch contains a given example.
-      max_batch_size: M, how many examples a draw holds at most.
+      num_examples: N, number of examples, or of users, in the data set.
+      sampling_probability: q, probability in (0, 1] that a batch contains a given one.
+      max_batch_size: M, how many of them a draw holds at most.
       steps_per_epoch: number of draws in one pass over the dataset.
       replicas: among how many replicas a batch is split by rows.
+      unit: "example" or "user", of which N, q and M tell.
 
     Raises:
       ValueError: a count is not a whole number of at least 1, or q is outside (0, 1].
@@ -55,6 +57,7 @@ class PoissonSampling:
     max_batch_size: int
     steps_per_epoch: int
     replicas: int = 1
+    unit: str = "example"
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "max_batch_size", "steps_per_epoch", "replicas"):
@@ -71,6 +74,50 @@ class PoissonSampling:
     def expected_batch_size(self) -> float:
         """Mean number of examples drawn, q * N: the public denominator of the step's averages."""
         return self.sampling_probability * self.num_examples
+
+
+class Users:
+    """The users that examples belong to.
+
+    Args:
+      user_ids: whole numbers or strings [N].
+      most: how many examples of a user a draw holds at most.
+
+    Attributes:
+      count: the number of users.
+    """
+
+    def __init__(self, user_ids: Any, most: int) -> None:
+        ids = np.asarray(user_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iuSU" and not all(isinstance(each, str) for each in ids):
+            received = f"{ids.dtype} of shape {ids.shape}"
+            raise _validate.argument_error("user_ids", received, "hold a whole number or a string for each example")
+        _, user_of = np.unique(ids, return_inverse=True)
+        self._examples, self._most = np.argsort(user_of, kind="stable"), most
+        self._ends = np.cumsum(np.bincount(user_of))
+        self.count = len(self._ends)
+
+    def examples_of(self, users: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draws at most `most` examples of each user.
+
+        A user with fewer has some of them again, which do not count: so no user looks like padding in part.
+
+        Args:
+          users: their numbers, int64 [rows], or -1.
+          rng: draws.
+
+        Returns:
+          (indices, counts): int64 and bool [rows, most], an example's number or -1, and whether it counts.
+        """
+        indices = np.full((len(users), self._most), -1, np.int64)
+        counts = np.zeros(indices.shape, bool)
+        for row in np.flatnonzero(users >= 0):
+            end = self._ends[users[row]]
+            own = self._examples[self._ends[users[row] - 1] if users[row] else 0 : end]
+            if len(own) > self._most:
+                own = rng.choice(own, self._most, replace=False)
+            indices[row], counts[row, : len(own)] = np.resize(own, self._most), True
+        return indices, counts
 
 
 class SharedDraws:
@@ -119,14 +166,26 @@ def draws(sampling: PoissonSampling, rng: np.random.Generator) -> Iterator[tuple
     """Yields the (indices, mask) of `poisson_indices` from `rng`."""
     rows = sampling.rows
     while True:
-        # One coin for each example is the definition itself, to within 2^-53 of the probability.
-        coins = rng.random(sampling.num_examples)
-        drawn = np.flatnonzero(coins < sampling.sampling_probability)
+        drawn = _heads(sampling.num_examples, sampling.sampling_probability, rng)
         if drawn.size > sampling.max_batch_size:
             drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)
         indices = np.full(rows, -1, dtype=np.int64)
         indices[rng.choice(rows, size=drawn.size, replace=False)] = drawn
         yield indices, (indices >= 0).astype(np.float32)
+
+
+def _heads(coins: int, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """Which of as many independent coins show heads, in time in proportion to how many do.
+
+    From one head to the next it takes a geometric number of coins: numpy makes it of an exponential number of 53 bits.
+    """
+    expected, last, found = coins * probability, -1, []
+    while last < coins:
+        gaps = rng.geometric(probability, int(expected + 6.0 * math.sqrt(expected)) + 10)
+        found.append(last + np.cumsum(gaps))
+        last = found[-1][-1]
+    heads = np.concatenate(found)
+    return heads[heads < coins]
 
 
 def digest_of(arrays: Sequence[Any]) -> int:

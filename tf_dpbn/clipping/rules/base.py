@@ -137,8 +137,8 @@ class MatrixRule(Rule):
     def contribution(
         self, shape: Shape, inputs: Inputs, cotangent: tf.Tensor, terms: Sequence[BoundTerm], norm_method: str
     ) -> Contribution:
-        """See `Rule`; products are formed only where that is cheaper."""
-        if not self._prefers_products(bool(terms), norm_method):
+        """See `Rule`; gradients are formed where that is cheaper, and in float64, which has no wider type for norms."""
+        if cotangent.dtype == tf.float64 or not self._prefers_products(bool(terms), norm_method):
             return super().contribution(shape, inputs, cotangent, terms, norm_method)
         a, g = self.matrices(inputs, cotangent)
         pairs = factors(terms, self.shape, a.dtype)
