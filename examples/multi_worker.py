@@ -6,8 +6,8 @@ start it once on each machine with TensorFlow's TF_CONFIG in the environment, wh
     TF_USE_LEGACY_KERAS=1 python examples/multi_worker.py --workers=2 --epochs=5
 
 All workers draw the same Poisson batch, of which each takes its rows; their clipped sums are added up, noise is added
-once for the whole batch, and the ledger counts steps of the whole. Keras 3 cannot train under this strategy, so it
-runs on tf_keras. The first worker ends with one line of JSON.
+once for the whole batch, and the ledger counts steps of the whole. Keras 3 (3.15.1 was tried) cannot train under this
+strategy, so it runs on tf_keras. The first worker ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def launch(workers: int) -> int:
     processes = []
     for index in range(workers):
         task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1", "TF_CONFIG": json.dumps(task)}
+        environment = {"TF_USE_LEGACY_KERAS": "1", **os.environ, "TF_CONFIG": json.dumps(task)}
         output = None if index == 0 else subprocess.DEVNULL
         processes.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=output))
     statuses = [process.wait() for process in processes]

@@ -123,8 +123,9 @@ def check_replicas(strategy: tf.distribute.Strategy, optimizer: DPOptimizer, run
         raise _validate.argument_error("optimizer", type(optimizer).__name__, requirement, remedy)
     if IS_KERAS_3 and isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
         raise NotImplementedError(
-            "Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (github.com/keras-team/keras/issues/20585). Set "
-            "TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow is imported, which selects tf_keras."
+            "Keras 3 cannot `fit` under MultiWorkerMirroredStrategy (last tried: Keras 3.15.1 with TensorFlow 2.21; "
+            "github.com/keras-team/keras/issues/20585). Set TF_USE_LEGACY_KERAS=1 in the environment before TensorFlow "
+            f"is imported, which selects tf_keras. Received: Keras {keras.__version__}"
         )
     replicas = strategy.num_replicas_in_sync
     if replicas > 1 and run_eagerly:
