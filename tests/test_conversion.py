@@ -403,6 +403,20 @@ def test_arguments_survive_both_ways():
     assert normalizations(tf_dpbn.convert(model, statistics="anchored", momentum=0.8))[0].momentum == 0.8
 
 
+def test_statistics_may_be_chosen_by_the_names_of_layers():
+    model = sequential(norm(name="a", momentum=0.7), sequential(norm(name="b")), norm(name="c", trainable=False))
+    converted = tf_dpbn.convert(model, statistics={"a": "fixed", "b": "noised"})
+    found = {n.name: (getattr(n, "statistics", "stock"), n.momentum) for n in normalizations(converted)}
+    assert found == {"a": ("fixed", 0.7), "b": ("noised", 0.95), "c": ("stock", 0.99)}
+    others = tf_dpbn.convert(model, statistics={"a": "fixed"})
+    assert [getattr(n, "statistics", "stock") for n in normalizations(others)] == ["fixed", "public", "stock"]
+    for name in ("c", "missing"):
+        with pytest.raises(ValueError, match=f"trainable=False are copied.*Received: statistics='{name}'"):
+            tf_dpbn.convert(model, statistics={name: "fixed"})
+    with pytest.raises(ValueError, match="one of 'public'.*Received: statistics='private'"):
+        tf_dpbn.convert(model, statistics={"a": "private"})
+
+
 def test_layers_stay_frozen_as_they_are():
     model = partly_frozen()
     if IS_KERAS_3:
