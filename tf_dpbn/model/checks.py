@@ -262,12 +262,12 @@ def check_plan(
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
     future.record(dataclasses.replace(record, steps=steps))
-    total, whole = ledger.steps + steps, plan.record()
-    if total <= whole.steps and future == Ledger([plan.record(total)]):
+    whole = plan.ledger()
+    if whole.covers(future):
         return  # without a computation, which takes seconds with PLD
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
-        (noise,), (asked,) = record.noise_multipliers, whole.noise_multipliers
+        (noise,), (asked,) = record.noise_multipliers, plan.record().noise_multipliers
         remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
         if noise < asked:
             remedy = f"The optimizer's noise multiplier is {noise:.4g}, not {asked:.4g}: build both from one plan."
