@@ -245,7 +245,8 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
 
     In inference it is keras.layers.BatchNormalization: same arguments, same weights, same outputs. In training,
     inside a DPModel, it normalizes private examples by statistics that are public or were released with noise; it never
-    uses the moments of a private batch, and training it anywhere else is an error.
+    uses the moments of a private batch, and training it anywhere else is an error (but with "fixed" statistics, which
+    nothing changes).
 
     | `statistics` | normalizes by | needs | costs |
     | --- | --- | --- | --- |
