@@ -57,7 +57,7 @@ class Config:
     epsilon: float = 3.0
     delta: float = 1e-5
     l2_norm_clip: float = 0.5
-    learning_rate: float = 0.25
+    learning_rate: float = 0.0625
     epochs: int = 20
     head_epochs: int = 5
     batch_size: int = 256
