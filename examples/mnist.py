@@ -129,13 +129,7 @@ def make_model(config: Config, image_shape: tuple[int, ...]) -> tf_dpbn.DPModel:
     """The network of the tensorflow-privacy tutorial, a normalization after each hidden layer."""
     normalize = normalization(config.normalization, config.statistics)
     inputs = layers.Input(image_shape)
-    x = layers.Conv2D(16, 8, strides=2, padding="same")(inputs)
-    x = layers.ReLU()(normalize(x))
-    x = layers.MaxPool2D(2, strides=1)(x)
-    x = layers.Conv2D(32, 4, strides=2)(x)
-    x = layers.ReLU()(normalize(x))
-    x = layers.MaxPool2D(2, strides=1)(x)
-    x = layers.Dense(32)(layers.Flatten()(x))
+    x = layers.Dense(32)(convolutions(inputs, normalize))
     x = layers.ReLU()(normalize(x))
     model = tf_dpbn.DPModel(inputs, layers.Dense(10)(x))
     if config.normalization == "batch" and config.statistics != "noised":
@@ -143,6 +137,16 @@ def make_model(config: Config, image_shape: tuple[int, ...]) -> tf_dpbn.DPModel:
         batch = generate(image_shape, config.public_batch_size, seed=config.seed)
         model.set_public_batch(batch, value_range=(0.0, 1.0))
     return model
+
+
+def convolutions(images: Any, normalize: Any) -> Any:
+    """The two convolutions of the network; returns their features, flat."""
+    x = layers.Conv2D(16, 8, strides=2, padding="same")(images)
+    x = layers.ReLU()(normalize(x))
+    x = layers.MaxPool2D(2, strides=1)(x)
+    x = layers.Conv2D(32, 4, strides=2)(x)
+    x = layers.ReLU()(normalize(x))
+    return layers.Flatten()(layers.MaxPool2D(2, strides=1)(x))
 
 
 def normalization(kind: str, statistics: str = "public") -> Any:

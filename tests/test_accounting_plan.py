@@ -4,9 +4,11 @@ import dataclasses
 import math
 import sys
 
+import dp_accounting
 import pytest
 
 from tf_dpbn import accounting
+from tf_dpbn.accounting import events
 
 
 def record(q=0.01, sigmas=(1.0,), steps=1000, **kwargs):
@@ -154,6 +156,45 @@ def test_replace_finds_anew_what_was_filled_in_and_keeps_what_was_given():
         dataclasses.replace(made, noise_multiplier=2.0)
     given = dict(noise_multiplier=2.0, steps=30, max_batch_size=1000)
     assert dataclasses.replace(plan(**given), delta=1e-6) == plan(**given, delta=1e-6)
+
+
+PHASES = [{"expected_batch_size": 600, "epochs": 2}, {"expected_batch_size": 1200, "steps": 300}]
+SHARED = {"delta": 1e-5, "num_examples": 60_000}
+
+
+@pytest.mark.parametrize("accountant, target", [("rdp", 3.0), ("pld", 0.5)])
+def test_phases_have_one_noise_multiplier_and_the_epsilon_of_both_events(accountant, target):
+    head, whole = accounting.PrivacyPlan.phases(PHASES, target_epsilon=target, accountant=accountant, **SHARED)
+    assert head.noise_multiplier == whole.noise_multiplier and (head.steps, whole.steps) == (200, 300)
+    assert head.epsilon < 0.9 * whole.epsilon and target - 1e-3 < whole.epsilon <= target
+    assert whole.ledger() == accounting.Ledger([head.record(), whole.record()])
+    delta = 1e-5 - math.fsum(
+        each.steps
+        * accounting.truncation_probability(
+            num_examples=60_000, sampling_probability=q, max_batch_size=each.max_batch_size
+        )
+        for each, q in ((head, 0.01), (whole, 0.02))
+    )
+    orders = events._ORDERS[events._ORDERS <= 256].tolist()
+    accountants = {"rdp": dp_accounting.rdp.RdpAccountant(orders), "pld": dp_accounting.pld.PLDAccountant()}
+    for q, steps in ((0.01, 200), (0.02, 300)):
+        gaussian = dp_accounting.GaussianDpEvent(whole.noise_multiplier)
+        accountants[accountant].compose(dp_accounting.PoissonSampledDpEvent(q, gaussian), steps)
+    assert whole.epsilon == pytest.approx(accountants[accountant].get_epsilon(delta), rel=1e-6)
+    less = [dataclasses.replace(each, noise_multiplier=(1 - 1e-4) * each.noise_multiplier) for each in (head, whole)]
+    assert dataclasses.replace(less[1], before=(less[0].record(),)).epsilon > target
+
+
+def test_a_plan_counts_what_comes_before_it():
+    head = accounting.PrivacyPlan(target_epsilon=1.0, **PHASES[0], **SHARED)
+    rest = accounting.PrivacyPlan(target_epsilon=3.0, **PHASES[1], **SHARED, before=(head.record(),))
+    alone = accounting.PrivacyPlan(target_epsilon=3.0, **PHASES[1], **SHARED)
+    assert 3.0 - 1e-3 < rest.epsilon <= 3.0 and alone.noise_multiplier < rest.noise_multiplier < head.noise_multiplier
+    assert rest.epsilon == accounting.Ledger([head.record(), rest.record()]).epsilon(1e-5)
+    with pytest.raises(ValueError, match="be attainable.*target_epsilon=0.9"):
+        accounting.PrivacyPlan(target_epsilon=0.9, **PHASES[1], **SHARED, before=(head.record(),))
+    with pytest.raises(ValueError, match="phases=\\[\\]"):
+        accounting.PrivacyPlan.phases([], target_epsilon=3.0, **SHARED)
 
 
 def test_statement_says_what_ran():

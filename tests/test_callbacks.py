@@ -142,6 +142,20 @@ def test_a_fit_beyond_the_plan_of_its_data_is_warned_of_before_its_first_step(mo
         fit(model, steps_per_epoch=2)
 
 
+def test_phases_are_warned_of_where_they_go_beyond_what_all_may_cost():
+    fields = [{"expected_batch_size": 4, "epochs": 1}, {"expected_batch_size": 8, "epochs": 2}]
+    shared = {"delta": 1e-3, "num_examples": 16}
+    head, whole = tf_dpbn.PrivacyPlan.phases(fields, target_epsilon=3.0, **shared)
+    model = make_model()
+    for plan, epochs in ((head, 1), (whole, 2)):
+        optimizer = tf_dpbn.DPOptimizer.from_plan(plan, keras.optimizers.SGD(0.01), 1.0)
+        helpers.compiled(model, "mse", optimizer, stub=True)
+        model.fit(plan.poisson_dataset(X, Y), epochs=epochs, verbose=0)  # warnings are errors
+    assert model.ledger == whole.ledger() and 2.99 < model.epsilon(1e-3) == whole.epsilon <= 3.0
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="2 steps after 8 so far .* is for 8 steps and epsilon"):
+        model.fit(whole.poisson_dataset(X, Y), verbose=0)
+
+
 def test_an_optimizer_of_another_plan_than_the_data_is_named(model):
     optimizer = helpers.dp_optimizer(noise_multiplier=0.5 * PLAN.noise_multiplier, expected_batch_size=4)
     with pytest.warns(tf_dpbn.PrivacyWarning, match="The optimizer's noise multiplier is .* build both from one plan"):

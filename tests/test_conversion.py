@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -403,6 +405,20 @@ def test_arguments_survive_both_ways():
     assert normalizations(tf_dpbn.convert(model, statistics="anchored", momentum=0.8))[0].momentum == 0.8
 
 
+def test_statistics_may_be_chosen_by_the_names_of_layers():
+    model = sequential(norm(name="a", momentum=0.7), sequential(norm(name="b")), norm(name="c", trainable=False))
+    converted = tf_dpbn.convert(model, statistics={"a": "fixed", "b": "noised"})
+    found = {n.name: (getattr(n, "statistics", "stock"), n.momentum) for n in normalizations(converted)}
+    assert found == {"a": ("fixed", 0.7), "b": ("noised", 0.95), "c": ("stock", 0.99)}
+    others = tf_dpbn.convert(model, statistics={"a": "fixed"})
+    assert [getattr(n, "statistics", "stock") for n in normalizations(others)] == ["fixed", "public", "stock"]
+    for name in ("c", "missing"):
+        with pytest.raises(ValueError, match=f"trainable=False are copied.*Received: statistics='{name}'"):
+            tf_dpbn.convert(model, statistics={name: "fixed"})
+    with pytest.raises(ValueError, match="one of 'public'.*Received: statistics='private'"):
+        tf_dpbn.convert(model, statistics={"a": "private"})
+
+
 def test_layers_stay_frozen_as_they_are():
     model = partly_frozen()
     if IS_KERAS_3:
@@ -443,6 +459,44 @@ def test_a_converted_model_trains_and_goes_back(name, statistics, tmp_path):
     assert_same_predictions(converted, tf_dpbn.to_stock(converted), x)
     converted.save(tmp_path / "m.keras")
     assert_same_predictions(converted, keras.models.load_model(tmp_path / "m.keras"), x)
+
+
+def pretrained(seed):
+    """A backbone with normalizations, as keras.applications has them, and a head; random weights."""
+    inputs = keras.Input(IMAGE)
+    x = layers.ReLU()(norm(name="a")(layers.Conv2D(4, 3)(inputs)))
+    x = layers.ReLU()(norm(name="b")(layers.DepthwiseConv2D(3)(x)))
+    backbone = keras.Model(inputs, layers.GlobalAveragePooling2D()(x), name="backbone")
+    inputs = keras.Input(IMAGE)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(backbone(inputs)))
+    helpers.randomize(model, seed)
+    return model
+
+
+def test_a_pretrained_network_trains_its_head_and_then_all_with_one_epsilon(tmp_path):
+    pretrained(1).save_weights(tmp_path / "stock.weights.h5")
+    model = tf_dpbn.convert(pretrained(2), statistics="fixed")
+    model.load_weights(tmp_path / "stock.weights.h5")
+    backbone, head = model.get_layer("backbone"), model.get_layer("head")
+    phases = [{"expected_batch_size": 8, "epochs": 1}, {"expected_batch_size": 8, "epochs": 2}]
+    plans = tf_dpbn.PrivacyPlan.phases(phases, target_epsilon=3.0, delta=1e-3, num_examples=16)
+    data, weights = helpers.images(16, IMAGE), [[w.copy() for w in model.get_weights()]]
+    inner = [keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1)]
+    for plan, optimizer, backbone.trainable in zip(plans, inner, (False, True), strict=True):
+        helpers.compiled(model, optimizer=tf_dpbn.DPOptimizer.from_plan(plan, optimizer, 1.0))
+        model.fit(plan.poisson_dataset(*data), epochs=plan.steps // plan.steps_per_epoch, verbose=0)
+        weights.append([w.copy() for w in model.get_weights()])
+    names = [w.path if IS_KERAS_3 else w.name for w in model.weights]
+    of_head = {id(w) for w in head.weights}
+    for name, variable, *values in zip(names, model.weights, *weights, strict=True):
+        moved = [not np.array_equal(one, other) for one, other in itertools.pairwise(values)]
+        expected = [id(variable) in of_head, "moving" not in name]
+        assert moved == expected, name
+    assert model.ledger == plans[-1].ledger() and 2.99 < model.epsilon(1e-3) == plans[-1].epsilon <= 3.0
+    model.save_weights(tmp_path / "private.weights.h5")
+    stock = pretrained(3)
+    stock.load_weights(tmp_path / "private.weights.h5")
+    assert_same_predictions(model, stock, data[0])
 
 
 _LOAD = """

@@ -20,6 +20,7 @@ import command_line
 import convert_model
 import datasets
 import fashion_mnist
+import finetune
 import mnist
 import tensorflow_privacy_interop
 import text
@@ -72,7 +73,9 @@ def test_the_plan_of_the_demo_is_that_of_the_results():
         mnist.make_plan(mnist.Config(epsilon=1.0, noise_multiplier=1.5), 200)
 
 
-@pytest.mark.parametrize("script", [mnist, convert_model, text, audit, cifar10_resnet, tensorflow_privacy_interop])
+@pytest.mark.parametrize(
+    "script", [mnist, convert_model, finetune, text, audit, cifar10_resnet, tensorflow_privacy_interop]
+)
 def test_help_explains_every_flag_and_defaults_are_those_of_the_config(script):
     with flagsaver.flagsaver():
         script.define_flags()
@@ -148,6 +151,22 @@ def idx_dir(tmp_path):
         labels = np.arange(count, dtype=np.uint8) % 10
         (tmp_path / f"{stem}-labels.idx1-ubyte").write_bytes(idx_bytes(labels))
     return tmp_path
+
+
+@pytest.mark.parametrize("way, steps", [("head", 2), pytest.param("head_then_all", 4, marks=pytest.mark.thorough)])
+def test_a_pretrained_network_is_fine_tuned_within_one_epsilon(way, steps, main):
+    options = ("--held_out=8", "--pretrain_epochs=1", f"--epochs={steps // 2}", f"--ways={way}")
+    result, _ = main(finetune, *SHORT, *options)
+    assert result["steps"] == steps and 2.99 < result["epsilon"] <= 3.0
+    assert set(result["accuracy"]) == {way} and result["measured_on"] == "held-out training examples"
+
+
+@pytest.mark.thorough
+def test_a_network_of_keras_applications_is_fine_tuned(idx_dir, main):
+    data = (f"--public_data_dir={idx_dir}", "--public_dataset=fashion_mnist", "--pretrain_epochs=1")
+    options = (*data, "--epochs=2", "--backbone=mobilenet_v2")
+    result, _ = main(finetune, *SHORT, *options, "--ways=head_then_all")
+    assert result["steps"] == 4 and 2.99 < result["epsilon"] <= 3.0
 
 
 def test_idx_files_are_read(idx_dir):

@@ -1,5 +1,7 @@
 """The gradient through batch statistics, against stock BatchNormalization (docs/algorithm.md, section 3)."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -22,11 +24,12 @@ def stock_gradient(stock, x, y):
     return [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, variables)]
 
 
-def our_gradient(model, x, y, correction, **options):
-    """What the inner optimizer gets, without noise and clipping, the batch being public as well."""
+def our_gradient(model, x, y, correction, is_public=True, **options):
+    """What the inner optimizer gets, without noise and clipping, the batch being public as well if told so."""
     optimizer = helpers.dp_optimizer(l2_norm_clip=1e6, expected_batch_size=len(x))
     helpers.compiled(model, optimizer=optimizer, correction=correction, **options)
-    model.set_public_batch(x)
+    if is_public:
+        model.set_public_batch(x)
     before = [v.numpy().copy() for v in map(raw, model.trainable_variables)]
     model.train_on_batch(x, y)
     after = [v.numpy() for v in map(raw, model.trainable_variables)]
@@ -128,6 +131,39 @@ def errors(build, shape, *corrections, **options):
 )
 def test_local_and_nonlocal_terms_give_the_gradient_of_stock_batch_normalization(net, correction):
     assert errors(*NETS[net], correction)[0] < 1e-4
+
+
+class Constant(layers.BatchNormalization):
+    """Stock batch normalization by its moving statistics, in training too; scale and offset train."""
+
+    def call(self, inputs, training=False, mask=None):
+        return super().call(inputs, training=False)
+
+
+def fixed_and_others(other):
+    """Builds convolutions with fixed statistics behind all of them, and other ones behind two."""
+
+    def build(normalization, model):
+        is_ours = normalization is tf_dpbn.DPBatchNormalization
+        fixed = functools.partial(normalization, statistics="fixed") if is_ours else Constant
+        others = {"public": normalization, "fixed": fixed}[other]
+        each = iter([fixed, others, lambda: keras.Sequential([fixed(), others()])])
+        return helpers.bn_stack(3, lambda: next(each)(), model=model)
+
+    return build
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("other, engine", [("fixed", "book_keeping"), ("fixed", "loop"), ("public", "book_keeping")])
+def test_fixed_statistics_give_the_gradient_of_stock_batch_normalization_whose_statistics_are_frozen(other, engine):
+    stock, ours = pair_of_models(fixed_and_others(other))
+    x, y = helpers.images(16)
+    expected = stock_gradient(stock, x, y)
+    constants = [np.array(v) for v in ours.get_layer(index=2).get_weights()[2:]]
+    found = our_gradient(ours, x, y, "full", is_public=other == "public", engine=engine)
+    assert helpers.relative_error(found, expected) < 1e-4
+    ours.refresh_statistics()
+    np.testing.assert_array_equal(ours.get_layer(index=2).get_weights()[2:], constants)
 
 
 def test_part_of_the_correction_gives_part_of_the_gradient_of_stock_batch_normalization():

@@ -127,6 +127,25 @@ def test_a_frozen_layer_uses_its_moving_statistics():
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_fixed_statistics_are_the_moving_ones_in_training_too(shape, axis, dtype):
+    center, scale = OPTIONS[len(shape) % 4].get("center", True), OPTIONS[len(shape) % 4].get("scale", True)
+    stock = pair(shape, axis=axis, dtype=dtype, center=center, scale=scale)[0]
+    ours = DPBN.from_config({**stock.get_config(), "statistics": "fixed"})
+    ours.build(shape)
+    ours.set_weights(stock.get_weights())
+    x = random(shape, dtype)
+    expected = stock(x, training=False)
+    with PublicPass() as scope:
+        assert_same(ours(x, training=True), expected, DTYPES[dtype])
+    assert scope.calls == []
+    for training in (True, False):  # outside of any scope too: nothing couples examples
+        assert_same(ours(x, training=training), expected, DTYPES[dtype])
+    for found, given in zip(ours.get_weights(), stock.get_weights(), strict=True):
+        np.testing.assert_array_equal(found, given)
+
+
 # ---------------------------------------------------------------- constructor
 
 
@@ -141,7 +160,7 @@ def test_refuses_options_that_couple_examples(option, value):
 
 
 def test_refuses_unknown_statistics():
-    message = "`statistics` must be one of 'public', 'noised', 'anchored'. Received: statistics='private'"
+    message = "`statistics` must be one of 'public', 'noised', 'anchored', 'fixed'. Received: statistics='private'"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         DPBN(statistics="private")
 

@@ -345,3 +345,12 @@ def test_killed_trainings_lose_no_steps(kills, tmp_path):
     arguments = ["-m", "tests.killed", f"--directory={tmp_path}", f"--kills={kills}"]
     result = json.loads(programs.last_line(*arguments))
     assert result["killed"] == kills and 0 < result["taken"] <= result["written"]
+
+
+def test_a_forked_child_has_no_files_to_close_when_it_exits(tmp_path):
+    model = make_model(tmp_path / "ledger")
+    assert model._record in training_record._WITH_FILES
+    child = os.fork()
+    if not child:
+        os._exit(len(training_record._WITH_FILES))
+    assert os.waitpid(child, 0)[1] == 0

@@ -122,6 +122,11 @@ def test_drawing_takes_time_in_proportion_to_the_draw():
     assert abs(np.mean(sizes) - 512) < 5 * math.sqrt(512 / 50) and max(indices.max() for indices in drawn) > 0.9e9
 
 
+def test_hardly_ever_drawn_examples_are_not_drawn():
+    drawn = draw(make_sampling(100, 1e-19, rows=10), 200, seed=14)  # gaps between them are beyond 64 bits
+    assert all((indices == -1).all() for indices in drawn)
+
+
 @pytest.mark.parametrize(
     "wrong,p_value",
     [

@@ -203,6 +203,7 @@ STORED = {
     "first_frozen": {"statistics": "public", "frozen": [0]},
     "second_frozen_noised": {"statistics": "noised", "frozen": [1]},
     "anchored": {"statistics": "anchored"},
+    "fixed": {"statistics": "fixed"},
 }
 
 

@@ -228,9 +228,15 @@ def test_map_by_rows_keeps_the_source():
         lambda x, y, weight: (x, y, 2.0 * weight),
         lambda x, y, weight: (x, y, tf.ones_like(weight)),
         lambda x, y, weight: (tf.numpy_function(lambda x: x, [x], x.dtype), y, weight),
+        lambda x, y, weight: (x, {"a": y, "b": y}, {"a": tf.ones_like(weight), "b": weight}),
+        lambda x, y, weight: (x, weight, None),
         lambda x, y, weight: (x, y),
         lambda x, y, weight: {"x": x, "y": y, "weight": weight},
     ],
 )
 def test_map_that_may_mix_rows_or_changes_weights_loses_the_source(change):
     assert source_of(small_dataset().map(change)) is None
+
+
+def test_map_in_any_order_loses_the_source():
+    assert source_of(small_dataset().map(normalized, num_parallel_calls=2, deterministic=False)) is None

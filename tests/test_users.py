@@ -155,6 +155,8 @@ def test_ledger_and_statement_speak_of_users_at_their_rate(trained):
     mixed = ledger.copy()
     mixed.record(dataclasses.replace(record, unit="example"))
     assert mixed.unit == "example"
+    statement = " ".join(accounting.privacy_statement(mixed, delta=1e-3).split())
+    assert "adding or removing one example whose user has no other" in statement
 
 
 def test_audit_of_a_step_tells_users_apart(trained):
@@ -181,5 +183,10 @@ def test_refuses_misuse():
     with pytest.raises(ValueError, match="be 1 with max_examples_per_user > 1"):
         helpers.compiled(network(), max_examples_per_user=2, augmentation_multiplicity=2)
     model = helpers.compiled(network(), max_examples_per_user=2)
+    data = poisson_dataset(x, y, user_ids=ids, max_examples_per_user=2, **sizes)
+    optimizer = helpers.dp_optimizer(expected_batch_size=2, num_examples=4)
+    helpers.compiled(model, optimizer=optimizer, max_examples_per_user=2)
+    with pytest.raises(ValueError, match="`class_weight` must be None with max_examples_per_user > 1"):
+        model.fit(data, class_weight={0: 1.0, 1: 2.0, 2: 3.0}, verbose=0)
     with pytest.raises(ValueError, match=r"have shape \[batch, 2, ...\], as max_examples_per_user"):
         model.train_on_batch(x, y, np.ones(8))

@@ -66,6 +66,7 @@ PLAIN = {
     **{name: zoo_net(name) for name in zoo.BODIES if name.startswith("batch_normalization")},
     "conv2d": zoo_net("conv2d"),
     "attention": zoo_net("attention"),
+    "fixed": of_modes("fixed", "public"),
 }
 RELEASING = {
     "-".join(modes): of_modes(*modes)

@@ -35,20 +35,27 @@ def application(name):
 
 
 @pytest.mark.parametrize(
-    "name",
+    "name, statistics",
     [
-        "u_net",
+        ("u_net", "public"),
+        ("u_net", "fixed"),
         *(
-            pytest.param(name, marks=pytest.mark.thorough)
-            for name in ("ResNet50", "MobileNetV2", "EfficientNetB0", "DenseNet121")
+            pytest.param(name, statistics, marks=pytest.mark.thorough)
+            for name, statistics in (
+                ("ResNet50", "public"),
+                ("MobileNetV2", "public"),
+                ("MobileNetV2", "fixed"),
+                ("EfficientNetB0", "public"),
+                ("DenseNet121", "public"),
+            )
         ),
     ],
 )
-def test_a_batch_gives_what_each_example_alone_gives(name):
+def test_a_batch_gives_what_each_example_alone_gives(name, statistics):
     keras.utils.set_random_seed(0)
     stock = u_net() if name == "u_net" else application(name)
     rng = np.random.default_rng(1)
-    model = tf_dpbn.convert(stock, public_batch=rng.uniform(size=(4, *SHAPE)).astype("float32"))
+    model = tf_dpbn.convert(stock, statistics=statistics, public_batch=rng.uniform(size=(4, *SHAPE)).astype("float32"))
     for layer in model.layers:
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0  # engines draw other numbers

@@ -177,6 +177,10 @@ class Ledger:
         filled = functools.partial(dataclasses.replace, sampling_probability=q)
         return Ledger([filled(entry) if entry.sampling_probability is None else entry for entry in self.entries])
 
+    def covers(self, other: Ledger) -> bool:
+        """Returns whether it has all steps of another one, of each configuration as many or more."""
+        return all(self._steps.get(key, 0) >= steps for key, steps in other._steps.items())
+
     def copy(self) -> Ledger:
         """Returns an independent copy."""
         return Ledger(self.entries)

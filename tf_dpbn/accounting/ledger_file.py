@@ -36,7 +36,7 @@ class LedgerFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], run: str) -> None:
-        self._path, self._run = os.fspath(path), run
+        self._path, self._run = os.path.abspath(path), run
         self._file: Any = None
         self._end, self._checksum = 0, ""  # of the whole lines
         self._written: Ledger | None = None  # what the last line of this run says; None if writing it failed
@@ -62,7 +62,7 @@ class LedgerFile:
         file = open(self._path, "a+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _sync_directory(os.path.dirname(os.path.abspath(self._path)))
+            _sync_directory(os.path.dirname(self._path))
             file.seek(0)
             runs = self.parse(file.read())
         except BlockingIOError:
@@ -86,6 +86,8 @@ class LedgerFile:
         Raises:
           OSError: they could not be written, and must not run.
         """
+        if not self.is_open:
+            raise self._error("be open before steps run", "Train by `fit` or `train_on_batch`, which open it.")
         self._left -= steps
         if self._left >= 0 and record is self._record:
             return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from scipy import optimize
 
@@ -13,6 +15,7 @@ from tf_dpbn.accounting.events import ACCOUNTANTS, default_max_batch_size, epsil
 from tf_dpbn.accounting.ledger import Ledger, StepRecord
 
 _LARGEST_NOISE_MULTIPLIER = 2.0**30
+_Plan = TypeVar("_Plan", bound="PrivacyPlan")
 
 
 class PrivacyWarning(UserWarning):
@@ -39,23 +42,31 @@ def calibrate_noise_multiplier(
     q = _validate.probability("sampling_probability", sampling_probability)
     steps = _validate.positive_int("steps", steps)
 
-    def epsilon(noise_multiplier: float) -> float:
+    def epsilon_of(noise_multiplier: float, accountant: str) -> float:
         return epsilon_of_events((gaussian_event(q, noise_multiplier, steps),), delta, accountant)
+
+    return _least_noise(epsilon_of, target, accountant)
+
+
+def _least_noise(epsilon_of: Callable[[float, str], float], target: float, accountant: str) -> float:
+    """The smallest noise multiplier for which epsilon_of(noise multiplier, accountant) <= target, to 1e-5 relative."""
+
+    def epsilon(noise_multiplier: float) -> float:
+        return epsilon_of(noise_multiplier, accountant)
 
     upper, factor = 1.0, 2.0
     if accountant == "pld":
         # PLD takes seconds where RDP takes milliseconds: start just above the answer. RDP cannot show the smallest
         # epsilons at all.
         factor = 1.1
-        upper = calibrate_noise_multiplier(
-            target_epsilon=max(target, 0.05), delta=delta, sampling_probability=q, steps=steps
-        )
+        shown = max(target, 0.05, 1.1 * epsilon_of(_LARGEST_NOISE_MULTIPLIER, "rdp"))
+        upper = _least_noise(epsilon_of, shown, "rdp") if math.isfinite(shown) else upper
     while (least := epsilon(upper)) > target:
         upper *= factor
         if upper > _LARGEST_NOISE_MULTIPLIER:
             remedy = f"{accountant.upper()} accounting shows no epsilon below {least:.3g} here, whatever the noise. "
             remedy += "Raise it, or try accountant='pld'." if math.isfinite(least) else "Raise delta, or train less."
-            raise _validate.argument_error("target_epsilon", target_epsilon, "be attainable", remedy)
+            raise _validate.argument_error("target_epsilon", target, "be attainable", remedy)
     lower = upper / factor
     while epsilon(lower) <= target:
         upper, lower = lower, lower / factor
@@ -136,6 +147,8 @@ class PrivacyPlan:
       max_batch_size: rows of the padded batch; larger draws are truncated to it, which the plan's epsilon includes.
       statistics_fraction: part of a step's privacy, in (0, 1), that goes to noised statistics, if the model has any
         (see `split_noise_multiplier`); it does not change epsilon.
+      before: records of the steps on the same data that come before this plan's, such as those of earlier phases:
+        target_epsilon and `epsilon` are for these and the plan together, at delta.
 
     Raises:
       ValueError: a field is out of range, both or neither of a pair are given, or max_batch_size is so small that its
@@ -152,6 +165,7 @@ class PrivacyPlan:
     accountant: str = "rdp"
     max_batch_size: int | None = None
     statistics_fraction: float = 0.1
+    before: tuple[StepRecord, ...] = ()
     # What was filled in, as (name, value): dataclasses.replace hands it on, and it is told apart from what was given.
     _filled: tuple[tuple[str, float], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
@@ -214,21 +228,18 @@ class PrivacyPlan:
                 num_examples=self.num_examples, sampling_probability=q, steps=self.steps, delta=self.delta
             )
             self._put("max_batch_size", max(rows, self.expected_batch_size))
-        # Computed as Ledger does, so that calibration and ledger agree to the last bit.
-        truncation = self.record().truncation_delta
+        truncation = self.ledger().truncation_delta()
         if truncation >= self.delta:
             requirement = f"be larger: batches truncated to it cost {truncation:.3g}, all of delta={self.delta}"
             remedy = "Leave it out to have it chosen."
             raise _validate.argument_error("max_batch_size", self.max_batch_size, requirement, remedy)
         if self.target_epsilon is not None:
-            found = calibrate_noise_multiplier(
-                target_epsilon=self.target_epsilon,
-                delta=self.delta - truncation,
-                sampling_probability=q,
-                steps=self.steps,
-                accountant=self.accountant,
-            )
-            self._put("noise_multiplier", found)
+            self._put("noise_multiplier", _least_noise(self._epsilon_of, self.target_epsilon, self.accountant))
+
+    def _epsilon_of(self, noise_multiplier: float, accountant: str) -> float:
+        """Epsilon by the ledger, so that calibration and what is reported agree to the last bit."""
+        own = dataclasses.replace(self.record(), noise_multipliers=(noise_multiplier,))
+        return Ledger([*self.before, own]).epsilon(self.delta, accountant)
 
     @property
     def sampling_probability(self) -> float:
@@ -242,8 +253,71 @@ class PrivacyPlan:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of the whole plan at delta, truncated batches included."""
-        return Ledger([self.record()]).epsilon(self.delta, self.accountant)
+        """Epsilon at delta of the whole plan and what comes before it, truncated batches included."""
+        return self.ledger().epsilon(self.delta, self.accountant)
+
+    def ledger(self) -> Ledger:
+        """The steps of `before` and of the whole plan."""
+        return Ledger([*self.before, self.record()])
+
+    @classmethod
+    def phases(
+        cls: type[_Plan],
+        phases: Sequence[Mapping[str, Any]],
+        *,
+        target_epsilon: float,
+        delta: float,
+        num_examples: int,
+        accountant: str = "rdp",
+        statistics_fraction: float = 0.1,
+    ) -> tuple[_Plan, ...]:
+        """Plans several phases of training on the same data, with one epsilon over all of them.
+
+        For a pretrained network: first its head alone, then all of it. The phases have one noise multiplier, the least
+        that meets the target. Each phase compiles with an optimizer of its own and trains on its own plan's data set:
+
+            head, whole = PrivacyPlan.phases(
+                [{"expected_batch_size": 256, "epochs": 5}, {"expected_batch_size": 512, "epochs": 20}],
+                target_epsilon=3.0, delta=1e-5, num_examples=60_000,
+            )
+
+        Args:
+          phases: in the order of training, the other fields of each one's plan: expected_batch_size, epochs or steps,
+            and max_batch_size if it is given.
+          target_epsilon: the epsilon that all phases together may cost, > 0.
+          delta, num_examples, accountant, statistics_fraction: as in a plan, of all phases.
+
+        Returns:
+          A plan for each phase, with the phases before it in `before`: the last one's `epsilon` is that of all.
+
+        Raises:
+          ValueError: a field is out of range, or no phase is given.
+          TypeError: a field is unknown, or given twice.
+        """
+        target = _validate.positive("target_epsilon", target_epsilon)
+        if not phases:
+            raise _validate.argument_error("phases", phases, "hold the fields of one plan or more")
+        shared: dict[str, Any] = {
+            "delta": delta,
+            "num_examples": num_examples,
+            "accountant": accountant,
+            "statistics_fraction": statistics_fraction,
+        }
+
+        def plans(noise_multiplier: float) -> list[_Plan]:
+            made: list[_Plan] = []
+            for fields in phases:
+                before = tuple(each.record() for each in made)
+                made.append(cls(**shared, **fields, noise_multiplier=noise_multiplier, before=before))
+            return made
+
+        entries = plans(1.0)[-1].ledger().entries
+
+        def epsilon_of(noise_multiplier: float, accountant: str) -> float:
+            noised = [dataclasses.replace(each, noise_multipliers=(noise_multiplier,)) for each in entries]
+            return Ledger(noised).epsilon(delta, accountant)
+
+        return tuple(plans(_least_noise(epsilon_of, target, accountant)))
 
     def record(self, steps: int | None = None) -> StepRecord:
         """Returns the record of `steps` steps of this plan, of all of them by default."""

@@ -63,6 +63,8 @@ _NEIGHBOURS = {
     "poisson_dataset or fit. Whoever has several rows in it has less protection than epsilon says.",
     "user": "Neighbouring data sets differ by adding or removing one user, with all of their examples: all rows of one "
     "of the user_ids given to poisson_dataset.",
+    "both": "Neighbouring data sets differ by adding or removing one example whose user has no other: some steps drew "
+    "examples, others users. Whoever has several examples has less protection than epsilon says.",
 }
 _SAMPLING_SENTENCES = {
     "poisson": "Poisson sampling by this library: each {unit} in each batch independently.",
@@ -101,7 +103,8 @@ def privacy_statement(
             f"Of delta, {ledger.truncation_delta():.3g} pays for batches truncated to their padded size, and "
             f"{ledger.tail_delta():.3g} for what the noise's tail leaves out."
         )
-    paragraphs.append(_NEIGHBOURS[ledger.unit])
+    units = {entry.unit for entry in ledger.entries}
+    paragraphs.append(_NEIGHBOURS["both" if len(units) > 1 else ledger.unit])
     paragraphs.append(
         f"Treated as public, and not protected: the number of {ledger.unit}s and the expected batch size; the initial "
         "weights; the public batch, if there is one, which is stored with the model."

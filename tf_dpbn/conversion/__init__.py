@@ -6,10 +6,11 @@ and trained; `to_stock` makes plain Keras of that, for serving.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tf_dpbn import _validate
-from tf_dpbn._keras import UNFUSED, flatten_layers, keras, mark_called
+from tf_dpbn._keras import UNFUSED, BatchNormalizationBase, flatten_layers, keras, mark_called
 from tf_dpbn.conversion.findings import Finding, Findings, validate
 from tf_dpbn.conversion.rebuild import Rebuilder
 from tf_dpbn.model import DPModel, DPSequential
@@ -24,7 +25,7 @@ _COUPLING_OPTIONS = ("renorm", "synchronized", "virtual_batch_size", "adjustment
 def convert(
     model: Any,
     *,
-    statistics: str = "public",
+    statistics: str | Mapping[str, str] = "public",
     public_batch: Any = None,
     momentum: float | None = None,
     statistics_clip: float = 1.0,
@@ -34,37 +35,47 @@ def convert(
     Functional and Sequential models, with nested models, several inputs and outputs, and shared layers. The new model
     has weights of its own with the values of the old one's, moving statistics included; the old one is left as it was.
     Layers keep names and arguments. Batch normalization with trainable=False is copied as it is: it uses its moving
-    statistics in training, and couples nothing. The new model has to be compiled, whatever the old one was; a DPModel's
-    public batch and ledger go over to it, for its weights carry what they cost.
+    statistics in training, and couples nothing; to train it later, convert the model first and freeze it then. The new
+    model has to be compiled, whatever the old one was; a DPModel's public batch and ledger go over to it, for its
+    weights carry what they cost.
 
     Formal guarantee: that of DPModel, which the new model is. What was pretrained on private data without privacy
     stays unprotected: initial weights are outside the guarantee.
 
     Args:
       model: a keras.Model or DPModel.
-      statistics: of the new layers: "public", "noised" or "anchored", see DPBatchNormalization.
+      statistics: of the new layers: "public", "noised", "anchored" or "fixed", see DPBatchNormalization; or a mapping
+        from layers' names to these, and the others are "public": {"bn_conv1": "fixed"}.
       public_batch: if given, nest of arrays [examples, ...] for `DPModel.set_public_batch`.
       momentum, statistics_clip: of the new layers, see DPBatchNormalization. Without `momentum`, layers with "public"
-        statistics keep the stock layer's, which they do not use but hand back to `to_stock`.
+        or "fixed" statistics keep the stock layer's, which they do not use but hand back to `to_stock`.
 
     Returns:
       DPSequential for a Sequential, else a functional DPModel.
 
     Raises:
       TypeError: for a subclassed model, naming its class and the remedy.
-      ValueError: for batch normalization with options that couple examples (renorm, synchronized, virtual_batch_size,
-        adjustment), for a subclass of it, and for a layer that holds one and cannot be rebuilt without.
+      ValueError: for unknown statistics, or those of a name that no replaced layer has; for batch normalization with
+        options that couple examples (renorm, synchronized, virtual_batch_size, adjustment), for a subclass of it, and
+        for a layer that holds one and cannot be rebuilt without.
     """
-    _validate.one_of("statistics", statistics, STATISTICS_MODES)
+    by_name, others = (statistics, "public") if isinstance(statistics, Mapping) else ({}, statistics)
+    for mode in (*by_name.values(), others):
+        _validate.one_of("statistics", mode, STATISTICS_MODES)
+    replaced = {layer.name for layer in flatten_layers(model) if _is_replaced(layer)}
+    for name in by_name.keys() - replaced:
+        remedy = "Layers with trainable=False are copied as they are: convert the model first and freeze it then."
+        raise _validate.argument_error("statistics", name, "name stock batch normalization that trains", remedy)
 
     def replacement(layer: Any) -> Any:
-        if isinstance(layer, DPBatchNormalization) or not layer.trainable:
+        if not _is_replaced(layer):
             return None
         _check_stock(layer)
         config = layer.get_config()
-        if momentum is not None or statistics != "public":
+        mode = by_name.get(layer.name, others)
+        if momentum is not None or mode in ("noised", "anchored"):
             config["momentum"] = momentum
-        return DPBatchNormalization(**{**config, "statistics": statistics, "statistics_clip": statistics_clip})
+        return DPBatchNormalization(**{**config, "statistics": mode, "statistics_clip": statistics_clip})
 
     if isinstance(model, DPModel):
         model._public.refresh_if_trained()
@@ -107,6 +118,12 @@ def to_stock(model: Any) -> Any:
     plain = Rebuilder(replacement, "made plain").rebuild(model, keras.Model, keras.Sequential)
     mark_called(plain)
     return plain
+
+
+def _is_replaced(layer: Any) -> bool:
+    """Whether `convert` puts a private layer in the place of one: stock batch normalization that would train."""
+    is_stock = isinstance(layer, BatchNormalizationBase) and not isinstance(layer, DPBatchNormalization)
+    return is_stock and bool(layer.trainable)
 
 
 def _check_stock(layer: Any) -> None:

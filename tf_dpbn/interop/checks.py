@@ -34,7 +34,7 @@ def check_model(model: Any) -> None:
         )
     for layer in flatten_layers(model):
         if isinstance(layer, DPBatchNormalization) and layer.statistics == "anchored":
-            requirement = f'be "public" or "noised" for layer {layer.name!r} in a stock model'
+            requirement = f'be "public", "noised" or "fixed" for layer {layer.name!r} in a stock model'
             remedy = "Choose one of these, or train a tf_dpbn.DPModel."
             raise _validate.argument_error("statistics", layer.statistics, requirement, remedy)
         if layer.weights and layer.compute_dtype != "float32":

@@ -270,12 +270,12 @@ def check_plan(
         return
     future = ledger.with_sampling_probability(plan.sampling_probability)
     future.record(dataclasses.replace(record, steps=steps))
-    total, whole = ledger.steps + steps, plan.record()
-    if total <= whole.steps and future == Ledger([plan.record(total)]):
+    whole = plan.ledger()
+    if whole.covers(future):
         return  # without a computation, which takes seconds with PLD
     planned, reached = plan.target_epsilon or plan.epsilon, future.epsilon(plan.delta, plan.accountant)
     if reached > planned * (1.0 + 1e-6):
-        (noise,), (asked,) = record.noise_multipliers, whole.noise_multipliers
+        (noise,), (asked,) = record.noise_multipliers, plan.record().noise_multipliers
         remedy = f"Train for fewer epochs, make a new plan, or stop in time by callbacks.PrivacyBudget({planned:.4g})."
         if noise < asked:
             remedy = f"The optimizer's noise multiplier is {noise:.4g}, not {asked:.4g}: build both from one plan."
@@ -351,6 +351,13 @@ def check_one_group(options: dict[str, Any]) -> None:
     if all(options[name] > 1 for name in GROUPS):
         remedy = "Augment one copy of each example, augmentation_multiplicity=1."
         raise _validate.argument_error(GROUPS[0], options[GROUPS[0]], "be 1 with max_examples_per_user > 1", remedy)
+
+
+def check_class_weight(options: dict[str, Any]) -> None:
+    """Refuses weights of classes for rows with several labels."""
+    if options["max_examples_per_user"] > 1:
+        remedy = "Give poisson_dataset sample weights instead, class_weight[label] of each example."
+        raise _validate.argument_error("class_weight", "given", "be None with max_examples_per_user > 1", remedy)
 
 
 def check_same_groups(source: PoissonSource, options: dict[str, Any]) -> None:

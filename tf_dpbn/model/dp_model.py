@@ -272,6 +272,7 @@ class DPModel(keras.Model):
                 if isinstance(x, tf.data.Dataset):
                     kwargs.setdefault("shuffle", False)  # Keras cannot shuffle it, and says so
                     if class_weight is not None:
+                        checks.check_class_weight(self._dp_options)
                         x, class_weight = apply_class_weight(x, class_weight), None
                     elif source is not None and not source.has_weights:  # metrics are to see no weights either
                         x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))

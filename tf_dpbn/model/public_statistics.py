@@ -112,7 +112,7 @@ class PublicStatistics:
             raise RuntimeError("Build the model before refresh_statistics: call it on a batch, or train it.")
         with as_compiled(model):
             layers = [each for each in flatten_layers(model) if isinstance(each, DPBatchNormalization)]
-            needed = any(each.trainable and each.statistics != "noised" for each in layers)
+            needed = any(each.trainable and each.uses_public_batch for each in layers)
             if self.batch is None and not needed:
                 return frozenset()
             batch = self.require_batch()

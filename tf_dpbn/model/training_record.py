@@ -160,6 +160,10 @@ class TrainingRecord(tf.train.experimental.PythonState):
 _WITH_FILES: weakref.WeakSet[TrainingRecord] = weakref.WeakSet()
 
 
+if hasattr(os, "register_at_fork"):  # a child that exits must not take back what its parent has reserved
+    os.register_at_fork(after_in_child=_WITH_FILES.clear)
+
+
 @atexit.register
 def _close_files() -> None:
     """After `train_on_batch`, which does not know of its last step."""

@@ -48,7 +48,7 @@ def trace_structure(model: Any, x: Any, y: Any) -> Structure:
         raise ValueError(change.reason)
     with tf.init_scope():  # once a trace, on made-up numbers
         check_rows_alone(model, *specs[-1])
-    needs_public_batch = any(call.layer.statistics != "noised" for call in trace.scope.calls)
+    needs_public_batch = any(call.layer.uses_public_batch for call in trace.scope.calls)
     return Structure(frozenset(trace.scope.active), needs_public_batch, trace.has_state)
 
 

@@ -24,9 +24,9 @@ from tf_dpbn.mechanisms import checked_clip
 from tf_dpbn.normalization import moments
 from tf_dpbn.normalization.moments import LocalTerm
 
-STATISTICS_MODES = ("public", "noised", "anchored")
+STATISTICS_MODES = ("public", "noised", "anchored", "fixed")
 Statistics = tuple[tf.Tensor, tf.Tensor] | None
-_DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95}
+_DEFAULT_MOMENTUM = {"public": 0.99, "noised": 0.95, "anchored": 0.95, "fixed": 0.99}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,33 +245,38 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
 
     In inference it is keras.layers.BatchNormalization: same arguments, same weights, same outputs. In training,
     inside a DPModel, it normalizes private examples by statistics that are public or were released with noise; it never
-    uses the moments of a private batch, and training it anywhere else is an error.
+    uses the moments of a private batch, and training it anywhere else is an error (but with "fixed" statistics, which
+    nothing changes).
 
     | `statistics` | normalizes by | needs | costs |
     | --- | --- | --- | --- |
     | "public" | moments of the model's public batch at the current weights | a public batch | nothing |
     | "noised" | moving averages of noised private moments | | part of the noise budget |
     | "anchored" | both: public moments, moved by averages of noised residuals | a public batch | part of the budget |
+    | "fixed" | its moving statistics, in training as in inference | public pretraining | nothing |
 
     The public batch may be synthetic, see `public_data`.
 
     With "public" the moving statistics used in inference are set to those of the current weights (not averaged over
-    steps), so `momentum` has no effect. With the others each step releases, for each call of the layer, one noised sum
-    over private examples of how their moments differ from the statistics in use, clipped by example to an L2 norm of
-    statistics_clip * sqrt(its length); the optimizer's `statistics_fraction` says how much of a step's privacy all of
-    these releases take together, and the ledger counts them. How many examples are clipped is not released: it would
-    cost privacy of its own.
+    steps), so `momentum` has no effect. With "noised" and "anchored" each step releases, for each call of the layer,
+    one noised sum over private examples of how their moments differ from the statistics in use, clipped by example to
+    an L2 norm of statistics_clip * sqrt(its length); the optimizer's `statistics_fraction` says how much of a step's
+    privacy all of these releases take together, and the ledger counts them. How many examples are clipped is not
+    released: it would cost privacy of its own.
+
+    With "fixed" the moving statistics are constants that came with the initial weights, from pretraining on public
+    data; training never changes them. Scale and offset train, which in a layer with trainable=False they do not.
 
     Formal guarantee: given the weights, the public batch and earlier releases, an example's output does not depend on
     any other private example; each release is a Gaussian mechanism.
 
     Args:
       axis: int, the channel axis; on tf_keras also a sequence of ints.
-      momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public", which keeps no
-        averages). The first updates count more, see `moments.update_rate`.
+      momentum: of the moving averages of released statistics; None takes 0.95 (0.99 with "public" and "fixed", which
+        keep no averages). The first updates count more, see `moments.update_rate`.
       *args, **kwargs: epsilon, center, scale, initializers, regularizers, constraints, name, dtype and trainable, as in
         keras.layers.BatchNormalization. With trainable=False the layer uses its moving statistics.
-      statistics: where training statistics come from: "public", "noised" or "anchored".
+      statistics: where training statistics come from: "public", "noised", "anchored" or "fixed".
       statistics_clip: bound on the root mean square of an example's released residuals, > 0; the statistics' noise
         grows in proportion to it.
 
@@ -365,7 +370,12 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     @property
     def releases(self) -> bool:
         """Whether training releases noised statistics of private examples."""
-        return self.statistics != "public"
+        return self.statistics in ("noised", "anchored")
+
+    @property
+    def uses_public_batch(self) -> bool:
+        """Whether statistics of training come from a public batch, at least in part."""
+        return self.statistics in ("public", "anchored")
 
     def released_statistics(self) -> tuple[tf.Tensor, tf.Tensor] | None:
         """(mean, variance) if they are moving averages of releases and nothing else."""
@@ -378,7 +388,7 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
     def _by_channel(self, weight: Any) -> tf.Tensor:
         """A weight in the shape of the channel axes; tf_keras gives several axes the rank of the input."""
         axes = self.channel_axes
-        shape = [-1] if len(axes) == 1 else [weight.shape[axis] for axis in axes]
+        shape = [-1] if len(axes) == 1 else [weight.shape[axis] for axis in sorted(axes)]
         return tf.reshape(raw(weight), shape)
 
     def private_statistics(self, mean: tf.Tensor, variance: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -420,8 +430,10 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> tf.Tensor:
         """Normalizes `inputs`, [batch, ...]; see the class for where the statistics come from."""
-        scope = current_scope() or self.training_scope
         training = bool(training) and self.trainable
+        if self.statistics == "fixed":
+            return self._by_constants(inputs) if training else super().call(inputs, training=False)
+        scope = current_scope() or self.training_scope
         if scope is None and training:
             raise RuntimeError(
                 f"DPBatchNormalization {self.name!r} was called with training=True outside a private step, where it "
@@ -437,6 +449,18 @@ class DPBatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=False)
         z = moments.widen(tf.convert_to_tensor(inputs))
         return tf.cast(scope.normalize(self, z, found), self.compute_dtype)
+
+    def _by_constants(self, inputs: Any) -> tf.Tensor:
+        """Normalizes by the moving statistics; scale and offset are operations for which book-keeping has rules."""
+        z = moments.widen(tf.convert_to_tensor(inputs))
+        statistics = self.moving_statistics()
+        out = moments.normalize(z, *statistics, None, None, self.epsilon, self.channel_axes)
+        shape = moments.broadcast_shape(z.shape.rank, self.channel_axes, statistics[0])
+        if self.gamma is not None:
+            out *= tf.reshape(tf.cast(raw(self.gamma), z.dtype), shape)
+        if self.beta is not None:
+            out += tf.reshape(tf.cast(raw(self.beta), z.dtype), shape)
+        return tf.cast(out, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the constructor's arguments."""

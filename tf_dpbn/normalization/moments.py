@@ -52,7 +52,8 @@ def _reduction_axes(rank: int, axes: Sequence[int]) -> list[int]:
     return [axis for axis in range(rank) if axis not in kept]
 
 
-def _broadcast_shape(rank: int, axes: Sequence[int], statistic: tf.Tensor) -> list[int]:
+def broadcast_shape(rank: int, axes: Sequence[int], statistic: tf.Tensor) -> list[int]:
+    """The shape in which a statistic, of the shape of the channel axes, is broadcast against such a rank."""
     shape = [1] * rank
     for axis, size in zip(sorted(axis % rank for axis in axes), statistic.shape, strict=True):
         shape[axis] = size
@@ -119,7 +120,7 @@ def normalize(
     axes: Sequence[int] = (-1,),
 ) -> tf.Tensor:
     """gamma * (z - mean) * r + beta, by channel; z is [batch, ...], float32 or wider, gamma and beta may be None."""
-    shape = _broadcast_shape(z.shape.rank, axes, mean)
+    shape = broadcast_shape(z.shape.rank, axes, mean)
     is_last = all(size == 1 for size in shape[:-1]) and mean.shape.rank == 1
 
     def fit(statistic: tf.Tensor | None) -> tf.Tensor | None:
@@ -205,7 +206,7 @@ def residuals(
     [2.0, 4.0]
     """
     z = widen(z)
-    shape = _broadcast_shape(z.shape.rank, axes, mean)
+    shape = broadcast_shape(z.shape.rank, axes, mean)
     centered = z - tf.reshape(tf.cast(mean, z.dtype), shape)
     reduce = _reduction_axes(z.shape.rank, axes)
     if mask is None:

@@ -251,10 +251,11 @@ class PublicForward:
 
 
 def chosen_correction(model: Any, correction: str) -> str:
-    """The correction itself, or for "auto" the one for as many normalizations as train in the model."""
+    """The correction itself, or for "auto" the one for as many normalizations as train and are not fixed."""
     if correction != "auto":
         return correction
-    return "adaptive" if sum(layer.trainable for layer in _normalizations(model)) >= _DEEP else "local"
+    moving = sum(layer.trainable and layer.statistics != "fixed" for layer in _normalizations(model))
+    return "adaptive" if moving >= _DEEP else "local"
 
 
 def names_of_normalizations(model: Any) -> dict[int, str]:
@@ -271,7 +272,7 @@ def create_averages(model: Any, correction: str, released_means: ReleasedMeans) 
     if chosen_correction(model, correction) == "adaptive":
         built = [layer for layer in _normalizations(model) if layer.built and layer.trainable]
         released_means.of_gradients(
-            [layer for layer in built if layer.center and layer.scale and layer.statistics != "noised"]
+            [layer for layer in built if layer.center and layer.scale and layer.uses_public_batch]
         )
 
 

@@ -220,7 +220,7 @@ def source_of(dataset: Any) -> PoissonSource | None:
 
     Prefetching and options change no batch, unless the options let each worker have all rows, or another order; nor
     does a `map` for which it can be proved that row i of what it returns depends on row i alone, and that its weights
-    are those that it got.
+    are those that it got. What its function captures (tensors, variables) is taken for public.
     """
     inner, mapped = dataset, False
     while not hasattr(inner, _SOURCE_ATTRIBUTE):
@@ -246,7 +246,9 @@ def _keeps_rows(dataset: Any) -> bool:
     spec, weights = dataset.element_spec, graph.outputs[-1]
     while weights.op.type == "Identity":
         weights = weights.op.inputs[0]
-    if not isinstance(spec, tuple) or len(spec) != 3 or weights is not examples[-1]:
+    if not isinstance(spec, tuple) or len(spec) != 3 or not isinstance(spec[2], tf.TensorSpec):
+        return False  # of several weights one that is not 0 would do
+    if weights is not examples[-1] or getattr(dataset, "_deterministic", None) == "false":
         return False
     try:
         proof = Proof(examples, examples[-1].shape[0])

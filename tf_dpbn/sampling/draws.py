@@ -182,6 +182,7 @@ def _heads(coins: int, probability: float, rng: np.random.Generator) -> np.ndarr
     expected, last, found = coins * probability, -1, []
     while last < coins:
         gaps = rng.geometric(probability, int(expected + 6.0 * math.sqrt(expected)) + 10)
+        gaps = np.clip(gaps, 1, coins + 1)  # 0 where the exponential number is 0, and beyond all coins next to overflow
         found.append(last + np.cumsum(gaps))
         last = found[-1][-1]
     heads = np.concatenate(found)

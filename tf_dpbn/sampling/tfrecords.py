@@ -46,7 +46,8 @@ def index_tfrecords(files: str | Sequence[str], *, verbose: bool = True) -> TFRe
     It reads the lengths of the records, not the records.
 
     Args:
-      files: names of uncompressed TFRecord files, or patterns for them (`tf.io.gfile.glob`), local or remote.
+      files: names of uncompressed TFRecord files, or patterns for them (`tf.io.gfile.glob`), local or remote; each file
+        by one name only.
       verbose: whether to show a progress bar.
 
     Returns:
