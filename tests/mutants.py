@@ -35,7 +35,7 @@ _MECHANISMS, _STATISTICS, _RELEASED = (
     f"tests/test_{n}.py" for n in ("mechanisms", "statistics", "released_statistics")
 )
 _ACCOUNTING, _PLAN, _SAMPLING = (f"tests/test_{n}.py" for n in ("accounting", "accounting_plan", "sampling"))
-_DATASET = "tests/test_poisson_dataset.py"
+_DATASET, _SOURCES, _USERS = (f"tests/test_{name}.py" for name in ("poisson_dataset", "sources", "users"))
 _CLIP_NORMS = "tests/test_clip_norms.py"
 _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
@@ -135,6 +135,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "clipping/contributions.py": (
         ("squared += 2.0 * tf", "squared += 1.0 * tf", *_GRAM),
+        ("return tf.abs(squared) +", "return tf.maximum(squared, 0.0) +", _ENGINES, "infinite_where"),
         (
             "a, g = (tf.cast(each, tf.float64) for each in (self._a",
             "a, g = (each for each in (self._a",
@@ -237,11 +238,13 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("self._steps.get(key, 0) + record.steps", "record.steps", _ACCOUNTING, "merge"),
     ),
     "accounting/planning.py": (
-        ("delta=self.delta - truncation,", "delta=self.delta,", _PLAN),
+        ("Ledger([*self.before, own])", "Ledger([own])", _PLAN),
         ("return low\n\n\n@dataclasses", "return high\n\n\n@dataclasses", _PLAN),
     ),
     "sampling/draws.py": (
-        ("coins < sampling.sampling_probability", "coins < 0.9 * sampling.sampling_probability", _SAMPLING),
+        ("rng.geometric(probability,", "rng.geometric(0.9 * probability,", _SAMPLING),
+        ("own = rng.choice(own, self._most, replace=False)", "own = own[: self._most]", _USERS, "equally_likely"),
+        ("counts[row, : len(own)] =", "counts[row, :] =", _USERS, "count_once"),
         (
             "drawn = rng.choice(drawn, size=sampling.max_batch_size, replace=False)",
             "drawn = drawn[: sampling.max_batch_size]",
@@ -250,8 +253,11 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("rng.choice(rows, size=drawn.size, replace=False)", "np.arange(drawn.size)", _SAMPLING),
         ("secrets.randbits(128) if seed is None else seed", "0 if seed is None else seed", _SAMPLING),
     ),
+    "sampling/sources.py": (("rows[indices < 0] =", "rows[indices < -1] =", _DATASET),),
     "sampling/dataset.py": (
-        ("return tf.where(keep, gathered, tf.zeros_like(gathered))", "return gathered", _DATASET),
+        ("if weights is not examples[-1] or", "if", _SOURCES, "loses"),
+        ("or not isinstance(spec[2], tf.TensorSpec):", "or False:", _SOURCES, "loses"),
+        ("tf.where(counts, tf.cast(weights, tf.float32), 0.0)", "tf.cast(weights, tf.float32)", _DATASET),
         ("nonzero = tf.not_equal(", "nonzero = tf.greater(", _DATASET),
     ),
     "optimizers.py": (
@@ -283,9 +289,14 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("steps - self._counted.get(multipliers, 0)", "steps", _LEDGER, "recorded_by"),
         ("if optimizer is not self._optimizer:", "if True:", _LEDGER, "while_the_ledger"),
     ),
+    "model/step.py": (
+        ("tf.reduce_sum(tf.cast(present, tf.float32)))", "float(users))", _USERS, "clipped_mean"),
+        ("tf.where(present, tf.stack(values), tf.zeros([users]))", "tf.stack(values)", _USERS, "clipped_mean"),
+    ),
+    "clipping/rules/base.py": (("cotangent.dtype == tf.float64 or", "False or", _ENGINES, "float64_count"),),
     "model/dp_model.py": (
         ("if not self._is_in_step:", "if False:", _LEDGER, "elsewhere"),
-        ("self._record.open(optimizer)  # later", "pass  # later", _LEDGER, "assumed_even_after"),
+        ("self._record.open(optimizer, unit=self._unit())  # later", "pass  # later", _LEDGER, "assumed_even_after"),
         (
             "released.plus(correction).plus(penalty_gradients)",
             "released.plus(penalty_gradients)",
