@@ -24,11 +24,6 @@ from absl import app, flags
 
 from tf_dpbn import accounting
 
-_DIRECTORY = flags.DEFINE_string("directory", None, "An empty one, for ledger file and checkpoint.", required=True)
-_KILLS = flags.DEFINE_integer("kills", 50, "How many trainings are killed, one after the other.", lower_bound=1)
-_FILE_ONLY = flags.DEFINE_boolean("file_only", False, "Steps do nothing but to be counted.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the times at which trainings are killed.")
-
 PLAN = {"noise_multiplier": 2.0, "delta": 1e-3, "num_examples": 16, "expected_batch_size": 4, "epochs": 4}
 _STARTED = 1 << 32  # how the ledger of a training says that it is known, also if it is empty
 
@@ -144,12 +139,12 @@ def check(path: pathlib.Path, before: dict[str, list[int]], counts: Counts) -> t
 
 
 def main(_: Any) -> None:
-    random.seed(_SEED.value)
-    training, longest = (count, 0.02) if _FILE_ONLY.value else (train, 1.0)
-    if not _FILE_ONLY.value:
+    random.seed(flags.FLAGS.seed)
+    training, longest = (count, 0.02) if flags.FLAGS.file_only else (train, 1.0)
+    if not flags.FLAGS.file_only:
         import tf_dpbn.model  # noqa: F401  imported once for all, and not used: TensorFlow's threads would not survive
-    path, taken, written, over = pathlib.Path(_DIRECTORY.value, "ledger"), 0, 0, []
-    for number in range(_KILLS.value):
+    path, taken, written, over = pathlib.Path(flags.FLAGS.directory, "ledger"), 0, 0, []
+    for number in range(flags.FLAGS.kills):
         before, counts = states(path), Counts()
         process = fork(training, path, counts, number)
         is_early = random.random() < 0.1  # in its first moments, and else within its steps
@@ -162,12 +157,16 @@ def main(_: Any) -> None:
         last, too_many = check(path, before, counts)
         taken, written = taken + counts.taken, written + last
         over.append(too_many)
-    if not _FILE_ONLY.value:  # one that ends by itself
+    if not flags.FLAGS.file_only:  # one that ends by itself
         before, counts = states(path), Counts()
         assert os.waitpid(fork(train, path, counts, 0, 5), 0)[1] == 0
         assert check(path, before, counts) == (5, 0)
     print(json.dumps({"killed": len(over), "taken": taken, "written": written, "most_over": max(over)}))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # where tests import this, the flags of examples are others
+    flags.DEFINE_string("directory", None, "An empty one, for ledger file and checkpoint.", required=True)
+    flags.DEFINE_integer("kills", 50, "How many trainings are killed, one after the other.", lower_bound=1)
+    flags.DEFINE_boolean("file_only", False, "Steps do nothing but to be counted.")
+    flags.DEFINE_integer("seed", 0, "Of the times at which trainings are killed.")
     app.run(main)

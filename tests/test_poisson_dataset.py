@@ -223,7 +223,8 @@ def test_frames_of_numbers_and_truth_values_are_taken_and_other_columns_named():
     [
         ((ARRAY, ARRAY[:9]), {}, ValueError, r"same number of examples.*\[10, 9\]"),
         ((ARRAY[:0], ARRAY[:0]), {}, ValueError, r"at least 1.*\[0, 0\]"),
-        ((ARRAY, None), {}, TypeError, "`y` must hold dense arrays.*NoneType"),
+        ((ARRAY, None), {}, ValueError, "`y` must be given with arrays"),
+        ((ARRAY, {"a": None}), {}, TypeError, "must hold dense arrays.*NoneType"),
         ((ARRAY, [1, 2]), {}, ValueError, r"`y\[0\]` must hold arrays, not scalars.*=1"),
         (({"a": tf.ragged.constant([[1], []])}, ARRAY), {}, TypeError, r"x\['a'\]=.*Ragged"),
         ((ARRAY, ARRAY, ARRAY[:4]), {}, ValueError, r"each of the 10 examples.*\(4,\)"),

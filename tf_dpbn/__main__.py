@@ -27,7 +27,11 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "delta": (flags.DEFINE_float, None, "well below 1 / num_examples"),
     "epochs": (flags.DEFINE_float, None, "passes over the training set; or give --steps"),
     "expected_batch_size": (flags.DEFINE_integer, None, "mean number of examples in a batch"),
-    "file": (flags.DEFINE_string, None, "a saved model (.keras), its weights (.weights.h5), or a ledger as JSON"),
+    "file": (
+        flags.DEFINE_string,
+        None,
+        "a saved model (.keras), its weights (.weights.h5), a ledger file or JSON",
+    ),
     "max_batch_size": (flags.DEFINE_integer, None, "rows to which larger draws are truncated; chosen if left out"),
     "noise_multiplier": (flags.DEFINE_float, None, "standard deviation of the noise over the clip norm"),
     "num_examples": (flags.DEFINE_integer, None, "in the training set"),

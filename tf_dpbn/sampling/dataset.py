@@ -350,6 +350,10 @@ class _Examples:
         self.are_loaded = load is not None or is_source(x)
         parts: list[Rows]
         if not self.are_loaded:
+            if y is None:
+                raise _validate.argument_error(
+                    "y", None, "be given with arrays", "Pass inputs and labels apart: (x, y)."
+                )
             parts = [ArrayRows("x", x), ArrayRows("y", y)]
         elif y is not None:
             parts = [LoadedRows(x, load), ArrayRows("y", y)]
