@@ -17,7 +17,7 @@ from tf_dpbn import _validate, accounting, augmentation
 from tf_dpbn.clipping.independence import NotProvedError, Proof, check_no_state
 from tf_dpbn.clipping.independence import Rows as RowsOfExamples
 from tf_dpbn.sampling.draws import PoissonSampling, SharedDraws, Users, checked_seed, digest_of, draws, seed_sequence
-from tf_dpbn.sampling.sources import ArrayRows, LoadedRows, Rows, is_source
+from tf_dpbn.sampling.sources import ArrayRows, LoadedRows, Rows, check_random_access, is_source
 
 _SOURCE_ATTRIBUTE = "tf_dpbn_source"
 # TensorFlow's classes; by another name they lose the source.
@@ -347,6 +347,7 @@ class _Examples:
     """
 
     def __init__(self, x: Any, y: Any, sample_weight: Any, load: Callable[[Any], Any] | None) -> None:
+        check_random_access("x", x)
         self.are_loaded = load is not None or is_source(x)
         parts: list[Rows]
         if not self.are_loaded:

@@ -65,7 +65,6 @@ class LoadedRows:
     """
 
     def __init__(self, source: Any, load: Callable[[Any], Any] | None) -> None:
-        check_random_access("x", source)
         if isinstance(source, dict) or not hasattr(source, "__getitem__"):
             remedy = "Pass a list of what belongs together, list(zip(...)), for example."
             raise _validate.argument_error("x", type(source).__name__, "be a sequence of elements", remedy, TypeError)
