@@ -462,7 +462,11 @@ REFUSALS = {
     "xla": (lambda: recompiled(jit_compile=True), ValueError, "jit_compile=True"),
     "execution": (lambda: recompiled(steps_per_execution=2), ValueError, "steps_per_execution=2"),
     "stock layer": (lambda: with_layer(layers.BatchNormalization()), ValueError, "Stock BatchNormalization"),
-    "anchored": (lambda: with_layer(statistics="anchored"), ValueError, "\"public\" or.*statistics='anchored'"),
+    "anchored": (
+        lambda: with_layer(statistics="anchored"),
+        ValueError,
+        '"public", "noised" or.*statistics=\'anchored\'',
+    ),
     "half precision": (lambda: with_layer(dtype="mixed_float16"), ValueError, "dtype='float16'"),
     "regularizer": (lambda: with_layer(layers.Dense(2, kernel_regularizer="l2")), ValueError, "weight regularizers"),
     "activity": (lambda: with_layer(layers.Dense(2, activity_regularizer="l2")), ValueError, "neither clipped"),
