@@ -257,7 +257,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "sampling/dataset.py": (
         ("if weights is not examples[-1] or", "if", _SOURCES, "loses"),
         ("or not isinstance(spec[2], tf.TensorSpec):", "or False:", _SOURCES, "loses"),
-        ("tf.where(counts, tf.cast(weights, tf.float32), 0.0)", "tf.cast(weights, tf.float32)", _DATASET),
+        ("tf.where(counts, tf.cast(weights, tf.float32), 0.0)", "tf.cast(weights, tf.float32)", _USERS, "count_once"),
         ("nonzero = tf.not_equal(", "nonzero = tf.greater(", _DATASET),
     ),
     "optimizers.py": (
@@ -289,10 +289,7 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("steps - self._counted.get(multipliers, 0)", "steps", _LEDGER, "recorded_by"),
         ("if optimizer is not self._optimizer:", "if True:", _LEDGER, "while_the_ledger"),
     ),
-    "model/step.py": (
-        ("tf.reduce_sum(tf.cast(present, tf.float32)))", "float(users))", _USERS, "clipped_mean"),
-        ("tf.where(present, tf.stack(values), tf.zeros([users]))", "tf.stack(values)", _USERS, "clipped_mean"),
-    ),
+    "model/step.py": (("tf.reduce_sum(tf.cast(present, tf.float32)))", "float(users))", _USERS, "clipped_mean"),),
     "clipping/rules/base.py": (("cotangent.dtype == tf.float64 or", "False or", _ENGINES, "float64_count"),),
     "model/dp_model.py": (
         ("if not self._is_in_step:", "if False:", _LEDGER, "elsewhere"),
