@@ -41,8 +41,12 @@ def read_batch(model: Any, data: Any) -> Batch:
     checks.check_groups(x, weight, model._dp_options)
     if weight is None:
         return Batch(x, y, None, None)
-    masks = [real_example_mask(each) for each in tf.nest.flatten(weight)]
-    return Batch(x, y, weight, tf.reduce_any(tf.stack(masks), 0))
+    return Batch(x, y, weight, _real_rows(weight))
+
+
+def _real_rows(weight: Any) -> tf.Tensor:
+    """bool [rows]: where one of the weights, a nest of [rows, ...], is not 0."""
+    return tf.reduce_any(tf.stack([real_example_mask(each) for each in tf.nest.flatten(weight)]), 0)
 
 
 def public_forward(model: Any, batch: Batch) -> PublicForward:
@@ -94,8 +98,7 @@ def task(model: Any, public: PublicForward) -> Task:
             outputs, masks_of_one = tf.nest.map_structure(lambda t: t[k : k + 1], (y_pred, masks))  # noqa: B023
             of_one = tf.nest.map_structure(lambda t: t[k], (y, weight))  # noqa: B023
             results.append(loss_of(with_masks(outputs, masks_of_one), of_one[0], of_one[1], index)[:2])
-        present = [real_example_mask(each) for each in tf.nest.flatten(weight)]
-        present = tf.reduce_any(tf.stack(present), 0)
+        present = _real_rows(weight)
 
         def mean(*values: tf.Tensor) -> tf.Tensor:
             total = tf.reduce_sum(tf.where(present, tf.stack(values), tf.zeros([users])))
@@ -195,7 +198,7 @@ def update_metrics(model: Any, batch: Batch, result: BatchResult, penalty: tf.Te
     y, y_pred, weight, mask = batch.y, result.y_pred, batch.sample_weight, batch.mask
     if model._dp_options["max_examples_per_user"] > 1:
         y, y_pred, weight = tf.nest.map_structure(_merge_groups, (y, y_pred, weight))
-        mask = tf.reduce_any(tf.stack([real_example_mask(each) for each in tf.nest.flatten(weight)]), 0)
+        mask = _real_rows(weight)
     if isinstance(y_pred, MaskedPredictions):
         y_pred = with_masks(*y_pred)
     if isinstance(weight, tf.Tensor) and weight.dtype in (tf.bool, tf.int8):  # only says which rows are real
