@@ -402,10 +402,13 @@ def test_a_model_that_is_gone_leaves_no_graph_behind(engine):
         gc.collect()
         return sum(isinstance(each, tf.Graph) for each in gc.get_objects())
 
-    train()  # what TensorFlow keeps once
-    before = graphs()
     train()
-    assert graphs() <= before
+    for _ in range(3):  # what TensorFlow keeps once, it keeps at any of the first; a leak grows each time
+        before = graphs()
+        train()
+        if graphs() <= before:
+            return
+    pytest.fail("each training left graphs behind")
 
 
 @pytest.mark.parametrize("outputs", ["ab", "a"])
