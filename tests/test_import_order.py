@@ -21,7 +21,7 @@ LEVELS = (
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),
-    ("normalization.moments", "constraints"),
+    ("normalization.moments", "constraints", "features"),
     ("normalization.layer",),
     ("clipping.vectorization", "normalization.local_terms"),
     ("clipping.rows", "normalization.public_pass"),

@@ -3,6 +3,7 @@
 The map, in the order data flows:
 
 - `sampling`: Poisson batches of fixed shape; `PrivacyPlan` with data sets.
+- `features`: scattering coefficients and whitening, in front of a private network.
 - `augmentation`: augmented copies of examples, averaged before clipping.
 - `normalization`: `DPBatchNormalization`; `public_data`: synthetic public batches for its statistics.
 - `clipping`: per-example gradients, with the gradient through the statistics, clipped and summed.
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         clipping,
         constraints,
         conversion,
+        features,
         interop,
         mechanisms,
         model,
@@ -83,6 +85,7 @@ __all__ = [
     "clipping",
     "constraints",
     "conversion",
+    "features",
     "convert",
     "interop",
     "mechanisms",

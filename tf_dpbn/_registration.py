@@ -17,7 +17,7 @@ import types
 from collections.abc import Sequence
 
 _FRAMEWORKS = ("tensorflow", "keras", "tf_keras")
-_MODULES = ("constraints", "normalization", "optimizers", "model")
+_MODULES = ("constraints", "features", "normalization", "optimizers", "model")
 
 
 def follow_keras() -> None:
