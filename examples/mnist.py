@@ -80,9 +80,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train_and_report(
-    model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset, config: Config
+    model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, data: datasets.Dataset, config: Config, features: Any = None
 ) -> dict[str, Any]:
-    """Trains a model, writes plot and SavedModel, and returns what the JSON line holds."""
+    """Trains a model, writes plot and SavedModel, and returns what the JSON line holds.
+
+    With `features`, the network that made the data out of images, the SavedModel takes images.
+    """
     print(
         f"{plan.num_examples} training examples, {plan.expected_batch_size} expected in a batch, "
         f"{plan.steps} steps, noise multiplier {plan.noise_multiplier:.4f}"
@@ -101,7 +104,7 @@ def train_and_report(
         "delta": plan.delta,
         "steps": model.ledger.steps,
         "seconds": round(seconds, 1),
-        "saved_model": write_results(model, history, plan, config),
+        "saved_model": write_results(model, history, plan, config, features),
     }
 
 
@@ -207,8 +210,9 @@ def write_results(
     history: dict[str, list[float]],
     plan: tf_dpbn.PrivacyPlan,
     config: Config,
+    features: Any = None,
 ) -> str:
-    """Writes the plot and the SavedModel; returns the path of the latter."""
+    """Writes the plot and the SavedModel, behind `features` if there are any; returns the path of the latter."""
     directory = pathlib.Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     name = f"{config.dataset}_{config.normalization}"
@@ -222,14 +226,29 @@ def write_results(
     )
     print(f"Plot: {directory / f'{name}.png'}")
     saved_model = str(directory / f"{name}_saved_model")
+    whole = keras.Model(features.inputs, model(features.outputs[0])) if features else model
     with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every variable
-        model.export(saved_model)  # loads without tf_dpbn
+        whole.export(saved_model)  # loads without tf_dpbn
     return saved_model
 
 
 def define_flags() -> None:
     """Defines one flag for each field of Config."""
     defaults = Config()
+    define_data_flags(defaults)
+    flags.DEFINE_enum(
+        "normalization",
+        defaults.normalization,
+        NORMALIZATIONS,
+        "batch: DPBatchNormalization; group: GroupNormalization after convolutions and "
+        "LayerNormalization after the dense layer; or none.",
+    )
+    define_statistics_flag(defaults)
+    define_training_flags(defaults)
+
+
+def define_data_flags(defaults: Config) -> None:
+    """Defines the flags of the private and the public data."""
     flags.DEFINE_enum("dataset", defaults.dataset, datasets.NAMES, "What to train on.")
     flags.DEFINE_string(
         "data_dir",
@@ -239,32 +258,28 @@ def define_flags() -> None:
         "TensorFlow Datasets downloads them.",
     )
     flags.DEFINE_enum(
-        "normalization",
-        defaults.normalization,
-        NORMALIZATIONS,
-        "batch: DPBatchNormalization; group: GroupNormalization after convolutions and "
-        "LayerNormalization after the dense layer; or none.",
-    )
-    flags.DEFINE_enum(
         "public_batch",
         defaults.public_batch,
         PUBLIC_BATCHES,
         "Synthetic public examples from which batch statistics are computed.",
     )
-    define_training_flags(defaults)
 
 
-def define_training_flags(defaults: Config) -> None:
-    """Defines the flags that do not depend on the kind of data."""
+def define_statistics_flag(defaults: Config) -> None:
+    """Defines the flag of batch normalization."""
     flags.DEFINE_enum(
         "statistics",
         defaults.statistics,
         STATISTICS,
         "Where batch statistics come from: a synthetic public batch, noised aggregates of the training data, or both.",
     )
+
+
+def define_training_flags(defaults: Config) -> None:
+    """Defines the flags that do not depend on the kind of data."""
     flags.DEFINE_float(
         "epsilon",
-        None,
+        defaults.epsilon,
         f"Target epsilon of the whole training; {DEFAULT_EPSILON:g} if --noise_multiplier is not given either.",
         lower_bound=0.0,
     )

