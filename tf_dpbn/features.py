@@ -51,8 +51,8 @@ class Scattering2D(keras.layers.Layer):
 
     Input: [batch, height, width, colours], real; height and width multiples of 2^scales and larger than it.
     Output: [batch, height / 2^scales, width / 2^scales, colours K] in the layer's compute dtype; computed in float32,
-    or in float64 if that is its compute dtype. A colour's coefficients lie together: S0; S1 by dilation, then angle; S2 by
-    dilation and angle of psi_1, then of psi_2. Angle k is one of k pi / angles.
+    or in float64 if that is its compute dtype. A colour's coefficients lie together: S0; S1 by dilation, then angle; S2
+    by dilation and angle of psi_1, then of psi_2. Wave k of a dilation runs at k pi / angles from the vertical.
 
     Args:
       scales: number of dilations, J in the papers; at least 1.
