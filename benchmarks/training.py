@@ -44,7 +44,6 @@ class Setting:
       multiplicity: augmented copies of each example, shifted by up to `shift` pixels and mirrored if `flip`.
       ema: decay of the weights' moving average with which the model is evaluated; 0 for none.
       pretrain_epochs: of contrast on 20,000 images of the generator `pretrain_images`, before; 0 for none.
-      head_epochs: of `epochs`, those in which the head alone trains, first.
     """
 
     dataset: str = "fashion_mnist"
@@ -72,7 +71,6 @@ class Setting:
     ema: float = 0.0
     pretrain_epochs: int = 0
     pretrain_images: str = "dead_leaves"
-    head_epochs: int = 0
 
     @property
     def is_public(self) -> bool:
