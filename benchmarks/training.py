@@ -21,6 +21,7 @@ keras = tf.keras
 
 SPLITS = ("validation", "test")
 _HELD_OUT = 1 / 6  # of the training data, for choosing among a grid
+_PRETRAINING_IMAGES = 20_000
 
 
 STOCK = "stock"
@@ -48,6 +49,7 @@ class Setting:
       clipping: "flat", to l2_norm_clip; "automatic", to nearly all of it; or "adaptive", from there to target_quantile.
       multiplicity: augmented copies of each example, shifted by up to `shift` pixels and mirrored if `flip`.
       ema: decay of the weights' moving average with which the model is evaluated; 0 for none.
+      pretrain_epochs: of contrast on 20,000 images of the generator `pretrain_images`, before; 0 for none.
     """
 
     dataset: str = "fashion_mnist"
@@ -74,6 +76,8 @@ class Setting:
     shift: int = 2
     flip: bool = False
     ema: float = 0.0
+    pretrain_epochs: int = 0
+    pretrain_images: str = "dead_leaves"
 
     @property
     def is_public(self) -> bool:
@@ -128,6 +132,19 @@ def public_batch(setting: Setting, image: tuple[int, ...], data: datasets.Datase
     return generate(image, setting.public_size, seed=seed, value_range=(0.0, 1.0))
 
 
+@functools.lru_cache(maxsize=4)
+def pretrained_weights(
+    net: str, image: tuple[int, ...], normalization: str, initializer: str, source: str, epochs: int, seed: int
+) -> list[np.ndarray]:
+    """Weights of a stock network, but for its head, after contrastive pretraining; one for each seed."""
+    stock = tf_dpbn.to_stock(utility_nets.build(net, image, normalization, initializer=initializer))
+    generate = getattr(tf_dpbn.public_data, source)
+    images = generate(image, _PRETRAINING_IMAGES, seed=seed)
+    backbone = keras.Model(stock.input, stock.layers[-2].output)
+    tf_dpbn.pretraining.contrastive(backbone, images, epochs=epochs, seed=seed, verbose=0)
+    return backbone.get_weights()
+
+
 def make_plan(setting: Setting, examples: int) -> tf_dpbn.PrivacyPlan:
     """The plan; without noise if the setting has no epsilon."""
     noise: dict[str, Any] = (
@@ -161,6 +178,10 @@ def make_model(setting: Setting, plan: tf_dpbn.PrivacyPlan, data: datasets.Datas
     if setting.normalization == "whitening":
         batch = {"public_features": public_batch(setting, image, data, seed)}
     model = utility_nets.build(setting.net, image, setting.normalization, initializer=setting.initializer, **batch)
+    if setting.pretrain_epochs:
+        how = (setting.net, image, setting.normalization, setting.initializer)
+        pretrained = pretrained_weights(*how, setting.pretrain_images, setting.pretrain_epochs, seed)
+        model.set_weights([*pretrained, *model.layers[-1].get_weights()])
     if setting.is_public:
         from_training = setting.public in ("train", "digits")  # "digits" may be among those of MNIST
         batch_of = public_batch(setting, image, data, seed)

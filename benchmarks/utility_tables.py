@@ -33,6 +33,7 @@ _DEEP_TUNING_EPOCHS = 1
 # and of the modes of batch normalization the best there.
 _DEEPEST = 16
 _DEEPEST_GRID = ({"learning_rate": 0.5, "l2_norm_clip": 3.0}, {"learning_rate": 1.0, "l2_norm_clip": 1.0})
+_PRETRAIN_EPOCHS = 5
 _BATCH = {
     "batch, public": {"statistics": "public"},
     "batch, public, adaptive": {"statistics": "public", "correction": "adaptive"},
@@ -137,6 +138,18 @@ def _by_depth_in_large_batches() -> Iterator[Row]:
     for depth in _DEPTHS[2:]:
         for name, kind in _IN_LARGE_BATCHES.items():
             yield _row(f"{depth} convolutions", name, _DEEP_GRID, net=f"deep{depth}", **{**_LARGE, **kind})
+
+
+def _pretrained() -> Iterator[Row]:
+    """Random weights at the best points of table (b), pretrained ones at the best of a few tried on held-out data."""
+    for depth, rate in ((8, 1.0), (16, 1.0), (20, 0.5)):
+        starts: dict[str, dict[str, object]] = {"random weights": {"learning_rate": rate}}
+        for source in ("dead_leaves", "random_generators"):
+            pretraining = {"pretrain_epochs": _PRETRAIN_EPOCHS, "pretrain_images": source}
+            starts[f"pretrained, {source}"] = {"learning_rate": 0.5, **pretraining}
+        fields = {"net": f"deep{depth}", **_LARGE, **_IN_DEPTH["batch, public, 3a and 3b"]}
+        for name, start in starts.items():
+            yield _row(f"{depth} convolutions", name, ({"l2_norm_clip": 3.0},), **fields, **start)
 
 
 def _without_noise() -> Iterator[Row]:
@@ -245,6 +258,10 @@ TABLES = {
     "b": Table(
         "Normalization by depth: stacks of convolutions in batches of 1,024, four epochs, Fashion-MNIST, epsilon 3",
         tuple(_by_depth_in_large_batches()),
+    ),
+    "pretraining": Table(
+        "Pretraining by contrast on 20,000 synthetic images, 5 epochs: stacks of convolutions as in table (b)",
+        tuple(_pretrained()),
     ),
     "small": Table(
         "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())

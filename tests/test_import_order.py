@@ -52,7 +52,7 @@ LEVELS = (
     ("model",),
     ("conversion.coupling", "conversion.findings", "conversion.rebuild"),
     ("conversion",),
-    ("auditing.attacks", "callbacks"),
+    ("auditing.attacks", "callbacks", "pretraining"),
     ("interop.callback", "interop.checks", "interop.row_loss", "interop.statistics_scope"),
     ("interop", "auditing.audits"),
     ("auditing",),

@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from tf_dpbn import public_data
-from tf_dpbn.public_data import dead_leaves, random_fields, uniform_noise, validate_batch
+from tf_dpbn.public_data import dead_leaves, random_fields, random_generators, uniform_noise, validate_batch
 
-GENERATORS = [uniform_noise, random_fields, dead_leaves]
+GENERATORS = [uniform_noise, random_fields, dead_leaves, random_generators]
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -81,6 +81,7 @@ def test_generators_refuse_bad_arguments(change, error, message):
     [
         (lambda: random_fields((5,), 4), "1 to 3 spatial dimensions"),
         (lambda: random_fields((4, 4, 1), 4, exponent=-1.0), "Received: exponent=-1.0"),
+        (lambda: random_generators((8, 8), 4), "be height, width, channels"),
         (lambda: dead_leaves((8, 8), 4), "be height, width, channels"),
         (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.5, 0.1)), "below its high end.*radius_range="),
         (lambda: dead_leaves((8, 8, 1), 4, radius_range=(0.1, 3.0)), r"lie in \[0.01, 2\].*radius_range="),
@@ -89,6 +90,14 @@ def test_generators_refuse_bad_arguments(change, error, message):
 def test_single_generators_refuse_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_random_generators_make_an_image_each_of_several_scales():
+    batch = random_generators((32, 32, 1), 100, dtype="float64", seed=3)  # more than are made at a time
+    assert len(np.unique(batch.reshape(100, -1), axis=0)) == 100
+    assert -3.5 < spectral_slope(batch) < -1.0  # white noise has 0
+    slopes = [spectral_slope(image[None]) for image in batch]
+    assert np.std(slopes) > 0.3 > np.std([spectral_slope(image[None]) for image in random_fields((32, 32, 1), 100)])
 
 
 def test_uniform_noise_is_uniform_and_independent():

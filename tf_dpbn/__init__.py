@@ -12,6 +12,7 @@ The map, in the order data flows:
 - `optimizers`: Keras optimizers behind that boundary.
 - `model`: `DPModel` and `DPSequential`, whose train step puts it together.
 - `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
+- `pretraining`: of a stock network on synthetic images, without privacy, before any of this.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
 - `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
 - `interop`: the layer in stock models that optimizers of tensorflow-privacy train.
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         model,
         normalization,
         optimizers,
+        pretraining,
         public_data,
         sampling,
     )
@@ -92,6 +94,7 @@ __all__ = [
     "model",
     "normalization",
     "optimizers",
+    "pretraining",
     "public_data",
     "sampling",
     "to_stock",

@@ -1,13 +1,14 @@
 """Synthetic public batches, and the check that every public batch has to pass. Needs no TensorFlow.
 
-A public batch feeds the normalization statistics, so it must not hold private examples. The three generators look at no
+A public batch feeds the normalization statistics, so it must not hold private examples. The four generators look at no
 data at all, so nobody needs public data to train:
 
-| generator       | what it draws                           | shape of an example                 |
-| --------------- | --------------------------------------- | ----------------------------------- |
-| `uniform_noise` | independent uniform values              | any                                 |
-| `random_fields` | smooth fields with a power-law spectrum | 1 to 3 spatial dimensions, channels |
-| `dead_leaves`   | discs and rectangles hiding one another | height, width, channels             |
+| generator           | what it draws                           | shape of an example                 |
+| ------------------- | --------------------------------------- | ----------------------------------- |
+| `uniform_noise`     | independent uniform values              | any                                 |
+| `random_fields`     | smooth fields with a power-law spectrum | 1 to 3 spatial dimensions, channels |
+| `dead_leaves`       | discs and rectangles hiding one another | height, width, channels             |
+| `random_generators` | outputs of untrained generator networks | height, width, channels             |
 
 All return one array of shape [batch_size, *shape].
 """
@@ -27,6 +28,8 @@ _ROWS_READ = 10_000  # of a memory-mapped array, each of which costs a page or m
 _LAYERS_OF_LEAVES = 5.0  # mean number of leaves over a pixel; exp(-5) = 0.7% stays background
 # Mean of area / radius^2: pi for a disc; 2 sin(2 t), t uniform in [pi/8, 3 pi/8], for a rectangle.
 _LEAF_AREA = (math.pi + 4 * math.sqrt(2) / math.pi) / 2
+_GENERATOR_WIDTH = 16  # feature maps of the random generators
+_GENERATORS_AT_ONCE = 64  # which bounds their memory
 
 
 def uniform_noise(
@@ -141,6 +144,44 @@ def dead_leaves(
     for image in images:
         _paint_leaves(image, rng, *(min(height, width) * float(radius) for radius in radii))
     return _scaled(images, value_range, dtype)
+
+
+def random_generators(
+    shape: Sequence[int],
+    batch_size: int = 32,
+    *,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    dtype: Any = "float32",
+    seed: int | None = None,
+) -> np.ndarray:
+    """Draws the outputs of untrained image generators, each example from one with random weights of its own.
+
+    In the spirit of the untrained StyleGAN2 of Baradad et al., "Learning to See by Looking at Noise" (2021, arXiv
+    2106.05963), and much simpler: from random features of 4x4, blocks of a 3x3 convolution, a noise map that is added
+    to all features with random strengths, random biases and a leaky ReLU, each at twice the resolution of the one
+    before; an image is the sum over blocks of linear combinations of their features. There is no style modulation, and
+    none of the wavelet kernels of their "oriented" variant.
+
+    Args:
+      shape: height, width, channels of one image.
+      batch_size: number of images.
+      value_range: lowest and highest value of every example, as for `random_fields`.
+      dtype, seed: as for `uniform_noise`.
+
+    Returns:
+      An array of `dtype` and shape [batch_size, *shape] with values inside `value_range`.
+
+    Raises:
+      ValueError, TypeError: as `uniform_noise`.
+    """
+    height, width, channels = _checked_shape(shape, ranks=(3,), layout="height, width, channels")
+    count = _validate.positive_int("batch_size", batch_size)
+    rng = np.random.default_rng(seed)
+    images = np.empty((count, height, width, channels))
+    for first in range(0, count, _GENERATORS_AT_ONCE):
+        part = images[first : first + _GENERATORS_AT_ONCE]
+        part[:] = _generated(rng, len(part), max(height, width), channels)[:, :height, :width]
+    return _scaled(_stretched(images, rng), value_range, dtype)
 
 
 def validate_batch(
@@ -302,6 +343,42 @@ def _paint_leaves(image: np.ndarray, rng: np.random.Generator, smallest: float, 
             across = columns * math.cos(angle) - rows * math.sin(angle)
             covered = (np.abs(along) <= half_sides[i, 0]) & (np.abs(across) <= half_sides[i, 1])
         image[row_slice, column_slice][covered] = colors[i]
+
+
+def _generated(rng: np.random.Generator, count: int, size: int, channels: int) -> np.ndarray:
+    """Images [count, side, side, channels] of as many random generators; side is a power of two, at least `size`."""
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal((count, *shape), np.float32)
+
+    width, side = _GENERATOR_WIDTH, 4
+    features, images = normal(side, side, width), np.zeros((count, side, side, channels), np.float32)
+    while True:
+        padded = np.pad(features, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
+        patches = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        patches = patches.reshape(count, side * side, 9 * width)
+        # He's variance, which keeps the features' from block to block, each generator with kernels of its own.
+        features = patches @ (normal(9 * width, width) * math.sqrt(2 / (9 * width)))
+        features += normal(side * side, 1) * normal(1, width) * 0.3 + normal(1, width) * 0.3
+        features = np.where(features > 0, features, 0.2 * features)
+        images += (features @ normal(width, channels)).reshape(images.shape)
+        features = features.reshape(count, side, side, width)
+        if side >= size:
+            return images
+        features, images = (_doubled(_doubled(maps, 1), 2) for maps in (features, images))
+        side *= 2
+
+
+def _doubled(maps: np.ndarray, axis: int) -> np.ndarray:
+    """Interpolates linearly to twice the length of an axis."""
+    previous, following = (np.take(maps, index, axis) for index in _neighbours(maps.shape[axis]))
+    pairs = np.stack([0.75 * maps + 0.25 * previous, 0.75 * maps + 0.25 * following], axis + 1)
+    return pairs.reshape(*maps.shape[:axis], -1, *maps.shape[axis + 1 :])
+
+
+def _neighbours(length: int) -> tuple[np.ndarray, np.ndarray]:
+    positions = np.arange(length)
+    return np.maximum(positions - 1, 0), np.minimum(positions + 1, length - 1)
 
 
 def _window(center: float, radius: float, length: int) -> tuple[np.ndarray, slice]:
