@@ -43,7 +43,7 @@ class Scattering2D(keras.layers.Layer):
     The layer has no weights. It may stand in a `DPModel`, but it takes longer than a small network on top of it, so
     compute the features once, those of the public batch too:
 
-    >>> import numpy as np, tensorflow as tf, tf_dpbn
+    >>> import tf_dpbn
     >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
     >>> images = np.random.default_rng(0).random((3, 28, 28, 1), dtype="float32")
     >>> scattering.predict(images, verbose=0).shape
@@ -130,6 +130,15 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
     descent spends most of its noisy steps on what all have in common; whitened ones need a fraction of the steps.
 
     The layer's weights come from public data alone, so it costs no privacy.
+
+    >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
+    >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 8, seed=0)  # public; 256 and more are better
+    >>> features = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
+    >>> features.add(tf_dpbn.features.whitening(features.predict(leaves, verbose=0)))
+    >>> x = features.predict(images, verbose=0)
+    >>> inputs = tf.keras.Input(x.shape[1:])
+    >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
+    >>> whole = tf.keras.Model(features.inputs[0], model(features.outputs[0]))  # to export, once `model` is trained on x
 
     Args:
       public_features: array [examples, ..., channels] of public examples, for example those of
