@@ -131,6 +131,7 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
 
     The layer's weights come from public data alone, so it costs no privacy.
 
+    >>> import tf_dpbn
     >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
     >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 8, seed=0)  # public; 256 and more are better
     >>> features = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
@@ -138,7 +139,7 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
     >>> x = features.predict(images, verbose=0)
     >>> inputs = tf.keras.Input(x.shape[1:])
     >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
-    >>> whole = tf.keras.Model(features.inputs[0], model(features.outputs[0]))  # to export, once `model` is trained on x
+    >>> whole = tf.keras.Model(features.inputs[0], model(features.outputs[0]))  # to export, with `model` trained on x
 
     Args:
       public_features: array [examples, ..., channels] of public examples, for example those of
