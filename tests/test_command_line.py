@@ -67,6 +67,12 @@ def test_plan_says_noise_steps_rows_and_epsilon(printed):
     assert "Epsilon 3.0000 at delta 1e-05, by RDP" in text
 
 
+def test_suggest_prints_what_the_library_suggests(printed):
+    text = printed("suggest", "--num_examples=200", "--epsilon=1", "--network=deep", "--delta=1e-3")
+    assert text.rstrip() == str(accounting.suggest(200, 1.0, network="deep", delta=1e-3))
+    assert "network 'shallow'" in printed("suggest", "--num_examples=200", "--epsilon=1")
+
+
 @pytest.mark.both
 @pytest.mark.parametrize("training_rows", [False, True])
 def test_statement_of_a_file_is_that_of_its_model(training_rows, tmp_path, printed):
@@ -128,7 +134,7 @@ def test_plot_shows_epsilon_after_the_steps_of_a_ledger_and_of_a_plan(tmp_path, 
 
 
 def test_without_a_command_it_says_what_there_is_and_with_help_which_flags(printed):
-    assert {"epsilon", "noise", "plan", "statement", "plot", "tensorflow"} <= set(printed().split())
+    assert {"epsilon", "noise", "plan", "suggest", "statement", "plot", "tensorflow"} <= set(printed().split())
     assert "--delta" in printed("noise", "--help")
 
 
@@ -139,6 +145,7 @@ REFUSED = {
     "missing": (["noise", *SIZES, "--steps=3"], "--target_epsilon must have a value"),
     "value": (["epsilon", *PLAN, "--delta=2"], "`delta` must lie strictly between 0 and 1"),
     "accountant": (["epsilon", *PLAN, "--accountant=gdp"], "`accountant` must be one of 'rdp', 'pld'"),
+    "network": (["suggest", "--num_examples=9", "--epsilon=1", "--network=big"], "`network` must be one of 'features'"),
     "both": (["plan", *PLAN, "--target_epsilon=1"], "Give exactly one of"),
     "argument": (["statement", "m.keras", "--file=m.keras", "--delta=1e-5"], "takes flags only"),
     "no file": (["statement", "--file=none.keras", "--delta=1e-5"], "Reading it failed: .*none.keras"),

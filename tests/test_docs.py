@@ -133,5 +133,5 @@ def test_what_documents_name_exists():
     for file, test in named:
         assert f"def {test}(" in (ROOT / "tests" / file).read_text("utf-8"), test
     for page in (ROOT / "docs").glob("*.md"):
-        for target in re.findall(r"\]\(([\w./]+\.md)", page.read_text("utf-8")):
+        for target in re.findall(r"\]\(([\w./]+\.(?:md|png))", page.read_text("utf-8")):
             assert (page.parent / target).is_file(), target

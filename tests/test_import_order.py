@@ -17,7 +17,7 @@ LEVELS = (
     ("auditing.bounds", "accounting.events"),
     ("accounting.ledger",),
     ("accounting.ledger_file", "accounting.planning", "accounting.statement"),
-    ("accounting.files",),
+    ("accounting.files", "accounting.suggestion"),
     ("accounting",),
     ("__main__",),
     ("augmentation", "public_data", "mechanisms", "_devices", "_keras", "_graph"),

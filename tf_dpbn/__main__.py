@@ -25,6 +25,7 @@ _POINTS = 50  # of a plot, for each configuration in the ledger
 _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "accountant": (flags.DEFINE_string, "rdp", "rdp, or pld, which takes longer and is tighter"),
     "delta": (flags.DEFINE_float, None, "well below 1 / num_examples"),
+    "epsilon": (flags.DEFINE_float, None, "what the whole training may cost"),
     "epochs": (flags.DEFINE_float, None, "passes over the training set; or give --steps"),
     "expected_batch_size": (flags.DEFINE_integer, None, "mean number of examples in a batch"),
     "file": (
@@ -33,6 +34,7 @@ _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
         "a saved model (.keras), its weights (.weights.h5), a ledger file or JSON",
     ),
     "max_batch_size": (flags.DEFINE_integer, None, "rows to which larger draws are truncated; chosen if left out"),
+    "network": (flags.DEFINE_string, "shallow", "features, shallow, deep or pretrained: see docs/choosing.md"),
     "noise_multiplier": (flags.DEFINE_float, None, "standard deviation of the noise over the clip norm"),
     "num_examples": (flags.DEFINE_integer, None, "in the training set"),
     "output": (flags.DEFINE_string, "epsilon.png", "where the plot goes"),
@@ -68,6 +70,10 @@ def _plan(options: dict[str, Any]) -> str:
         f"{plan.expected_batch_size} are expected, and draws of more than {plan.max_batch_size} are truncated.\n"
         f"Epsilon {shown_epsilon(plan.epsilon)} at delta {plan.delta:g}, by {plan.accountant.upper()} accounting."
     )
+
+
+def _suggest(options: dict[str, Any]) -> str:
+    return str(accounting.suggest(**options))
 
 
 def _statement(options: dict[str, Any]) -> str:
@@ -121,6 +127,7 @@ _COMMANDS = {
     "epsilon": _Command(_epsilon, "the epsilon of a noise multiplier", ("noise_multiplier", *_SIZES), _LENGTH),
     "noise": _Command(_noise, "the noise multiplier for an epsilon", ("target_epsilon", *_SIZES), _LENGTH),
     "plan": _Command(_plan, "a training run in words, for a noise multiplier or an epsilon", _SIZES, _NOISE + _LENGTH),
+    "suggest": _Command(_suggest, "settings to start from, and why", ("num_examples", "epsilon"), ("network", "delta")),
     "statement": _Command(_statement, "what a model's training guarantees", ("file", "delta"), ("accountant",)),
     "plot": _Command(
         _plot, "epsilon over steps, of a plan or a file", ("delta",), ("file", "output", *_SIZES[1:], *_NOISE, *_LENGTH)
