@@ -125,14 +125,17 @@ _NETWORKS = {
         tables="(scattering) and (small_scattering)",
         steps=((4_000, ((1.0, 16), (3.0, 32), (8.0, 64))), (60_000, ((1.0, 200), (3.0, 200), (8.0, 300)))),
         largest_batch_size=8192,
-        rates=(1.0, 1.0),
+        rates=(0.5, 2.0),
         l2_norm_clip=1.0,
         public_batch_size=256,
         why_steps=(
             "tuning for tables (scattering) and (small_scattering) found 16, 32 and 64 best for 4,000 examples at "
             "epsilon 1, 3 and 8, about 200 for 60,000 and 200 to 400 at epsilon 8"
         ),
-        why_rate="what suited in tables (scattering) and (small_scattering) lay between 0.5 and 2 everywhere",
+        why_rate=(
+            "about 0.001 times batch size over noise multiplier, between 0.5 and 2, the grid of tables (scattering) and "
+            "(small_scattering), whose best points are within a factor of two"
+        ),
         why=(
             "The clip norm hardly matters on features if the learning rate is scaled with it: 1 and 50 were level in "
             "tuning for table (scattering).",
@@ -218,7 +221,7 @@ def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delt
     >>> from tf_dpbn import accounting
     >>> suggestion = accounting.suggest(60_000, 3.0, network="features", delta=1e-5)
     >>> suggestion.steps, suggestion.expected_batch_size, suggestion.learning_rate
-    (200, 8192, 1.0)
+    (200, 8192, 2.0)
 
     Args:
       num_examples: size N of the training set (public).
