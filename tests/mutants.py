@@ -41,6 +41,7 @@ _FLOATS = "tests/conformance/test_floating_point.py"
 _ORACLE, _LEDGER, _GALLERY = (f"tests/test_{n}.py" for n in ("gradient_oracle", "ledger_of_model", "gallery"))
 _AUDITING, _WEIGHTS = "tests/test_auditing.py", "tests/test_losses_and_weights.py"
 _LEDGER_FILE = "tests/test_ledger_file.py"
+_FEATURES, _PRETRAINING = "tests/test_features.py", "tests/test_pretraining.py"
 _DEVICES, _GPU = "tests/test_devices.py", "tests/test_gpu_graphs.py"
 
 
@@ -309,6 +310,17 @@ _CHANGES: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         ("            require_full_float32()\n", "", _DEVICES),
         ("self._record.write_ahead(", "(lambda steps: None)(", _LEDGER_FILE, "resumed_model"),
+    ),
+    "features.py": (
+        ("wavelets[scale + 1 :]]", "wavelets[scale:]]", _FEATURES, "definition"),
+        ("2 * (length - 1) - inside", "2 * length - 1 - inside", _FEATURES, "definition"),
+        ("- gaussian * (wave", "- 0.99 * gaussian * (wave", _FEATURES, "definition"),
+        ("Dense(channels, trainable=False", "Dense(channels, trainable=True", _FEATURES, "front"),
+        ("np.maximum(eigenvalues, 0) + epsilon", "np.maximum(eigenvalues, epsilon)", _FEATURES, "damps"),
+    ),
+    "pretraining.py": (
+        ("tf.roll(tf.range(2 * count), count, 0)", "tf.range(2 * count)", _PRETRAINING, "paper"),
+        ("/ temperature\n", "* temperature\n", _PRETRAINING, "paper"),
     ),
     "_devices.py": (("tensor_float_32_execution(False)", "tensor_float_32_execution(True)", _DEVICES),),
     "clipping/vectorization.py": (("images.shape.rank != 5", "images.shape.rank != 6", _GPU, "sums"),),
