@@ -29,7 +29,7 @@ SAME_ON_REPLICAS = tf.VariableAggregation.ONLY_FIRST_REPLICA
 
 def checked_clip(name: str, value: Any) -> float:
     """Returns a bound on norms as a float, or raises ValueError unless squares of such norms are within float32."""
-    clip = _validate.positive(name, value, "1.0 is a common start.")
+    clip = _validate.positive(name, value, "1.0 is a common start; tf_dpbn.AutomaticClip() needs no tuning.")
     if not _SMALLEST_CLIP <= clip <= _LARGEST_CLIP:
         requirement = f"lie in [{_SMALLEST_CLIP}, {_LARGEST_CLIP}]"
         raise _validate.argument_error(name, value, requirement, "Squares of other norms leave float32.")
