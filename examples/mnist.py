@@ -226,7 +226,7 @@ def write_results(
     )
     print(f"Plot: {directory / f'{name}.png'}")
     saved_model = str(directory / f"{name}_saved_model")
-    whole = keras.Model(features.inputs[0], model(features.outputs[0])) if features else model
+    whole = keras.Model(features.inputs[0], tf_dpbn.to_stock(model)(features.outputs[0])) if features else model
     with contextlib.redirect_stdout(io.StringIO()):  # Keras lists every variable
         whole.export(saved_model)  # loads without tf_dpbn
     return saved_model

@@ -86,6 +86,7 @@ class Scattering2D(keras.layers.Layer):
         self._down, self._across = (_side(n, step) for n in shape[1:3])
         height, width = (side.transform.shape[0] for side in (self._down, self._across))
         self._wavelets = _wavelets(height, width, self.scales, self.angles)
+        self.input_spec = keras.layers.InputSpec(shape=(None, *shape[1:]))
         super().build(input_shape)
 
     def call(self, inputs: Any) -> Any:
@@ -129,17 +130,19 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
     Normalization", 2018, arXiv 1804.08450). Neighbouring scattering coefficients tell nearly the same, and gradient
     descent spends most of its noisy steps on what all have in common; whitened ones need a fraction of the steps.
 
-    The layer's weights come from public data alone, so it costs no privacy.
+    `public_features` must not be private: the layer's weights hold their statistics without noise. Made from public
+    data, they cost no privacy. Values must be in the range of those that the layer will see.
 
     >>> import tf_dpbn
     >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
-    >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 8, seed=0)  # public; 256 and more are better
+    >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 32, seed=0)  # public; 256 are better
     >>> features = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
     >>> features.add(tf_dpbn.features.whitening(features.predict(leaves, verbose=0)))
     >>> x = features.predict(images, verbose=0)
     >>> inputs = tf.keras.Input(x.shape[1:])
     >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
-    >>> whole = tf.keras.Model(features.inputs[0], model(features.outputs[0]))  # to export, with `model` trained on x
+    >>> trained = tf_dpbn.to_stock(model)  # once `model` has been trained on x
+    >>> whole = tf.keras.Model(features.inputs[0], trained(features.outputs[0]))  # from images to predictions
 
     Args:
       public_features: array [examples, ..., channels] of public examples, for example those of
@@ -153,18 +156,18 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
 
     Raises:
       ValueError: if `public_features` are not finite numbers with two axes or more, or hold fewer values a channel than
-        there are channels, or if `epsilon` is not positive.
+        ten times the number of channels, or if `epsilon` is not positive.
     """
-    features = np.asarray(public_features, np.float64)
+    features = np.asarray(public_features)
     _validate.positive("epsilon", epsilon)
-    if features.ndim < 2 or not features.size or not np.isfinite(features).all():
-        requirement = "be a finite array [examples, ..., channels]"
+    if features.ndim < 2 or features.dtype.kind not in "fiu" or not np.isfinite(features).all():
+        requirement = "be an array [examples, ..., channels] of finite numbers"
         raise _validate.argument_error("public_features", f"{features.dtype} {features.shape}", requirement)
     channels = features.shape[-1]
-    values = features.reshape(-1, channels)
-    if len(values) <= channels:
+    values = features.reshape(-1, channels).astype(np.float64)
+    if len(values) < 10 * channels:
         remedy = "The correlation matrix is read off them; generate more public examples."
-        requirement = f"hold more than {channels} values of each of its {channels} channels"
+        requirement = f"hold at least {10 * channels} values of each of its {channels} channels"
         raise _validate.argument_error("public_features", features.shape, requirement, remedy)
     mean = values.mean(axis=0)
     deviation = values.std(axis=0)

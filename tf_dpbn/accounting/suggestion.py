@@ -54,13 +54,13 @@ class Suggestion:
     reasons: tuple[str, ...]
 
     @property
-    def epochs(self) -> float:
+    def epochs(self) -> int:
         """Passes over the data, each of ceil(num_examples / expected_batch_size) steps, as in PrivacyPlan."""
-        return self.steps / -(-self.num_examples // self.expected_batch_size)
+        return self.steps // -(-self.num_examples // self.expected_batch_size)
 
     def plan_arguments(self) -> dict[str, Any]:
         """The arguments of the PrivacyPlan: `tf_dpbn.PrivacyPlan(**suggestion.plan_arguments())`."""
-        names = ("num_examples", "target_epsilon", "delta", "expected_batch_size", "steps")
+        names = ("num_examples", "target_epsilon", "delta", "expected_batch_size", "epochs")
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Suggestion:
         average = "none" if self.ema_momentum is None else f"decay {self.ema_momentum:g}"
         settings = {
             "expected batch size": f"{self.expected_batch_size}",
-            "steps": f"{self.steps} ({self.epochs:.3g} epochs)",
+            "steps": f"{self.steps} ({self.epochs} epochs)",
             "noise multiplier": f"{self.noise_multiplier:.4g}",
             "learning rate": f"{self.learning_rate:g}, SGD with momentum 0.9, cosine decay to a tenth",
             "clip norm": f"{self.l2_norm_clip:g}",
@@ -133,8 +133,8 @@ _NETWORKS = {
             "epsilon 1, 3 and 8, about 200 for 60,000 and 200 to 400 at epsilon 8"
         ),
         why_rate=(
-            "about 0.001 times batch size over noise multiplier, between 0.5 and 2, the grid of tables (scattering) and "
-            "(small_scattering), whose best points are within a factor of two"
+            "about 0.001 times batch size over noise multiplier, between 0.5 and 2, the grid of tables (scattering) "
+            "and (small_scattering), whose best points are within a factor of two"
         ),
         why=(
             "The clip norm hardly matters on features if the learning rate is scaled with it: 1 and 50 were level in "
@@ -246,6 +246,8 @@ def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delt
         raise _validate.argument_error("delta", delta, f"be below 1/num_examples={1.0 / examples:.3g}", remedy)
     steps = _steps(measured, examples, target)
     batch_size = _batch_size(examples, steps, target, delta)
+    epoch = -(-examples // batch_size)
+    steps = max(1, round(steps / epoch)) * epoch  # whole epochs, for `fit`
     plan = PrivacyPlan(
         num_examples=examples, target_epsilon=target, delta=delta, expected_batch_size=batch_size, steps=steps
     )

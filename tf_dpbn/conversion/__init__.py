@@ -89,8 +89,9 @@ def convert(
 def to_stock(model: Any) -> Any:
     """Makes a plain Keras model of a DPModel, with stock BatchNormalization, for serving or for publishing.
 
-    It predicts what the DPModel predicts, has weights of its own, and needs no tf_dpbn, also when it is saved and
-    loaded. It has no ledger: note `privacy_statement` beside it. Training it is not private.
+    It predicts what the DPModel predicts, has weights of its own, and needs no tf_dpbn (but for layers of
+    `tf_dpbn.features`), also when it is saved and loaded. It has no ledger: note `privacy_statement` beside it.
+    Training it is not private, and converted to a DPModel again it starts with an epsilon of 0.
 
     On tf_keras a loaded file runs fused kernels, which the returned model does not: they round otherwise, in
     MobileNetV2 by up to 5e-5 of the largest logit, as much as float32 is off there by itself.

@@ -15,8 +15,8 @@ from tf_dpbn.model.training_trace import trace_training_pass
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
 _REPLACE = (
-    "tf_dpbn.convert(model), with statistics='fixed' to keep pretrained statistics; in a subclassed model use tf_dpbn.DPBatchNormalization, and derive the model from "
-    "tf_dpbn.DPModel. Or freeze the layer with trainable=False."
+    "tf_dpbn.convert(model), with statistics='fixed' to keep pretrained statistics; in a subclassed model use "
+    "tf_dpbn.DPBatchNormalization, and derive the model from tf_dpbn.DPModel. Or freeze the layer with trainable=False."
 )
 _STATE = "Use a layer without such state (recurrent ones: stateful=False), or freeze it."
 _LOSS = "Put the loss into `compile`, where it is clipped for each example, or use a weight regularizer."
