@@ -216,7 +216,7 @@ _PUBLIC_SIZES: dict[str, object] = {
     "epochs": 15,
     "correction": "auto",
 }
-# 30 epochs of 8,192 are 220 steps, with 8 % more noise than as many steps on all data take.
+# 30 epochs of 8,192 are 240 steps, with 8 % more noise than as many steps on all data take.
 _SCATTERED: dict[str, object] = {
     "net": "linear",
     "features": "scattering",
