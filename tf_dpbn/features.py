@@ -136,8 +136,9 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
     >>> import tf_dpbn
     >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
     >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 32, seed=0)  # public; 256 are better
-    >>> features = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
-    >>> features.add(tf_dpbn.features.whitening(features.predict(leaves, verbose=0)))
+    >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
+    >>> whitening = tf_dpbn.features.whitening(scattering.predict(leaves, verbose=0))
+    >>> features = tf.keras.Sequential([scattering, whitening])
     >>> x = features.predict(images, verbose=0)
     >>> inputs = tf.keras.Input(x.shape[1:])
     >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
