@@ -134,6 +134,7 @@ def test_what_makes_no_sense_is_refused_by_name(name):
 def test_plots_are_drawn_of_the_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(choosing, "noise_per_example", lambda examples, size, steps, epsilon: 1.0 / size)
-    monkeypatch.setattr(accounting, "suggest", lambda *_, **__: suggested("features"))
+    suggestion = suggested("features")  # before `suggest`, which it calls, is another
+    monkeypatch.setattr(accounting, "suggest", lambda *_, **__: suggestion)
     choosing.draw(utility.read(utility.RESULTS), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {f"choosing_{name}.png" for name in choosing.PLOTS}
