@@ -51,11 +51,8 @@ def tuned_rates(results: utility.Results) -> Iterator[tuple[str, float, float]]:
 
 def accuracies(table: str, results: utility.Results) -> list[tuple[Row, list[float]]]:
     """Test accuracies in percent of each row of a table that has some."""
-    found = []
-    for row in TABLES[table].rows:
-        setting = utility.best(row, results)
-        runs = [results.get(utility.key_of(setting, seed, "test")) for seed in range(3)] if setting else []
-        found.append((row, [100 * run["accuracy"] for run in runs if run is not None]))
+    seeds = TABLES[table].seeds
+    found = [(row, [100 * each for each in utility.accuracies(row, seeds, results)]) for row in TABLES[table].rows]
     return [(row, each) for row, each in found if each]
 
 

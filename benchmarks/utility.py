@@ -66,6 +66,13 @@ def best(row: Row, results: Results) -> training.Setting | None:
     return max(zip(row.settings, runs, strict=True), key=lambda pair: pair[1]["accuracy"])[0]  # type: ignore[index]
 
 
+def accuracies(row: Row, seeds: int, results: Results) -> list[float]:
+    """Those on test data of a row's best setting, of the seeds that were trained."""
+    setting = best(row, results)
+    runs = [results.get(key_of(setting, seed, "test")) for seed in range(seeds)] if setting else []
+    return [run["accuracy"] for run in runs if run is not None]
+
+
 def missing(row: Row, seeds: int, results: Results) -> list[_Run]:
     """The runs that a row needs next: those of its grid, then those of its seeds."""
     chosen = best(row, results)
@@ -127,9 +134,7 @@ def report(path: pathlib.Path, document: pathlib.Path) -> None:
     for name, table in TABLES.items():
         rows = []
         for row in table.rows:
-            setting = best(row, results)
-            runs = [results.get(key_of(setting, seed, "test")) for seed in range(table.seeds)] if setting else []
-            rows.append((row, setting, [run["accuracy"] for run in runs if run is not None]))
+            rows.append((row, best(row, results), accuracies(row, table.seeds, results)))
         summaries.append((name, table, rows))
     utility_report.write(document, path.parent, summaries)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from tf_dpbn import _validate
+from tf_dpbn import _validate, public_data
 from tf_dpbn._keras import keras
 
 _TINY = 1e-30  # under the root of a modulus, whose derivative is infinite at 0
@@ -156,14 +156,11 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
       A built `keras.layers.Dense` from [..., channels] to [..., channels].
 
     Raises:
-      ValueError: if `public_features` are not finite numbers with two axes or more, or hold fewer values a channel than
-        ten times the number of channels, or if `epsilon` is not positive.
+      ValueError, TypeError: if `public_features` are not finite numbers, or hold fewer values a channel than ten times
+        the number of channels, or if `epsilon` is not positive.
     """
-    features = np.asarray(public_features)
+    features = public_data.validate_batch(public_features, name="public_features")
     _validate.positive("epsilon", epsilon)
-    if features.ndim < 2 or features.dtype.kind not in "fiu" or not np.isfinite(features).all():
-        requirement = "be an array [examples, ..., channels] of finite numbers"
-        raise _validate.argument_error("public_features", f"{features.dtype} {features.shape}", requirement)
     channels = features.shape[-1]
     values = features.reshape(-1, channels).astype(np.float64)
     if len(values) < 10 * channels:
