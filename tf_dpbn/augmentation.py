@@ -31,8 +31,9 @@ def random_shift(pixels: int, *, flip: bool = False) -> Callable[[tf.Tensor], tf
     Raises:
       ValueError: if pixels is not a whole number >= 1.
 
-    >>> random_shift(2)(tf.ones([8, 8, 1])).shape.as_list()
-    [8, 8, 1]
+    Examples:
+      >>> random_shift(2)(tf.ones([8, 8, 1])).shape.as_list()
+      [8, 8, 1]
     """
     pixels = _validate.positive_int("pixels", pixels)
 

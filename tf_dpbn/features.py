@@ -43,11 +43,12 @@ class Scattering2D(keras.layers.Layer):
     The layer has no weights. It may stand in a `DPModel`, but it takes longer than a small network on top of it, so
     compute the features once, those of the public batch too:
 
-    >>> import tf_dpbn
-    >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
-    >>> images = np.random.default_rng(0).random((3, 28, 28, 1), dtype="float32")
-    >>> scattering.predict(images, verbose=0).shape
-    (3, 7, 7, 81)
+    Examples:
+      >>> import tf_dpbn
+      >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
+      >>> images = np.random.default_rng(0).random((3, 28, 28, 1), dtype="float32")
+      >>> scattering.predict(images, verbose=0).shape
+      (3, 7, 7, 81)
 
     Input: [batch, height, width, colours], real; height and width multiples of 2^scales and larger than it.
     Output: [batch, height / 2^scales, width / 2^scales, colours K] in the layer's compute dtype; computed in float32,
@@ -133,17 +134,18 @@ def whitening(public_features: Any, epsilon: float = 0.1, name: str = "whitening
     `public_features` must not be private: the layer's weights hold their statistics without noise. Made from public
     data, they cost no privacy. Values must be in the range of those that the layer will see.
 
-    >>> import tf_dpbn
-    >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
-    >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 32, seed=0)  # public; 256 are better
-    >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
-    >>> whitening = tf_dpbn.features.whitening(scattering.predict(leaves, verbose=0))
-    >>> features = tf.keras.Sequential([scattering, whitening])
-    >>> x = features.predict(images, verbose=0)
-    >>> inputs = tf.keras.Input(x.shape[1:])
-    >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
-    >>> trained = tf_dpbn.to_stock(model)  # once `model` has been trained on x
-    >>> whole = tf.keras.Model(features.inputs[0], trained(features.outputs[0]))  # from images to predictions
+    Examples:
+      >>> import tf_dpbn
+      >>> images = np.random.default_rng(0).random((20, 28, 28, 1), dtype="float32")  # private
+      >>> leaves = tf_dpbn.public_data.dead_leaves((28, 28, 1), 32, seed=0)  # public; 256 are better
+      >>> scattering = tf.keras.Sequential([tf.keras.Input((28, 28, 1)), tf_dpbn.features.Scattering2D()])
+      >>> whitening = tf_dpbn.features.whitening(scattering.predict(leaves, verbose=0))
+      >>> features = tf.keras.Sequential([scattering, whitening])
+      >>> x = features.predict(images, verbose=0)
+      >>> inputs = tf.keras.Input(x.shape[1:])
+      >>> model = tf_dpbn.DPModel(inputs, tf.keras.layers.Dense(10)(tf.keras.layers.Flatten()(inputs)))
+      >>> trained = tf_dpbn.to_stock(model)  # once `model` has been trained on x
+      >>> whole = tf.keras.Model(features.inputs[0], trained(features.outputs[0]))  # from images to predictions
 
     Args:
       public_features: array [examples, ..., channels] of public examples, for example those of

@@ -75,8 +75,9 @@ def clip_weights(squared_norms: tf.Tensor, l2_norm_clip: float | ClipRule, mask:
 
     Source: Abadi et al. 2016, Algorithm 1, with min(1, C/|g|) in place of 1/max(1, |g|/C).
 
-    >>> clip_weights(tf.constant([4.0, 0.25, float("inf")]), 1.0, None).numpy().tolist()
-    [0.5, 1.0, 0.0]
+    Examples:
+      >>> clip_weights(tf.constant([4.0, 0.25, float("inf")]), 1.0, None).numpy().tolist()
+      [0.5, 1.0, 0.0]
     """
     norms = tf.sqrt(squared_norms)
     if isinstance(l2_norm_clip, ClipRule):
@@ -196,8 +197,9 @@ def normal_from_bits(words: tf.Tensor) -> tf.Tensor:
 
     Source: Box and Muller 1958, "A Note on the Generation of Random Normal Deviates".
 
-    >>> [round(float(number), 2) for number in normal_from_bits(tf.zeros([4, 1], tf.uint32))]
-    [11.6, 0.0]
+    Examples:
+      >>> [round(float(number), 2) for number in normal_from_bits(tf.zeros([4, 1], tf.uint32))]
+      [11.6, 0.0]
     """
     high, middle, low, angle = tf.unstack(tf.cast(words, tf.float32))
     # Added from the smallest on, each part at its own exponent: near zero floats are fine enough for all 96 bits.

@@ -71,16 +71,17 @@ def contrastive(
       ValueError: for a backbone of another form; for images of another shape, non-finite, outside `value_range` or
         fewer than a batch; for a bad number.
 
-    >>> layers = keras.layers
-    >>> backbone = keras.Sequential([
-    ...     layers.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()])
-    >>> images = public_data.dead_leaves((8, 8, 1), 16)
-    >>> history = contrastive(backbone, images, epochs=2, batch_size=8, verbose=0)
-    >>> len(history.history["loss"])
-    2
-    >>> stock = keras.Sequential([backbone, layers.GlobalAveragePooling2D(), layers.Dense(10, name="head")])
-    >>> from tf_dpbn import convert
-    >>> model = convert(stock, public_batch=images)  # to be compiled with a DPOptimizer
+    Examples:
+      >>> layers = keras.layers
+      >>> backbone = keras.Sequential([
+      ...     layers.Input((8, 8, 1)), layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU()])
+      >>> images = public_data.dead_leaves((8, 8, 1), 16)
+      >>> history = contrastive(backbone, images, epochs=2, batch_size=8, verbose=0)
+      >>> len(history.history["loss"])
+      2
+      >>> stock = keras.Sequential([backbone, layers.GlobalAveragePooling2D(), layers.Dense(10, name="head")])
+      >>> from tf_dpbn import convert
+      >>> model = convert(stock, public_batch=images)  # to be compiled with a DPOptimizer
     """
     _check_backbone(backbone)
     passes, size = (_validate.positive_int(*each) for each in (("epochs", epochs), ("batch_size", batch_size)))

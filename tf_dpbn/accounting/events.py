@@ -78,10 +78,11 @@ def split_noise_multiplier(
     Raises:
       ValueError: an argument is out of range.
 
-    >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 2)]
-    [1.4142, 2.0, 2.0]
-    >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 0, 0.01)]
-    [1.005, 10.0]
+    Examples:
+      >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 2)]
+      [1.4142, 2.0, 2.0]
+      >>> [round(sigma, 4) for sigma in split_noise_multiplier(1.0, 0.5, 0, 0.01)]
+      [1.005, 10.0]
     """
     sigma = _validate.non_negative("noise_multiplier", noise_multiplier)
     rho = _validate.open_probability("statistics_fraction", statistics_fraction)
@@ -162,8 +163,9 @@ def tail_delta(noise_multiplier: float) -> float:
     Raises:
       ValueError: noise_multiplier is negative or non-finite.
 
-    >>> [f"{tail_delta(sigma):.0e}" for sigma in (10.0, 1.0, 0.5, 0.2)]
-    ['8e-19', '8e-19', '9e-19', '1e-09']
+    Examples:
+      >>> [f"{tail_delta(sigma):.0e}" for sigma in (10.0, 1.0, 0.5, 0.2)]
+      ['8e-19', '8e-19', '9e-19', '1e-09']
     """
     sigma = _validate.non_negative("noise_multiplier", noise_multiplier)
     if sigma == 0.0:

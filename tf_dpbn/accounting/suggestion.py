@@ -218,10 +218,11 @@ def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delt
     They are readings of what docs/results.md measured, on 2,000 to 60,000 small images and in few settings; where
     `reasons` say that they extrapolate, nothing was measured. docs/choosing.md has the evidence, and where it fails.
 
-    >>> from tf_dpbn import accounting
-    >>> suggestion = accounting.suggest(60_000, 3.0, network="features", delta=1e-5)
-    >>> suggestion.steps, suggestion.expected_batch_size, suggestion.learning_rate
-    (200, 8192, 2.0)
+    Examples:
+      >>> from tf_dpbn import accounting
+      >>> suggestion = accounting.suggest(60_000, 3.0, network="features", delta=1e-5)
+      >>> suggestion.steps, suggestion.expected_batch_size, suggestion.learning_rate
+      (200, 8192, 2.0)
 
     Args:
       num_examples: size N of the training set (public).

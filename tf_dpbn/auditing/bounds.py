@@ -32,8 +32,9 @@ class AuditResult:
       confidence: in (0, 1): how seldom the bound is wrong at most, as one minus that probability.
       method: how the bound was found, in words.
 
-    >>> print(AuditResult(epsilon_lower_bound=2.718, claimed_epsilon=3.0, delta=1e-5, confidence=0.95, method=""))
-    empirical epsilon >= 2.71 with 95% confidence (claimed: 3 at delta 1e-05)
+    Examples:
+      >>> print(AuditResult(epsilon_lower_bound=2.718, claimed_epsilon=3.0, delta=1e-5, confidence=0.95, method=""))
+      empirical epsilon >= 2.71 with 95% confidence (claimed: 3 at delta 1e-05)
     """
 
     epsilon_lower_bound: float
@@ -143,8 +144,9 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
     Source: Balle and Wang, arXiv 1805.06530, Theorem 8; Dong, Roth, Su, arXiv 1905.02383, Corollary 2.13.
 
-    >>> round(gaussian_epsilon(1.0, 1e-5), 3)
-    4.377
+    Examples:
+      >>> round(gaussian_epsilon(1.0, 1e-5), 3)
+      4.377
     """
     mu, delta = _validate.non_negative("mu", mu), _validate.open_probability("delta", delta)
 
@@ -259,8 +261,9 @@ def one_run_epsilon_lower_bound(
 
     Source: arXiv 2305.08846, Appendix D. Its example on page 46:
 
-    >>> round(one_run_epsilon_lower_bound(canaries=1000, guesses=100, correct=75, delta=1e-4), 3)
-    0.673
+    Examples:
+      >>> round(one_run_epsilon_lower_bound(canaries=1000, guesses=100, correct=75, delta=1e-4), 3)
+      0.673
     """
     failure = 1.0 - _validate.open_probability("confidence", confidence)
 

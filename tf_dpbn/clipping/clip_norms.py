@@ -54,8 +54,9 @@ class AutomaticClip(ClipRule, _Argument):
     Source: Bu, Wang, Zha, Karypis 2022, "Automatic Clipping: Differentially Private Deep Learning Made Easier and
     Stronger", arXiv 2206.07136, Algorithm 1 (AUTO-S).
 
-    >>> AutomaticClip().weights(tf.constant([0.0, 0.99, 1e9])).numpy().round(4).tolist()
-    [100.0, 1.0, 0.0]
+    Examples:
+      >>> AutomaticClip().weights(tf.constant([0.0, 0.99, 1e9])).numpy().round(4).tolist()
+      [100.0, 1.0, 0.0]
     """
 
     l2_norm_clip: float = 1.0
@@ -118,9 +119,10 @@ class AdaptiveClip(_Argument):
     def updated(self, norm: tf.Tensor, released: tf.Tensor) -> tf.Tensor:
         """The next step's norm, of this step's and the released count, [1], over the expected batch size.
 
-        >>> norm = AdaptiveClip(target_quantile=0.75).updated(tf.constant(2.0), tf.constant([0.5]))
-        >>> round(float(norm), 4)  # 2 exp(-0.2 * 0.25)
-        1.9025
+        Examples:
+          >>> norm = AdaptiveClip(target_quantile=0.75).updated(tf.constant(2.0), tf.constant([0.5]))
+          >>> round(float(norm), 4)  # 2 exp(-0.2 * 0.25)
+          1.9025
         """
         fraction = 0.5 + released[0]
         return within_clip_range(norm * tf.exp(-self.learning_rate * (fraction - self.target_quantile)))

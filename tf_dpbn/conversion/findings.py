@@ -85,13 +85,14 @@ def validate(model: Any, x: Any = None) -> Findings:
     Raises:
       ValueError: if there is nothing to run the model on, or it does not run.
 
-    >>> import tensorflow as tf
-    >>> import tf_dpbn
-    >>> inputs = tf.keras.Input((4,))
-    >>> outputs = tf.keras.layers.BatchNormalization(name="norm")(tf.keras.layers.Dense(3)(inputs))
-    >>> findings = tf_dpbn.validate(tf.keras.Model(inputs, outputs))
-    >>> [(finding.layer, finding.severity) for finding in findings], findings.ok
-    ([('norm', 'error')], False)
+    Examples:
+      >>> import tensorflow as tf
+      >>> import tf_dpbn
+      >>> inputs = tf.keras.Input((4,))
+      >>> outputs = tf.keras.layers.BatchNormalization(name="norm")(tf.keras.layers.Dense(3)(inputs))
+      >>> findings = tf_dpbn.validate(tf.keras.Model(inputs, outputs))
+      >>> [(finding.layer, finding.severity) for finding in findings], findings.ok
+      ([('norm', 'error')], False)
     """
     x = coupling.make_batch(model) if x is None else coupling.first_rows(x)
     try:

@@ -71,9 +71,10 @@ def moments(z: tf.Tensor, axes: Sequence[int] = (-1,), mask: tf.Tensor | None = 
     Returns:
       (mean, variance), each of the shape of the channel axes.
 
-    >>> mean, variance = moments(tf.constant([[1.0, 0.0], [3.0, 0.0]]))
-    >>> mean.numpy().tolist(), variance.numpy().tolist()
-    ([2.0, 0.0], [1.0, 0.0])
+    Examples:
+      >>> mean, variance = moments(tf.constant([[1.0, 0.0], [3.0, 0.0]]))
+      >>> mean.numpy().tolist(), variance.numpy().tolist()
+      ([2.0, 0.0], [1.0, 0.0])
     """
     z = widen(z)
     reduce = _reduction_axes(z.shape.rank, axes)
@@ -166,8 +167,9 @@ def shares_of_signal(average: tf.Tensor, variance: tf.Tensor, vector: np.ndarray
 
     Source: James and Stein, "Estimation with Quadratic Loss", 1961; with `size` for their size - 2.
 
-    >>> shares_of_signal(tf.constant([2.0, 0.0, 1.0]), tf.constant(0.5), np.array([0, 0, 1])).numpy().tolist()
-    [0.75, 0.5]
+    Examples:
+      >>> shares_of_signal(tf.constant([2.0, 0.0, 1.0]), tf.constant(0.5), np.array([0, 0, 1])).numpy().tolist()
+      [0.75, 0.5]
     """
     sizes = np.bincount(vector)
     squares = tf.math.unsorted_segment_sum(tf.square(average), tf.constant(vector), len(sizes))
@@ -202,8 +204,9 @@ def residuals(
     Returns:
       [2 * channels], float32 or wider.
 
-    >>> residuals(tf.constant([[1.0], [3.0]]), tf.zeros([1]), tf.ones([1]), 0.0).numpy().tolist()
-    [2.0, 4.0]
+    Examples:
+      >>> residuals(tf.constant([[1.0], [3.0]]), tf.zeros([1]), tf.ones([1]), 0.0).numpy().tolist()
+      [2.0, 4.0]
     """
     z = widen(z)
     shape = broadcast_shape(z.shape.rank, axes, mean)
@@ -298,7 +301,8 @@ def update_rate(momentum: float, updates: tf.Tensor, layers: int) -> tf.Tensor:
       updates: scalar, how many updates there were.
       layers: how many normalizations there are one after the other.
 
-    >>> [round(float(update_rate(0.75, tf.constant(t), 2)), 2) for t in (0, 2, 100)]
-    [1.0, 0.5, 0.25]
+    Examples:
+      >>> [round(float(update_rate(0.75, tf.constant(t), 2)), 2) for t in (0, 2, 100)]
+      [1.0, 0.5, 0.25]
     """
     return tf.maximum(1.0 - momentum, layers / (layers + tf.cast(updates, tf.float32)))
