@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tf_dpbn import _validate, accounting
-from tf_dpbn._keras import keras, steps_of_call
+from tf_dpbn._keras import keras, print_line, steps_of_call
 from tf_dpbn.model import DPModel
 
 
@@ -38,7 +38,9 @@ class _PrivacyCallback(keras.callbacks.Callback):
 class PrivacyLogger(_PrivacyCallback):
     """Adds "epsilon", of all steps taken so far, to the logs at the end of every epoch.
 
-    Progress bar, History, TensorBoard and CSVLogger then show it; put this callback before those that read the logs.
+    `fit` does so by itself, at the delta and for the plan of its data set; this callback is for another delta or
+    accountant. It runs before the others, wherever it is in the list, so that progress bar, History, TensorBoard and
+    CSVLogger show epsilon.
 
     Args:
       delta: in (0, 1); None takes that of the optimizer's PrivacyPlan.
@@ -47,6 +49,8 @@ class PrivacyLogger(_PrivacyCallback):
     Raises:
       ValueError: for delta outside (0, 1) or an unknown accountant.
     """
+
+    logs_epsilon = True  # so that `fit` calls it before the others
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes epsilon into `logs`."""
@@ -79,12 +83,12 @@ class PrivacyBudget(_PrivacyCallback):
         self._version: int | None = None
         self._stride = 1
         self._epoch = 0
-        self._stopped_early = False
+        self.stopped_early = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         super().on_train_begin(logs)
-        self._version, self._stopped_early = None, False
+        self._version, self.stopped_early = None, False
         self._stride = steps_of_call(self.model)
         self._require_room()
 
@@ -102,12 +106,12 @@ class PrivacyBudget(_PrivacyCallback):
         if self.model.private_steps + self._stride > self._last_allowed_step():
             self.model.stop_training = True
             epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
-            self._stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
+            self.stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Tells that training stopped before `fit` had all its steps."""
-        if self._stopped_early and (self.params or {}).get("verbose"):
-            print(
+        if self.stopped_early and (self.params or {}).get("verbose"):
+            print_line(
                 f"PrivacyBudget stopped training in epoch {self._epoch + 1} of {self.params.get('epochs')}, after "
                 f"{self.model.ledger.steps} private steps in all: epsilon {self._spent():.4g} of {self._epsilon:g} at "
                 f"delta {self._delta_of_model():g}, and another step would exceed it."
