@@ -2,6 +2,8 @@
 
 import csv
 import functools
+import math
+import sys
 
 import pytest
 import tensorflow as tf
@@ -10,7 +12,7 @@ import tf_dpbn
 from tests import helpers
 from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
-from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger
+from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger, plot_history
 from tf_dpbn.model import progress
 
 pytestmark = pytest.mark.both
@@ -120,6 +122,47 @@ def test_a_first_step_that_takes_long_is_told_of_before_it(capsys, monkeypatch):
     setattr(model, "jit_compile" if IS_KERAS_3 else "_jit_compile", True)
     model.make_train_function(force=True)
     assert progress.first_step_message(model).endswith("about 20 s, and XLA's compilation follows.")
+
+
+# ---------------------------------------------------------------------- plot_history
+
+
+def curves(figure):
+    """Of each panel the curves' names and points, and the labels of the axes."""
+    found = []
+    for axes in figure.axes:
+        lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+        found.append((lines, axes.get_xlabel(), axes.get_ylabel()))
+    return found
+
+
+def test_a_plot_shows_a_metric_and_epsilon_over_the_epochs(model, tmp_path):
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(model, log, epochs=3, initial_epoch=1, validation_data=(X, Y), verbose=0)
+    left, right = curves(plot_history(history, tmp_path / "run.png"))
+    losses = history.history
+    expected = {name: list(zip((2, 3), losses[name], strict=True)) for name in ("loss", "val_loss")}
+    assert left == (expected, "epoch", "loss")
+    expected = {"spent": [(2, epsilon_of(4)), (3, epsilon_of(8))], "planned": [(2, PLAN.epsilon), (3, PLAN.epsilon)]}
+    assert right == (expected, "epoch", "epsilon at delta = 0.001")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    (values, *_), _ = curves(plot_history(tmp_path / "log.csv"))
+    assert [epoch for epoch, _ in values["loss"]] == [2, 3]
+    assert [value for _, value in values["val_loss"]] == pytest.approx(losses["val_loss"])
+    logs = {"loss": [2.0], "my_accuracy": [0.5], "epsilon": [float("inf")]}
+    (left, _, label), (right, *_) = curves(plot_history(logs))
+    assert left == {"my_accuracy": [(1, 0.5)]} and label == "my_accuracy" and math.isnan(right["spent"][0][1])
+    assert curves(plot_history(logs, metric="loss"))[0][0] == {"loss": [(1, 2.0)]}
+
+
+def test_what_cannot_be_plotted_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"have 'epsilon'.*PrivacyLogger.*Received: history=\['loss'\]"):
+        plot_history({"loss": [1.0]})
+    with pytest.raises(ValueError, match=r"have 'auc'\. Received"):
+        plot_history({"loss": [1.0], "epsilon": [1.0]}, metric="auc")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'tf_dpbn\[plot\]'"):
+        plot_history({"loss": [1.0], "epsilon": [1.0]})
 
 
 # ---------------------------------------------------------------------- PrivacyLogger

@@ -1,7 +1,11 @@
-"""Keras callbacks: epsilon in the logs, and a stop before a privacy budget is exceeded."""
+"""Keras callbacks: epsilon in the logs, a plot of them, and a stop before a privacy budget is exceeded."""
 
 from __future__ import annotations
 
+import csv
+import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from tf_dpbn import _validate, accounting
@@ -142,3 +146,64 @@ class PrivacyBudget(_PrivacyCallback):
             )
             remedy = "Stop here, compile with more noise, or allow a larger epsilon."
             raise _validate.argument_error("epsilon", self._epsilon, requirement, remedy)
+
+
+def plot_history(
+    history: Any, path: str | os.PathLike[str] | None = None, *, metric: str | None = None, delta: float | None = None
+) -> Any:
+    """Draws a training: a metric and epsilon over the epochs, side by side.
+
+    Args:
+      history: what `fit` returned, its `history` dict, or the path of a file that keras.callbacks.CSVLogger wrote.
+      path: the image file to write, or None.
+      metric: name in the logs, drawn with its "val_" counterpart; None takes the first accuracy, or else "loss".
+      delta: named at epsilon's axis; None takes the optimizer's if `history` is what `fit` returned.
+
+    Returns:
+      The matplotlib Figure.
+
+    Raises:
+      ImportError: without matplotlib (`pip install 'tf_dpbn[plot]'`).
+      ValueError: if the metric or epsilon is not in the logs.
+    """
+    try:
+        from matplotlib import figure, ticker
+    except ImportError as error:
+        raise ImportError("`plot_history` needs matplotlib: pip install 'tf_dpbn[plot]'.") from error
+    logs, epochs = _logs_of(history)
+    if metric is None:
+        metric = next((name for name in logs if "acc" in name and not name.startswith("val_")), "loss")
+    for name in (metric, "epsilon"):
+        if name not in logs:
+            remedy = "Train on a PrivacyPlan's data set, or with PrivacyLogger." if name == "epsilon" else ""
+            raise _validate.argument_error("history", sorted(logs), f"have {name!r}", remedy)
+    if delta is None and isinstance(history, keras.callbacks.History):
+        delta = getattr(history.model.optimizer, "delta", None)
+    drawing = figure.Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
+    left, right = drawing.subplots(1, 2)
+    curves = [(left, metric, metric, "o-"), (left, f"val_{metric}", f"val_{metric}", "s-")]
+    curves += [(right, "epsilon", "spent", "o-"), (right, "planned_epsilon", "planned", "--")]
+    for axes, name, label, style in curves:
+        if name in logs:
+            axes.plot(epochs, [value if math.isfinite(value) else math.nan for value in logs[name]], style, label=label)
+    right.set_ylim(bottom=0.0)
+    for axes, label in ((left, metric), (right, "epsilon" if delta is None else f"epsilon at delta = {delta:g}")):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if path is not None:
+        drawing.savefig(path)
+    return drawing
+
+
+def _logs_of(history: Any) -> tuple[Mapping[str, list[float]], list[int]]:
+    """The values of each name in the logs, and the numbers of their epochs, from 1."""
+    if isinstance(history, keras.callbacks.History):
+        return history.history, [epoch + 1 for epoch in history.epoch]
+    if isinstance(history, Mapping):
+        return history, list(range(1, 1 + max(map(len, history.values()), default=0)))
+    with open(history, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    logs = {name: [float(row[name]) if row[name] != "NA" else math.nan for row in rows] for name in (rows or [{}])[0]}
+    return logs, [int(epoch) + 1 for epoch in logs.pop("epoch", [])]
