@@ -167,7 +167,7 @@ def plot_history(
       ValueError: if the metric or epsilon is not in the logs.
     """
     try:
-        from matplotlib import figure, ticker
+        from matplotlib import pyplot, ticker
     except ImportError as error:
         raise ImportError("`plot_history` needs matplotlib: pip install 'tf_dpbn[plot]'.") from error
     logs, epochs = _logs_of(history)
@@ -179,8 +179,8 @@ def plot_history(
             raise _validate.argument_error("history", sorted(logs), f"have {name!r}", remedy)
     if delta is None and isinstance(history, keras.callbacks.History):
         delta = getattr(history.model.optimizer, "delta", None)
-    drawing = figure.Figure(figsize=(9, 3.5), dpi=120, layout="constrained")
-    left, right = drawing.subplots(1, 2)
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    pyplot.close(drawing)  # a notebook shows what a cell returns, and else would show it twice
     curves = [(left, metric, metric, "o-"), (left, f"val_{metric}", f"val_{metric}", "s-")]
     curves += [(right, "epsilon", "spent", "o-"), (right, "planned_epsilon", "planned", "--")]
     for axes, name, label, style in curves:
@@ -193,7 +193,7 @@ def plot_history(
         axes.grid(alpha=0.3)
         axes.legend()
     if path is not None:
-        drawing.savefig(path)
+        drawing.savefig(path, dpi=120)
     return drawing
 
 

@@ -49,7 +49,8 @@ class Progress(keras.callbacks.Callback):
         epsilon = self._spent() if self._accountant == "rdp" else None
         if logs is not None and epsilon is not None:
             logs["epsilon"] = epsilon
-            logs.update({} if self._planned is None else {"planned_epsilon": self._planned})
+            if self._planned is not None:
+                logs["planned_epsilon"] = self._planned
 
     def on_train_end(self, logs: Any = None) -> None:
         """Tells epsilon, unless a PrivacyBudget does."""
