@@ -54,16 +54,15 @@ class Progress(keras.callbacks.Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         """Tells epsilon, unless a PrivacyBudget does."""
-        if not (self.params or {}).get("verbose") or any(
-            getattr(each, "stopped_early", False) for each in self._others
-        ):
+        told = any(getattr(each, "stopped_early", False) for each in self._others)
+        if told or not (self.params or {}).get("verbose"):
             return
         epsilon = self._spent()
         if epsilon is not None:
             planned = _planned(self._plan) if self._plan else None
             of = "" if planned is None else f" of {shown_epsilon(planned)} planned"
-            told = f"Epsilon {shown_epsilon(epsilon)}{of}, at delta {self._delta:g}, after"
-            _keras.print_line(f"{told} {self.model.ledger.steps} private steps.")
+            spent = f"Epsilon {shown_epsilon(epsilon)}{of}, at delta {self._delta:g}"
+            _keras.print_line(f"{spent}, after {self.model.ledger.steps} private steps.")
 
     def _spent(self) -> float | None:
         """Epsilon of all steps; None without a delta or with unknown sampling, where PrivacyLogger says what to do."""
