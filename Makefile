@@ -9,6 +9,7 @@
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make check-wheel  runs the quick start and the command line from the built wheel in a fresh environment
 # make check-bazel  builds all targets with Debian's Bazel and runs some tests with it
+# make notebook  runs examples/tutorial.ipynb and writes its outputs into it
 # make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
 PYTHON ?= python3
@@ -52,7 +53,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files check-wheel check-bazel
+.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files notebook check-wheel check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -110,6 +111,10 @@ utility: $(TEST_VENV)/.installed
 
 build-files: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m tests.build_files
+
+notebook: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m pip install --quiet -e '.[notebook]'
+	$(TEST_BIN)/python -m tests.notebook
 
 # Builds the wheel, installs it into a fresh environment, and runs the quick start of the README there.
 check-wheel: | check-python

@@ -56,6 +56,7 @@ setuptools.setup(
         "legacy": _LEGACY,
         "export": _EXPORT,
         "plot": _PLOT,
+        "notebook": [*_EXAMPLES, "ipykernel>=6.29", "nbclient>=0.10"],
         # examples/multi_worker.py runs on tf_keras.
         "examples": [*_EXAMPLES, *_LEGACY, *_DATASETS],
         "tensorflow-privacy": _TENSORFLOW_PRIVACY,

@@ -113,7 +113,7 @@ def run(config: Config, strategy: tf.distribute.Strategy | None = None) -> dict[
         augment = tf_dpbn.augmentation.random_shift(4, flip=True) if copies > 1 else None
         batches = plan.poisson_dataset(data.x_train, data.y_train, augment=augment, augmentation_multiplicity=copies)
     budget = tf_dpbn.callbacks.PrivacyBudget(config.epsilon)
-    model.fit(batches, epochs=config.epochs, callbacks=[tf_dpbn.callbacks.PrivacyLogger(), budget], verbose=2)
+    model.fit(batches, epochs=config.epochs, callbacks=[budget], verbose=2)
     _, accuracy = model.evaluate(data.x_test, data.y_test, batch_size=500, verbose=0)
     print(model.privacy_statement(plan.delta))
     return {

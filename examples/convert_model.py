@@ -144,7 +144,7 @@ def train(model: tf_dpbn.DPModel, plan: tf_dpbn.PrivacyPlan, data: datasets.Data
     model.fit(
         plan.poisson_dataset(data.x_train, data.y_train),
         epochs=config.epochs,
-        callbacks=[tf_dpbn.callbacks.PrivacyLogger(), tf_dpbn.callbacks.PrivacyBudget(config.epsilon)],
+        callbacks=[tf_dpbn.callbacks.PrivacyBudget(config.epsilon)],
         verbose=1 if sys.stdout.isatty() else 2,  # a line an epoch where bars cannot move
     )
 

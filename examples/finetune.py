@@ -186,7 +186,6 @@ def fine_tune(model: tf_dpbn.DPModel, parts: tuple[str, ...], data: datasets.Dat
         model.fit(
             plan.poisson_dataset(data.x_train, data.y_train),
             epochs=number,
-            callbacks=[tf_dpbn.callbacks.PrivacyLogger()],
             verbose=_verbose(),
         )
 

@@ -31,7 +31,6 @@ from absl import app, flags
 
 import command_line
 import datasets
-import plots
 import tf_dpbn
 
 keras = tf.keras
@@ -192,15 +191,12 @@ def train(
     config: Config,
 ) -> dict[str, list[float]]:
     """Trains on Poisson-sampled batches; returns Keras' history."""
-    callbacks = [tf_dpbn.callbacks.PrivacyLogger()]  # first: the others show its epsilon
-    if plan.target_epsilon is not None:
-        callbacks.append(tf_dpbn.callbacks.PrivacyBudget(plan.target_epsilon))
     return model.fit(
         plan.poisson_dataset(data.x_train, data.y_train),
         epochs=config.epochs,
         validation_data=(data.x_test, data.y_test),
         validation_batch_size=_EVALUATION_BATCH,
-        callbacks=callbacks,
+        callbacks=[tf_dpbn.callbacks.PrivacyBudget(plan.target_epsilon)] if plan.target_epsilon else None,
         verbose=1 if sys.stdout.isatty() else 2,  # a line an epoch where bars cannot move
     ).history
 
@@ -216,14 +212,7 @@ def write_results(
     directory = pathlib.Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     name = f"{config.dataset}_{config.normalization}"
-    plots.plot_training(
-        directory / f"{name}.png",
-        accuracy=history["val_accuracy"],
-        epsilon=history["epsilon"],
-        title=f"{config.dataset}, normalization: {config.normalization}",
-        delta=plan.delta,
-        target_epsilon=plan.target_epsilon,
-    )
+    tf_dpbn.callbacks.plot_history(history, directory / f"{name}.png", delta=plan.delta)
     print(f"Plot: {directory / f'{name}.png'}")
     saved_model = str(directory / f"{name}_saved_model")
     whole = keras.Model(features.inputs[0], tf_dpbn.to_stock(model)(features.outputs[0])) if features else model

@@ -2,14 +2,18 @@
 
 import csv
 import functools
+import math
+import sys
 
 import pytest
+import tensorflow as tf
 
 import tf_dpbn
 from tests import helpers
 from tf_dpbn import accounting
 from tf_dpbn._keras import IS_KERAS_3, keras
-from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger
+from tf_dpbn.callbacks import PrivacyBudget, PrivacyLogger, plot_history
+from tf_dpbn.model import progress
 
 pytestmark = pytest.mark.both
 
@@ -49,19 +53,119 @@ def fit(model, *callbacks, epochs=1, **kwargs):
     return model.fit(PLAN.poisson_dataset(X, Y), epochs=epochs, callbacks=list(callbacks), **{"verbose": 0, **kwargs})
 
 
-# ---------------------------------------------------------------------- PrivacyLogger
+def scalars(directory, tag):
+    """What TensorBoard's files say of a tag, by step; summaries of both Kerases are tensors of rank 0."""
+    files = map(str, directory.glob("*.tfevents*"))
+    events = [event for file in files for event in tf.compat.v1.train.summary_iterator(file)]
+    return {e.step: float(tf.make_ndarray(v.tensor)) for e in events for v in e.summary.value if v.tag == tag}
 
 
-def test_epsilon_reaches_everything_that_reads_the_logs(model, tmp_path, capsys):
+# ---------------------------------------------------------------------- what `fit` tells
+
+
+@pytest.mark.parametrize("logger", [None, PrivacyLogger()])
+def test_epsilon_reaches_everything_that_reads_the_logs(logger, model, tmp_path, capsys):
     seen = []
     reader = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs["epsilon"]))
-    history = fit(model, PrivacyLogger(), reader, keras.callbacks.CSVLogger(tmp_path / "log.csv"), epochs=2, verbose=2)
+    readers = [reader, keras.callbacks.CSVLogger(tmp_path / "log.csv"), keras.callbacks.TensorBoard(tmp_path / "board")]
+    history = fit(model, *readers, *([logger] if logger else []), epochs=2, verbose=2).history
     expected = [epsilon_of(4), epsilon_of(8)]
-    assert seen == history.history["epsilon"] == expected
+    assert seen == history["epsilon"] == expected
+    assert history["planned_epsilon"] == [PLAN.epsilon] * 2
     with open(tmp_path / "log.csv", newline="") as file:
-        assert [float(row["epsilon"]) for row in csv.DictReader(file)] == pytest.approx(expected)
-    assert f"epsilon: {expected[0]:.4f}" in capsys.readouterr().out
-    assert fit(model, PrivacyLogger()).history["epsilon"] == [epsilon_of(12)]  # what ran before counts
+        rows = list(csv.DictReader(file))
+    for name, values in [("epsilon", expected), ("planned_epsilon", [PLAN.epsilon] * 2)]:
+        assert [float(row[name]) for row in rows] == pytest.approx(values)
+        assert scalars(tmp_path / "board" / "train", f"epoch_{name}") == pytest.approx(dict(enumerate(values)))
+    assert f"epsilon: {expected[0]:.4f} - planned_epsilon: {PLAN.epsilon:.4f}" in capsys.readouterr().out
+    assert fit(model).history["epsilon"] == [epsilon_of(12)]  # what ran before counts
+
+
+def test_a_line_at_the_end_tells_epsilon_of_the_planned_one(model, capsys):
+    shown = accounting.statement.shown_epsilon
+    fit(model, epochs=2, verbose=2)
+    of_plan = f"of {shown(PLAN.epsilon)} planned, at delta 0.001, after 8 private steps."
+    assert capsys.readouterr().out.splitlines()[-1] == f"Epsilon {shown(epsilon_of(8))} {of_plan}"
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
+        model.fit(X, Y, batch_size=4, verbose=2)
+    last = f"Epsilon {shown(model.epsilon(DELTA))}, at delta 0.001, after 12 private steps."
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    fit(model)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_epsilon_is_told_that_is_not_known_or_takes_long(capsys):
+    unknown = make_model(helpers.dp_optimizer(expected_batch_size=4, noise_multiplier=2.0, delta=DELTA))
+    with pytest.warns(tf_dpbn.PrivacyWarning, match="assumes Poisson sampling"):
+        assert "epsilon" not in unknown.fit(X, Y, batch_size=4, verbose=2).history
+    assert "psilon" not in capsys.readouterr().out
+    fields = {"delta": DELTA, "num_examples": 16, "expected_batch_size": 4, "epochs": 1}
+    plan = tf_dpbn.PrivacyPlan(noise_multiplier=2.0, accountant="pld", **fields)
+    model = make_model(tf_dpbn.DPOptimizer.from_plan(plan, keras.optimizers.SGD(0.01), 1.0))
+    assert "epsilon" not in model.fit(plan.poisson_dataset(X, Y), verbose=2).history
+    assert f"Epsilon {accounting.statement.shown_epsilon(plan.epsilon)} of" in capsys.readouterr().out
+
+
+def test_a_first_step_that_takes_long_is_told_of_before_it(capsys, monkeypatch):
+    def told(**kwargs):
+        fit(model, **kwargs)
+        return [line for line in capsys.readouterr().out.splitlines() if "Tracing" in line]
+
+    model = make_model()
+    assert told(verbose=2) == []  # it takes no seconds
+    helpers.compiled(model, "mse", tf_dpbn.DPOptimizer.from_plan(PLAN, keras.optimizers.SGD(0.01), 1.0), stub=True)
+    monkeypatch.setattr(progress, "_SECONDS_PER_VARIABLE", 9.0)
+    assert told(verbose=2) == ["Tracing the private step of 1 layers: the first step takes about 20 s."]
+    assert told(verbose=2) == []
+    model.compile(tf_dpbn.DPOptimizer.from_plan(PLAN, keras.optimizers.SGD(0.01), 1.0), "mse")
+    assert told(verbose=0) == []
+    setattr(model, "jit_compile" if IS_KERAS_3 else "_jit_compile", True)
+    model.make_train_function(force=True)
+    assert progress.first_step_message(model).endswith("about 20 s, and XLA's compilation follows.")
+
+
+# ---------------------------------------------------------------------- plot_history
+
+
+def curves(figure):
+    """Of each panel the curves' names and points, and the labels of the axes."""
+    found = []
+    for axes in figure.axes:
+        lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+        found.append((lines, axes.get_xlabel(), axes.get_ylabel()))
+    return found
+
+
+def test_a_plot_shows_a_metric_and_epsilon_over_the_epochs(model, tmp_path):
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    history = fit(model, log, epochs=3, initial_epoch=1, validation_data=(X, Y), verbose=0)
+    left, right = curves(plot_history(history, tmp_path / "run.png"))
+    losses = history.history
+    expected = {name: list(zip((2, 3), losses[name], strict=True)) for name in ("loss", "val_loss")}
+    assert left == (expected, "epoch", "loss")
+    expected = {"spent": [(2, epsilon_of(4)), (3, epsilon_of(8))], "planned": [(2, PLAN.epsilon), (3, PLAN.epsilon)]}
+    assert right == (expected, "epoch", "epsilon at delta = 0.001")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    (values, *_), _ = curves(plot_history(tmp_path / "log.csv"))
+    assert [epoch for epoch, _ in values["loss"]] == [2, 3]
+    assert [value for _, value in values["val_loss"]] == pytest.approx(losses["val_loss"])
+    logs = {"loss": [2.0], "my_accuracy": [0.5], "epsilon": [float("inf")]}
+    (left, _, label), (right, *_) = curves(plot_history(logs))
+    assert left == {"my_accuracy": [(1, 0.5)]} and label == "my_accuracy" and math.isnan(right["spent"][0][1])
+    assert curves(plot_history(logs, metric="loss"))[0][0] == {"loss": [(1, 2.0)]}
+
+
+def test_what_cannot_be_plotted_is_named(monkeypatch):
+    with pytest.raises(ValueError, match=r"have 'epsilon'.*PrivacyLogger.*Received: history=\['loss'\]"):
+        plot_history({"loss": [1.0]})
+    with pytest.raises(ValueError, match=r"have 'auc'\. Received"):
+        plot_history({"loss": [1.0], "epsilon": [1.0]}, metric="auc")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'tf_dpbn\[plot\]'"):
+        plot_history({"loss": [1.0], "epsilon": [1.0]})
+
+
+# ---------------------------------------------------------------------- PrivacyLogger
 
 
 def test_delta_is_the_optimizers_or_given():
@@ -121,8 +225,10 @@ def test_training_stops_at_the_last_step_that_fits_over_several_fits(model):
 def test_a_stop_before_the_end_is_told_in_one_line(model, epochs, allowed, verbose, told, capsys):
     budget = budget_for(allowed)
     fit(model, PrivacyBudget(budget), epochs=epochs, verbose=verbose)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "PrivacyBudget" in line]
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "PrivacyBudget" in line]
     assert len(lines) == (told is not None)
+    assert ("Epsilon" in printed) == (bool(verbose) and told is None)  # once
     if told is not None:
         assert told in lines[0]
         assert f"epsilon {epsilon_of(allowed):.4g} of {budget:g} at delta 0.001" in lines[0]

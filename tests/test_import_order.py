@@ -45,7 +45,7 @@ LEVELS = (
     ("sampling.dataset",),
     ("sampling",),
     ("optimizers",),
-    ("model.checks", "model.training_record", "model.saving"),
+    ("model.checks", "model.progress", "model.training_record", "model.saving"),
     ("model.training_trace",),
     ("model.step", "model.public_statistics"),
     ("model.dp_model",),

@@ -14,7 +14,7 @@ The map, in the order data flows:
 - `conversion`: `validate` a model, `convert` it to a `DPModel`, and `to_stock` back.
 - `pretraining`: of a stock network on synthetic images, without privacy, before any of this.
 - `accounting`: from noise multipliers, sampling rate and steps to epsilon, without TensorFlow.
-- `callbacks`: epsilon in the logs, and a stop before the budget is exceeded.
+- `callbacks`: epsilon in the logs, a plot of a run, and a stop before the budget is exceeded.
 - `interop`: the layer in stock models that optimizers of tensorflow-privacy train.
 - `auditing`: lower bounds on epsilon by attack, to hold against the claim.
 

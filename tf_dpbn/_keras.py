@@ -203,6 +203,11 @@ def steps_of_call(model: Any) -> int:
     return int(model.steps_per_execution) if IS_KERAS_3 else count_of(model._steps_per_execution)
 
 
+def print_line(message: str) -> None:
+    """Prints as Keras' progress bar does, or logs where Keras is told to."""
+    importlib.import_module(f"{keras.Model.__module__.partition('.')[0]}.src.utils.io_utils").print_msg(message)
+
+
 def steps_of_epoch(steps_per_epoch: int | None) -> int | None:
     """How many batches an epoch is cut to, by `fit`'s argument or Keras 3's configuration; None if it is not."""
     cap = keras.config.max_steps_per_epoch() if IS_KERAS_3 and hasattr(keras.config, "max_steps_per_epoch") else None

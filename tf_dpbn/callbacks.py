@@ -1,11 +1,15 @@
-"""Keras callbacks: epsilon in the logs, and a stop before a privacy budget is exceeded."""
+"""Keras callbacks: epsilon in the logs, a plot of them, and a stop before a privacy budget is exceeded."""
 
 from __future__ import annotations
 
+import csv
+import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from tf_dpbn import _validate, accounting
-from tf_dpbn._keras import keras, steps_of_call
+from tf_dpbn._keras import keras, print_line, steps_of_call
 from tf_dpbn.model import DPModel
 
 
@@ -38,7 +42,9 @@ class _PrivacyCallback(keras.callbacks.Callback):
 class PrivacyLogger(_PrivacyCallback):
     """Adds "epsilon", of all steps taken so far, to the logs at the end of every epoch.
 
-    Progress bar, History, TensorBoard and CSVLogger then show it; put this callback before those that read the logs.
+    `fit` does so by itself, at the delta and for the plan of its data set; this callback is for another delta or
+    accountant. It runs before the others, wherever it is in the list, so that progress bar, History, TensorBoard and
+    CSVLogger show epsilon.
 
     Args:
       delta: in (0, 1); None takes that of the optimizer's PrivacyPlan.
@@ -47,6 +53,8 @@ class PrivacyLogger(_PrivacyCallback):
     Raises:
       ValueError: for delta outside (0, 1) or an unknown accountant.
     """
+
+    logs_epsilon = True  # so that `fit` calls it before the others
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Writes epsilon into `logs`."""
@@ -79,12 +87,12 @@ class PrivacyBudget(_PrivacyCallback):
         self._version: int | None = None
         self._stride = 1
         self._epoch = 0
-        self._stopped_early = False
+        self.stopped_early = False
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Computes how many steps fit."""
         super().on_train_begin(logs)
-        self._version, self._stopped_early = None, False
+        self._version, self.stopped_early = None, False
         self._stride = steps_of_call(self.model)
         self._require_room()
 
@@ -102,12 +110,12 @@ class PrivacyBudget(_PrivacyCallback):
         if self.model.private_steps + self._stride > self._last_allowed_step():
             self.model.stop_training = True
             epochs, steps = ((self.params or {}).get(name) for name in ("epochs", "steps"))
-            self._stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
+            self.stopped_early = not (epochs == self._epoch + 1 and steps == batch + 1)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Tells that training stopped before `fit` had all its steps."""
-        if self._stopped_early and (self.params or {}).get("verbose"):
-            print(
+        if self.stopped_early and (self.params or {}).get("verbose"):
+            print_line(
                 f"PrivacyBudget stopped training in epoch {self._epoch + 1} of {self.params.get('epochs')}, after "
                 f"{self.model.ledger.steps} private steps in all: epsilon {self._spent():.4g} of {self._epsilon:g} at "
                 f"delta {self._delta_of_model():g}, and another step would exceed it."
@@ -138,3 +146,64 @@ class PrivacyBudget(_PrivacyCallback):
             )
             remedy = "Stop here, compile with more noise, or allow a larger epsilon."
             raise _validate.argument_error("epsilon", self._epsilon, requirement, remedy)
+
+
+def plot_history(
+    history: Any, path: str | os.PathLike[str] | None = None, *, metric: str | None = None, delta: float | None = None
+) -> Any:
+    """Draws a training: a metric and epsilon over the epochs, side by side.
+
+    Args:
+      history: what `fit` returned, its `history` dict, or the path of a file that keras.callbacks.CSVLogger wrote.
+      path: the image file to write, or None.
+      metric: name in the logs, drawn with its "val_" counterpart; None takes the first accuracy, or else "loss".
+      delta: named at epsilon's axis; None takes the optimizer's if `history` is what `fit` returned.
+
+    Returns:
+      The matplotlib Figure.
+
+    Raises:
+      ImportError: without matplotlib (`pip install 'tf_dpbn[plot]'`).
+      ValueError: if the metric or epsilon is not in the logs.
+    """
+    try:
+        from matplotlib import pyplot, ticker
+    except ImportError as error:
+        raise ImportError("`plot_history` needs matplotlib: pip install 'tf_dpbn[plot]'.") from error
+    logs, epochs = _logs_of(history)
+    if metric is None:
+        metric = next((name for name in logs if "acc" in name and not name.startswith("val_")), "loss")
+    for name in (metric, "epsilon"):
+        if name not in logs:
+            remedy = "Train on a PrivacyPlan's data set, or with PrivacyLogger." if name == "epsilon" else ""
+            raise _validate.argument_error("history", sorted(logs), f"have {name!r}", remedy)
+    if delta is None and isinstance(history, keras.callbacks.History):
+        delta = getattr(history.model.optimizer, "delta", None)
+    drawing, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
+    pyplot.close(drawing)  # a notebook shows what a cell returns, and else would show it twice
+    curves = [(left, metric, metric, "o-"), (left, f"val_{metric}", f"val_{metric}", "s-")]
+    curves += [(right, "epsilon", "spent", "o-"), (right, "planned_epsilon", "planned", "--")]
+    for axes, name, label, style in curves:
+        if name in logs:
+            axes.plot(epochs, [value if math.isfinite(value) else math.nan for value in logs[name]], style, label=label)
+    right.set_ylim(bottom=0.0)
+    for axes, label in ((left, metric), (right, "epsilon" if delta is None else f"epsilon at delta = {delta:g}")):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if path is not None:
+        drawing.savefig(path, dpi=120)
+    return drawing
+
+
+def _logs_of(history: Any) -> tuple[Mapping[str, list[float]], list[int]]:
+    """The values of each name in the logs, and the numbers of their epochs, from 1."""
+    if isinstance(history, keras.callbacks.History):
+        return history.history, [epoch + 1 for epoch in history.epoch]
+    if isinstance(history, Mapping):
+        return history, list(range(1, 1 + max(map(len, history.values()), default=0)))
+    with open(history, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    logs = {name: [float(row[name]) if row[name] != "NA" else math.nan for row in rows] for name in (rows or [{}])[0]}
+    return logs, [int(epoch) + 1 for epoch in logs.pop("epoch", [])]

@@ -20,6 +20,7 @@ from tf_dpbn.accounting.files import TRAINING_ROWS
 from tf_dpbn.clipping import Batch, get_engine
 from tf_dpbn.mechanisms import summed_over_replicas
 from tf_dpbn.model import checks, saving, step
+from tf_dpbn.model.progress import with_progress
 from tf_dpbn.model.public_statistics import PublicStatistics, trace_in_replica, trace_outputs, with_refreshes
 from tf_dpbn.model.training_record import NO_SAVED_MODEL, TrainingRecord
 from tf_dpbn.normalization import CORRECTIONS, PublicForward, create_averages
@@ -231,7 +232,9 @@ class DPModel(keras.Model):
             self._record.write_ahead(functools.partial(_keras.steps_of_call, self))
             self._is_in_step = True
             try:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                vars(train_function)["has_run"] = True  # and is traced
+                return result
             finally:
                 self._is_in_step = False
 
@@ -257,6 +260,11 @@ class DPModel(keras.Model):
         input works with a warning, and the privacy statement says that sampling was assumed. TensorFloat-32, in which
         GPUs would round products, is switched off and stays so, here and in `train_on_batch`.
 
+        With a delta, from the data set's plan or the optimizer, the logs of each epoch have "epsilon", of all steps so
+        far, and with a plan "planned_epsilon": the progress bar, History, CSVLogger and TensorBoard show them. (Not for
+        plans by PLD accounting, which takes longer: add PrivacyLogger.) Unless verbose=0, a line at the end tells
+        epsilon, and one at the beginning how long a large network's first step takes, which is traced.
+
         Raises:
           ValueError: before any training, if the data set and the optimizer disagree about batch size or number of
             examples, if labels are out of range, if there is no loss or nothing trains, or if a public batch is needed
@@ -276,7 +284,8 @@ class DPModel(keras.Model):
                         x, class_weight = apply_class_weight(x, class_weight), None
                     elif source is not None and not source.has_weights:  # metrics are to see no weights either
                         x = x.map(lambda x, y, is_example: (x, y, tf.cast(is_example, tf.int8)))
-                kwargs["callbacks"] = with_refreshes(callbacks)
+                told = with_progress(callbacks, source.plan if source else None, optimizer.delta)
+                kwargs["callbacks"] = with_refreshes(told)
                 return super().fit(x, y, class_weight=class_weight, **kwargs)
             finally:
                 self._record.open(optimizer, unit=self._unit())  # later steps are not on these batches
