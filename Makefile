@@ -9,6 +9,7 @@
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
 # make check-wheel  runs the quick start and the command line from the built wheel in a fresh environment
 # make check-bazel  builds all targets with Debian's Bazel and runs some tests with it
+# make docs  builds the documentation site into site/; any warning is an error
 # make notebook  runs examples/tutorial.ipynb and writes its outputs into it
 # make build-files  brings Bazel's BUILD files up to date with what the files import
 # make bench  step times over plain Keras; `make bench-peers` has other packages take part in the same rounds
@@ -53,7 +54,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files notebook check-wheel check-bazel
+.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files docs notebook check-wheel check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -64,6 +65,7 @@ test: lint
 	$(TEST_BIN)/python -m pytest -n $(WORKERS) -m "not thorough"
 	TF_USE_LEGACY_KERAS=1 $(TEST_BIN)/python -m pytest -n $(WORKERS) -m "both and not thorough"
 	$(TEST_BIN)/python -m pytest --doctest-modules tf_dpbn
+	$(MAKE) docs
 	if $(TEST_BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then $(MAKE) test-tensorflow-privacy; \
 	  else echo "tensorflow-privacy needs Python 3.10 or 3.11: its tests are left out"; fi
 
@@ -112,6 +114,10 @@ utility: $(TEST_VENV)/.installed
 build-files: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m tests.build_files
 
+# Its makers announce a successor in every build; that is no warning.
+docs: $(TEST_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(TEST_BIN)/mkdocs build --strict
+
 notebook: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m pip install --quiet -e '.[notebook]'
 	$(TEST_BIN)/python -m tests.notebook
@@ -132,7 +138,7 @@ check-bazel: $(TEST_VENV)/.installed
 
 clean:
 	rm -rf $(DEMO_VENV) $(TEST_VENV) $(TFP_VENV) $(PEERS:%=.venv-peer-%) $(OUTPUT_DIR) audit_output build dist *.egg-info
-	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	rm -rf site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 check-python:

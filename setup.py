@@ -24,7 +24,9 @@ _DATASETS = ["importlib_resources", "tensorflow-datasets>=4.9.4"]
 # tensorflow-privacy pins numpy 1, packaging 22, absl-py 1 and dp-accounting 0.4.3, so it must be resolved together with
 # everything else, in one run of pip, and not with what others get. It has no release for Python 3.12 and later.
 _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_LEGACY]
+_DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 _TESTS = [
+    *_DOCS,
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8.0",
