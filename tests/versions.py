@@ -154,10 +154,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def write_page(rows: list[Row]) -> None:
+def write_page(version: str, rows: list[Row]) -> None:
     """Replaces what is between the marks."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    part = f"{BEGIN}\n\ntf_dpbn {version}:\n\n{table(rows)}\n\n{END}"
+    PAGE.write_text(before + part + rest.split(END)[1], encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:
@@ -180,7 +181,7 @@ def main(argv: list[str]) -> None:
         row = {**package, **pair, **checked(log, python, tensorflow, archives[archive], kerases)}
         rows = [other for other in rows if not other.items() >= pair.items()] + [row]
         results.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
-        write_page(rows)
+        write_page(archives["wheel"].name.split("-")[1], rows)
         print(*pair.values(), *row["versions"].values(), outcome(row), flush=True)
     sys.exit(any(row["failed"] for row in rows))
 
