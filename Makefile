@@ -7,7 +7,7 @@
 # make gallery  the table of planted bugs and of what catches each
 # make mutants  which small mutations of the package the tests notice
 # make utility  accuracy under privacy; with UTILITY_FLAGS=--report the tables of docs/results.md
-# make check-wheel  runs the quick start and the command line from the built wheel in a fresh environment
+# make check-versions  wheel and sdist in a fresh environment for each Python and each TensorFlow: the table of docs/versions.md
 # make check-bazel  builds all targets with Debian's Bazel and runs some tests with it
 # make docs  builds the documentation site into site/; any warning is an error
 # make notebook  runs examples/tutorial.ipynb and writes its outputs into it
@@ -30,6 +30,8 @@ UTILITY_FLAGS ?=
 AUDIT_FLAGS ?=
 CONFORMANCE_FLAGS ?=
 MUTANTS_FLAGS ?=
+# What tests/versions.py takes, for example VERSIONS_FLAGS="--pythons=python3.12 --tensorflows=2.20,2.21".
+VERSIONS_FLAGS ?=
 # Test targets of Bazel, for example "//tests:test_model //tests/conformance:test_rules".
 BAZEL_TESTS ?=
 # JAX-Privacy needs Python 3.12 or later, tensorflow-privacy 3.10 or 3.11. Where these names lead nowhere, give paths:
@@ -54,7 +56,7 @@ export TF_ENABLE_ONEDNN_OPTS ?= 1
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
-.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files docs notebook check-wheel check-bazel
+.PHONY: demo test test-tensorflow-privacy thorough lint format audit conformance gallery mutants bench bench-peers utility build-files docs notebook check-versions check-bazel
 .PHONY: clean check-python
 
 demo: $(DEMO_VENV)/.installed
@@ -122,15 +124,9 @@ notebook: $(TEST_VENV)/.installed
 	$(TEST_BIN)/python -m pip install --quiet -e '.[notebook]'
 	$(TEST_BIN)/python -m tests.notebook
 
-# Builds the wheel, installs it into a fresh environment, and runs the quick start of the README there.
-check-wheel: | check-python
-	rm -rf build/wheel
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(PYTHON) -m venv --clear build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet build/wheel/*.whl
-	sed -n '/^```python/,/^```$$/p' README.md | sed '/^```/d' > build/wheel/quick_start.py
-	cd build/wheel && venv/bin/python quick_start.py
-	build/wheel/venv/bin/tf_dpbn
+# Tens of gigabytes in all, one environment at a time; TMPDIR says where they lie meanwhile.
+check-versions: $(TEST_VENV)/.installed
+	$(TEST_BIN)/python -m tests.versions $(VERSIONS_FLAGS)
 
 # Builds and tests with Bazel, as far as Debian's goes without a network.
 check-bazel: $(TEST_VENV)/.installed

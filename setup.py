@@ -14,6 +14,8 @@ def _version() -> str:
     return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
 
 
+# "Source", "Documentation" and "Issues" are set on publishing: CONTRIBUTING.md has the list.
+_URLS = {"Paper": "https://arxiv.org/abs/2006.10919"}
 _LEGACY = ["tf_keras>=2.18"]
 _PLOT = ["matplotlib>=3.7"]
 # What Keras' `export` makes and what runs it, beside SavedModel.
@@ -27,6 +29,7 @@ _TENSORFLOW_PRIVACY = ['tensorflow-privacy==0.9.0; python_version < "3.12"', *_L
 _DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"]
 _TESTS = [
     *_DOCS,
+    "build>=1.2",
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8.0",
@@ -41,9 +44,13 @@ setuptools.setup(
     description="Differentially private training of Keras networks with BatchNormalization",
     long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The tf_dpbn authors",
     license="Apache-2.0",
     license_files=["LICENSE"],
+    project_urls=_URLS,
+    keywords="differential privacy, DP-SGD, batch normalization, Keras, TensorFlow, machine learning",
     packages=setuptools.find_packages(include=["tf_dpbn", "tf_dpbn.*"]),
+    package_data={"tf_dpbn": ["py.typed"]},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["tf_dpbn = tf_dpbn.__main__:main"]},
     install_requires=[
@@ -68,10 +75,10 @@ setuptools.setup(
         "test-tensorflow-privacy": [*_TESTS, *_EXAMPLES, *_TENSORFLOW_PRIVACY],
     },
     classifiers=[
-        "Development Status :: 3 - Alpha",
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "Operating System :: OS Independent",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
@@ -79,5 +86,6 @@ setuptools.setup(
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Security",
+        "Typing :: Typed",
     ],
 )
