@@ -68,9 +68,9 @@ def test_plan_says_noise_steps_rows_and_epsilon(printed):
 
 
 def test_suggest_prints_what_the_library_suggests(printed):
-    text = printed("suggest", "--num_examples=200", "--epsilon=1", "--network=deep", "--delta=1e-3")
+    text = printed("suggest", "--num_examples=200", "--target_epsilon=1", "--network=deep", "--delta=1e-3")
     assert text.rstrip() == str(accounting.suggest(200, 1.0, network="deep", delta=1e-3))
-    assert "network 'shallow'" in printed("suggest", "--num_examples=200", "--epsilon=1")
+    assert "network 'shallow'" in printed("suggest", "--num_examples=200", "--target_epsilon=1")
 
 
 @pytest.mark.both
@@ -145,7 +145,10 @@ REFUSED = {
     "missing": (["noise", *SIZES, "--steps=3"], "--target_epsilon must have a value"),
     "value": (["epsilon", *PLAN, "--delta=2"], "`delta` must lie strictly between 0 and 1"),
     "accountant": (["epsilon", *PLAN, "--accountant=gdp"], "`accountant` must be one of 'rdp', 'pld'"),
-    "network": (["suggest", "--num_examples=9", "--epsilon=1", "--network=big"], "`network` must be one of 'features'"),
+    "network": (
+        ["suggest", "--num_examples=9", "--target_epsilon=1", "--network=big"],
+        "`network` must be one of 'features'",
+    ),
     "both": (["plan", *PLAN, "--target_epsilon=1"], "Give exactly one of"),
     "argument": (["statement", "m.keras", "--file=m.keras", "--delta=1e-5"], "takes flags only"),
     "no file": (["statement", "--file=none.keras", "--delta=1e-5"], "Reading it failed: .*none.keras"),

@@ -118,7 +118,7 @@ def test_the_table_of_the_guide_is_what_is_suggested():
 
 REFUSED = {
     "num_examples": {"num_examples": 0},
-    "epsilon": {"epsilon": -1.0},
+    "target_epsilon": {"target_epsilon": -1.0},
     "network": {"network": "wide"},
     "delta": {"delta": 0.01},
     "delta between 0 and 1": {"delta": 1.0},
@@ -128,7 +128,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_makes_no_sense_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"`{name.split()[0]}` must.* Received: "):
-        accounting.suggest(**{"num_examples": 100, "epsilon": 1.0, **REFUSED[name]})
+        accounting.suggest(**{"num_examples": 100, "target_epsilon": 1.0, **REFUSED[name]})
 
 
 def test_plots_are_drawn_of_the_runs(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ _POINTS = 50  # of a plot, for each configuration in the ledger
 _FLAGS: dict[str, tuple[Callable[..., Any], Any, str]] = {
     "accountant": (flags.DEFINE_string, "rdp", "rdp, or pld, which takes longer and is tighter"),
     "delta": (flags.DEFINE_float, None, "well below 1 / num_examples"),
-    "epsilon": (flags.DEFINE_float, None, "what the whole training may cost"),
     "epochs": (flags.DEFINE_float, None, "passes over the training set; or give --steps"),
     "expected_batch_size": (flags.DEFINE_integer, None, "mean number of examples in a batch"),
     "file": (
@@ -127,7 +126,9 @@ _COMMANDS = {
     "epsilon": _Command(_epsilon, "the epsilon of a noise multiplier", ("noise_multiplier", *_SIZES), _LENGTH),
     "noise": _Command(_noise, "the noise multiplier for an epsilon", ("target_epsilon", *_SIZES), _LENGTH),
     "plan": _Command(_plan, "a training run in words, for a noise multiplier or an epsilon", _SIZES, _NOISE + _LENGTH),
-    "suggest": _Command(_suggest, "settings to start from, and why", ("num_examples", "epsilon"), ("network", "delta")),
+    "suggest": _Command(
+        _suggest, "settings to start from, and why", ("num_examples", "target_epsilon"), ("network", "delta")
+    ),
     "statement": _Command(_statement, "what a model's training guarantees", ("file", "delta"), ("accountant",)),
     "plot": _Command(
         _plot, "epsilon over steps, of a plan or a file", ("delta",), ("file", "output", *_SIZES[1:], *_NOISE, *_LENGTH)

@@ -212,7 +212,9 @@ _NETWORKS = {
 }
 
 
-def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delta: float | None = None) -> Suggestion:
+def suggest(
+    num_examples: int, target_epsilon: float, *, network: str = "shallow", delta: float | None = None
+) -> Suggestion:
     """Proposes settings to start from, and says why.
 
     They are readings of what docs/results.md measured, on 2,000 to 60,000 small images and in few settings; where
@@ -226,7 +228,7 @@ def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delt
 
     Args:
       num_examples: size N of the training set (public).
-      epsilon: what the whole training may cost, > 0.
+      target_epsilon: what the whole training may cost, > 0.
       network: "features", one dense layer on fixed features (`tf_dpbn.features`, or a frozen pretrained backbone);
         "shallow", up to about four normalizations, from random weights; "deep", more; or "pretrained", a network whose
         weights come from public data and all train.
@@ -239,7 +241,7 @@ def suggest(num_examples: int, epsilon: float, *, network: str = "shallow", delt
       ValueError: an argument is out of range, or no noise reaches epsilon at delta.
     """
     examples = _validate.positive_int("num_examples", num_examples)
-    target = _validate.positive("epsilon", epsilon)
+    target = _validate.positive("target_epsilon", target_epsilon)
     measured = _NETWORKS[_validate.one_of("network", network, tuple(_NETWORKS))]
     delta = _default_delta(examples) if delta is None else _validate.open_probability("delta", delta)
     if delta >= 1.0 / examples:
