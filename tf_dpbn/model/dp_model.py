@@ -581,9 +581,9 @@ class DPFunctional(DPModel, Functional):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
 
-    # Keras saves the network of a functional model only if its constructor looks like Functional's, which older Keras 3
-    # wraps into one that takes anything.
-    __init__.__signature__ = inspect.signature(Functional.__init__, follow_wrapped=False)  # type: ignore[attr-defined, misc]
+    # Both save the network only if the constructor is like Functional's; to Keras 3, one that takes anything is.
+    if not IS_KERAS_3:
+        __init__.__signature__ = inspect.signature(Functional.__init__)  # type: ignore[attr-defined, misc]
 
 
 @keras.saving.register_keras_serializable(package="tf_dpbn")
