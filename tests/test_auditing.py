@@ -188,6 +188,9 @@ def test_audit_of_a_training_run_refuses_a_plan_for_other_data():
     with pytest.raises(ValueError, match="num_examples=13.*Received: x, y=12"):
         auditing.audit_training(model, x, y, x, y, plan)
     assert model.ledger.steps == 0
+    helpers.spend(model, 1)
+    with pytest.raises(ValueError, match="`model` must not be trained yet.*Received: model='1 steps'"):
+        auditing.audit_training(model, x, y, x, y, plan)
 
 
 # ---------------------------------------------------------------------- a finished model

@@ -153,6 +153,9 @@ def test_a_plot_shows_a_metric_and_epsilon_over_the_epochs(model, tmp_path):
     (left, _, label), (right, *_) = curves(plot_history(logs))
     assert left == {"my_accuracy": [(1, 0.5)]} and label == "my_accuracy" and math.isnan(right["spent"][0][1])
     assert curves(plot_history(logs, metric="loss"))[0][0] == {"loss": [(1, 2.0)]}
+    at_another_delta = fit(model, PrivacyLogger(delta=DELTA / 2))
+    assert "planned_epsilon" not in at_another_delta.history
+    assert curves(plot_history(at_another_delta))[1][2] == "epsilon"
 
 
 def test_what_cannot_be_plotted_is_named(monkeypatch):

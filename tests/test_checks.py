@@ -468,3 +468,35 @@ def test_a_batch_without_weights_must_be_of_the_expected_size():
         model.train_on_batch(x, y)
     model.train_on_batch(x, y, np.ones(BATCH - 2, "float32"))
     assert model.ledger.steps == 1
+
+
+# ---------------------------------------------------------------------- what is asked of a model that may have trained
+
+
+def test_draws_are_not_evaluated_since_padding_would_count():
+    model = helpers.compiled(network(), stub=True)
+    draws = every_example(*vectors()).map(lambda x, y, weight: (x, y, weight))
+    for name, call in [
+        ("x", lambda: model.evaluate(draws, verbose=0)),
+        ("x", lambda: model.predict(draws, verbose=0)),
+        ("validation_data", lambda: fit(model, validation_data=draws)),
+    ]:
+        with pytest.raises(ValueError, match=f"`{name}` must have no rows of padding. Give arrays"):
+            call()
+    assert model.private_steps == 0
+
+
+def test_a_change_of_what_trains_wants_another_compile():
+    model = helpers.compiled(network(layers.Dense(4, name="first")), stub=True)
+    fit(model)
+    fit(model)
+    model.get_layer("first").trainable = False
+    if IS_KERAS_3:  # tf_keras goes by what trained at `compile`, here and in stock models
+        with pytest.raises(RuntimeError, match="`trainable` of some layer has changed.*Call compile again"):
+            fit(model)
+        with pytest.raises(RuntimeError, match="Call compile again"):
+            model.train_on_batch(*vectors())
+    assert model.private_steps == 2
+    helpers.compiled(model, stub=True)
+    fit(model)
+    assert model.ledger.steps == 3

@@ -135,7 +135,7 @@ def test_plot_shows_epsilon_after_the_steps_of_a_ledger_and_of_a_plan(tmp_path, 
 
 def test_without_a_command_it_says_what_there_is_and_with_help_which_flags(printed):
     assert {"epsilon", "noise", "plan", "suggest", "statement", "plot", "tensorflow"} <= set(printed().split())
-    assert "--delta" in printed("noise", "--help")
+    assert "--delta" in printed("noise", "--help") and f"tf_dpbn {tf_dpbn.__version__}" in printed("--version")
 
 
 REFUSED = {

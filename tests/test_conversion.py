@@ -240,6 +240,8 @@ def test_findings_print_as_a_table():
     first = Finding("bn", "error", "It couples examples. " * 3, "Replace it.")
     findings = Findings([first, Finding("other", "warning", "odd", "look")])
     assert len(findings) == 2 and findings and not findings.ok
+    alike = [Finding(f"bn{k}", "error", "It couples examples.", "Replace it.") for k in range(9)]
+    assert "bn0, bn1, bn2, bn3 and 5" in str(Findings(alike)) and len(str(Findings(alike)).splitlines()) < 5
     lines = str(findings).splitlines()
     assert lines[0].split() == ["layer", "severity", "reason", "remedy"]
     assert len(lines) == 4 and max(map(len, lines)) <= 126
@@ -314,7 +316,15 @@ def with_live_objects():
     return keras.Model(inputs, h)
 
 
+def attention():
+    """Keras numbers the layers inside of it anew."""
+    inputs = keras.Input(SERIES)
+    h = layers.BatchNormalization()(layers.MultiHeadAttention(2, 3)(inputs, inputs))
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(h)))
+
+
 CONVERTIBLE = {
+    "attention": attention,
     "with_live_objects": with_live_objects,
     "many_arguments": many_arguments,
     "shared": shared,
@@ -383,6 +393,21 @@ def test_models_predict_the_same_in_all_forms_and_share_nothing(name):
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     assert [type(layer) for layer in flatten_layers(model)] == kinds
+
+
+def test_vocabularies_that_were_adapted_go_over():
+    text = layers.TextVectorization(output_mode="int", output_sequence_length=3)
+    text.adapt(["a b c", "d a"])
+    words = layers.StringLookup(output_mode="multi_hot")
+    words.adapt([["x", "y"], ["z", "x"]])
+    inputs = keras.Input((), dtype="string"), keras.Input((2,), dtype="string")
+    h = layers.Concatenate()([layers.Flatten()(layers.Embedding(9, 4)(text(inputs[0]))), words(inputs[1])])
+    model = keras.Model(inputs, layers.BatchNormalization()(layers.Dense(3)(h)))
+    helpers.randomize(model)
+    x = tf.constant(["a d", "c unknown b", ""]), tf.constant([["x", "z"], ["y", "y"], ["unknown", "x"]])
+    converted = tf_dpbn.convert(model)
+    assert_same_predictions(model, converted, x)
+    assert_same_predictions(model, tf_dpbn.to_stock(converted), x)
 
 
 def test_stock_models_run_in_front_of_a_tanh():
@@ -624,6 +649,8 @@ def test_convert_refuses_with_the_remedy(name):
 
 
 def test_unknown_statistics_and_a_subclassed_private_model_are_refused():
+    with pytest.raises(TypeError, match="`model` must be a keras.Model. Load a file.*Received: model='file.keras'"):
+        tf_dpbn.convert("file.keras")
     with pytest.raises(ValueError, match="Received: statistics='private'"):
         tf_dpbn.convert(sequential(), statistics="private")
 

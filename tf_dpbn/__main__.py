@@ -152,7 +152,7 @@ def _overview() -> str:
 
 def _run(name: str, arguments: list[str]) -> str:
     """What a command prints."""
-    if name in ("", "help", "--help"):
+    if name in ("", "help", "--help", "--version"):
         return _overview()
     if name not in _COMMANDS:
         raise ValueError(f"There is no such command. Choose one of {', '.join(_COMMANDS)}. Received: {name!r}")

@@ -18,7 +18,7 @@ class _PrivacyCallback(keras.callbacks.Callback):
 
     def __init__(self, delta: float | None = None, accountant: str = "rdp") -> None:
         super().__init__()
-        self._delta = None if delta is None else _validate.open_probability("delta", delta)
+        self.delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -28,7 +28,7 @@ class _PrivacyCallback(keras.callbacks.Callback):
             raise _validate.argument_error("model", type(self.model).__name__, requirement, kind=TypeError)
 
     def _delta_of_model(self) -> float:
-        delta: float | None = self.model.optimizer.delta if self._delta is None else self._delta
+        delta: float | None = self.model.optimizer.delta if self.delta is None else self.delta
         if delta is None:
             requirement = "be given where the optimizer does not come from a PrivacyPlan"
             remedy = "Choose it well below 1 / number of examples."
@@ -157,7 +157,7 @@ def plot_history(
       history: what `fit` returned, its `history` dict, or the path of a file that keras.callbacks.CSVLogger wrote.
       path: the image file to write, or None.
       metric: name in the logs, drawn with its "val_" counterpart; None takes the first accuracy, or else "loss".
-      delta: named at epsilon's axis; None takes the optimizer's if `history` is what `fit` returned.
+      delta: named at epsilon's axis; None takes the plan's, if `fit` returned `history` and logged epsilon at it.
 
     Returns:
       The matplotlib Figure.
@@ -177,7 +177,7 @@ def plot_history(
         if name not in logs:
             remedy = "Train on a PrivacyPlan's data set, or with PrivacyLogger." if name == "epsilon" else ""
             raise _validate.argument_error("history", sorted(logs), f"have {name!r}", remedy)
-    if delta is None and isinstance(history, keras.callbacks.History):
+    if delta is None and isinstance(history, keras.callbacks.History) and "planned_epsilon" in logs:
         delta = getattr(history.model.optimizer, "delta", None)
     drawing, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     pyplot.close(drawing)  # a notebook shows what a cell returns, and else would show it twice

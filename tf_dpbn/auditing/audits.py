@@ -162,10 +162,13 @@ def audit_training(
       **fit: further arguments of `model.fit`.
 
     Raises:
-      ValueError: the plan is for another number of examples, an argument is out of range, or the model's rows are users
-        with several examples, which `audit_step` audits.
+      ValueError: the plan is for another number of examples, an argument is out of range, the model was trained before,
+        or its rows are users with several examples, which `audit_step` audits.
       RuntimeError: several steps ran between two callbacks (steps_per_execution).
     """
+    if model.ledger.steps:
+        remedy = "It trains the model, on the canaries: give it one that is not used otherwise."
+        raise _validate.argument_error("model", f"{model.ledger.steps} steps", "not be trained yet", remedy)
     if model._unit() == "user":
         remedy = "Canaries are single examples. Audit users by audit_step."
         raise _validate.argument_error("model", model.name, "have max_examples_per_user=1", remedy)

@@ -54,11 +54,14 @@ def convert(
       DPSequential for a Sequential, else a functional DPModel.
 
     Raises:
-      TypeError: for a subclassed model, naming its class and the remedy.
+      TypeError: for what is no model, and for a subclassed one, naming its class and the remedy.
       ValueError: for unknown statistics, or those of a name that no replaced layer has; for batch normalization with
         options that couple examples (renorm, synchronized, virtual_batch_size, adjustment), for a subclass of it, and
         for a layer that holds one and cannot be rebuilt without.
     """
+    if not isinstance(model, keras.Model):
+        remedy = "Load a file by keras.models.load_model first."
+        raise _validate.argument_error("model", model, "be a keras.Model", remedy, TypeError)
     by_name, others = (statistics, "public") if isinstance(statistics, Mapping) else ({}, statistics)
     for mode in (*by_name.values(), others):
         _validate.one_of("statistics", mode, STATISTICS_MODES)

@@ -14,6 +14,7 @@ from tf_dpbn.model.checks import stock_normalizations
 from tf_dpbn.model.training_trace import trace_training_pass
 
 _WIDTHS = {"layer": 24, "severity": 8, "reason": 44, "remedy": 44}
+_SHOWN = 4  # names of layers with the same finding
 _REPLACE = (
     "tf_dpbn.convert(model), with statistics='fixed' to keep pretrained statistics; in a subclassed model use "
     "tf_dpbn.DPBatchNormalization, and derive the model from tf_dpbn.DPModel. Or freeze the layer with trainable=False."
@@ -41,7 +42,7 @@ class Finding:
 
 
 class Findings(tuple[Finding, ...]):
-    """Findings that print as a table and are true if one of them blocks private training."""
+    """Findings that print as a table, alike ones in one row, and are true if one of them blocks private training."""
 
     @property
     def ok(self) -> bool:
@@ -54,12 +55,20 @@ class Findings(tuple[Finding, ...]):
     def __str__(self) -> str:
         if not len(self):
             return "No findings: no layer couples examples."
-        lines = []
-        for row in [[*_WIDTHS], *map(dataclasses.astuple, self)]:
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for layer, *rest in map(dataclasses.astuple, self):
+            alike.setdefault(tuple(rest), []).append(layer)
+        rows, lines = [[_names(layers), *rest] for rest, layers in alike.items()], []
+        for row in [[*_WIDTHS], *rows]:
             cells = map(textwrap.wrap, row, _WIDTHS.values())
             for line in itertools.zip_longest(*cells, fillvalue=""):
                 lines.append("  ".join(map(str.ljust, line, _WIDTHS.values())).rstrip())
         return "\n".join(lines)
+
+
+def _names(layers: list[str]) -> str:
+    shown = ", ".join(layers[:_SHOWN])
+    return shown if len(layers) <= _SHOWN else f"{shown} and {len(layers) - _SHOWN} more"
 
 
 def validate(model: Any, x: Any = None) -> Findings:

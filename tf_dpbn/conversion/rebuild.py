@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from tf_dpbn._keras import keras
 # What both kinds of batch normalization have, as far as center and scale provide for it.
 _SHARED_WEIGHTS = ("gamma", "beta", "moving_mean", "moving_variance")
 _REFERENCE = "tf_dpbn_reference"
+_NUMBER = re.compile(r"_\d+$")  # by which Keras tells apart the layers that a layer makes for itself
 # Methods that a rebuilt model would lose.
 _BEHAVIOUR = ("call", "train_step", "test_step", "predict_step", "compute_loss")
 
@@ -154,14 +157,20 @@ class Rebuilder:
         if old.built and not new.built:
             new.build_from_config(old.get_build_config())
         ours, theirs = [old, *_keras.flatten_layers(old)], [new, *_keras.flatten_layers(new)]
-        if [layer.name for layer in ours] != [layer.name for layer in theirs]:
+        names, found = ([_NUMBER.sub("", layer.name) for layer in layers] for layers in (ours, theirs))
+        if names != found:
             raise ValueError(
                 f"Layer {old.name!r} (class {type(old).__name__}) is rebuilt from its configuration with other layers "
-                f"inside. Received: {[layer.name for layer in theirs]} instead of {[layer.name for layer in ours]}"
+                "inside. Keep what decides them in its `get_config`, or build the model from these layers instead. "
+                f"Received: {found} instead of {names}"
             )
         return list(zip(ours, theirs, strict=True))
 
     def _copy_weights(self, old: Any, new: Any) -> None:
+        if hasattr(old, "save_assets"):  # a lookup that was adapted, whose vocabulary is not in its configuration
+            with tempfile.TemporaryDirectory() as directory:
+                old.save_assets(directory)
+                new.load_assets(directory)
         if not _keras.own_variables(old) or isinstance(old, keras.Model):
             return
         if isinstance(old, _keras.BatchNormalizationBase) and type(old) is not type(new):

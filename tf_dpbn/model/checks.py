@@ -219,7 +219,8 @@ def check_callbacks(callbacks: Any) -> None:
         if monitor is not None and monitor != "epsilon" and getattr(callback, "save_best_only", True):
             message = (
                 f"{type(callback).__name__} decides by {monitor!r}, which is computed without noise. What it decides "
-                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless its data are public."
+                "(learning rate, best epoch, stopping) is outside the privacy guarantee unless its data are public. If "
+                "they are not, train the planned epochs without it."
             )
             warnings.warn(message, PrivacyWarning, stacklevel=4)
 
@@ -322,6 +323,23 @@ def check_loss(model: Any) -> None:
             f"`loss` must be given to compile: what is clipped are the gradients of the loss of model {model.name!r}, "
             f"example by example. Call compile(optimizer, loss=...) again. Received: loss={model.loss or None}"
         )
+
+
+def check_traced(model: Any) -> None:
+    """Refuses a step that was traced for other variables than those that train now, and would go on with those."""
+    trained = getattr(model.train_function, "trained", None)
+    if trained is not None and trained != [id(each) for each in model.trainable_variables]:
+        raise RuntimeError(
+            "`trainable` of some layer has changed since the step was traced, which goes on with what trained then. "
+            f"Call compile again, as after any such change in Keras. Received: model={model.name!r}"
+        )
+
+
+def check_unpadded(name: str, data: Any) -> None:
+    """Refuses to evaluate on draws for training: padding would count, and examples come at random."""
+    if sampling.source_behind(data) is not None:
+        remedy = "Give arrays, or a tf.data.Dataset of your own of (x, y)."
+        raise _validate.argument_error(name, "draws of poisson_dataset", "have no rows of padding", remedy)
 
 
 def check_trainable(model: Any) -> None:

@@ -233,7 +233,8 @@ class DPModel(keras.Model):
             self._is_in_step = True
             try:
                 result = function(*args, **kwargs)
-                vars(train_function)["has_run"] = True  # and is traced
+                if "trained" not in vars(train_function):  # what it was traced for
+                    vars(train_function)["trained"] = [id(each) for each in self.trainable_variables]
                 return result
             finally:
                 self._is_in_step = False
@@ -316,6 +317,7 @@ class DPModel(keras.Model):
         checks.check_loss(self)
         with _keras.as_compiled(self):
             checks.check_trainable(self)
+            checks.check_traced(self)
             checks.check_grouped_convolutions(self, _keras.is_compiled_whole(self))
         self._record.open_file()
         self._is_training = True
@@ -344,10 +346,13 @@ class DPModel(keras.Model):
         optimizer, source = self._compiled_optimizer(), source_of(x)
         batches = source.sampling if source else _sampling_behind(x)
         if source is None:
-            origin = "do not come from" if batches is None else "were changed (mapped, cached, shuffled) after"
+            origin = (
+                "do not come from" if batches is None else "were changed (mapped, batched, shuffled, repeated) after"
+            )
             message = (
                 f"The batches {origin} PrivacyPlan.poisson_dataset (or tf_dpbn.sampling.poisson_dataset). The reported "
-                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy."
+                "epsilon assumes Poisson sampling, which shuffled or fixed-order batches do not satisfy. Pass such a "
+                "data set as it comes: it draws anew in each epoch."
             )
             warnings.warn(message, PrivacyWarning, stacklevel=3)
         if batches is None:
@@ -366,6 +371,7 @@ class DPModel(keras.Model):
         if labels is not None:
             checks.check_labels(self, labels, source.sample_weight if source else options.get("sample_weight"))
         held_out = options.get("validation_data")
+        checks.check_unpadded("validation_data", held_out)
         if isinstance(held_out, (tuple, list)) and len(held_out) > 1 and held_out[1] is not None:
             checks.check_labels(self, held_out[1], held_out[2] if len(held_out) > 2 else None, "validation_data")
         checks.check_callbacks(options["callbacks"])
@@ -454,13 +460,23 @@ class DPModel(keras.Model):
         """
         self._public.refresh()
 
-    def evaluate(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
-        """keras.Model.evaluate, by statistics of the weights, also of those that callbacks put into the model."""
-        return super().evaluate(*args, callbacks=self._with_statistics(callbacks), **kwargs)
+    def evaluate(self, x: Any = None, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """keras.Model.evaluate, by statistics of the weights, also of those that callbacks put into the model.
 
-    def predict(self, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
-        """keras.Model.predict, by statistics of the weights, also of those that callbacks put into the model."""
-        return super().predict(*args, callbacks=self._with_statistics(callbacks), **kwargs)
+        Raises:
+          ValueError: for a data set of Poisson draws, whose padding would count.
+        """
+        checks.check_unpadded("x", x)
+        return super().evaluate(x, *args, callbacks=self._with_statistics(callbacks), **kwargs)
+
+    def predict(self, x: Any, *args: Any, callbacks: Any = None, **kwargs: Any) -> Any:
+        """keras.Model.predict, by statistics of the weights, also of those that callbacks put into the model.
+
+        Raises:
+          ValueError: for a data set of Poisson draws, with whose padding predictions would come.
+        """
+        checks.check_unpadded("x", x)
+        return super().predict(x, *args, callbacks=self._with_statistics(callbacks), **kwargs)
 
     def _with_statistics(self, callbacks: Any) -> Any:
         """Refreshes statistics for an evaluation, or lets callbacks do so; those of `fit` do already."""

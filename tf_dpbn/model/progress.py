@@ -49,7 +49,8 @@ class Progress(keras.callbacks.Callback):
         epsilon = self._spent() if self._accountant == "rdp" else None
         if logs is not None and epsilon is not None:
             logs["epsilon"] = epsilon
-            if self._planned is not None:
+            loggers = [each for each in self._others if getattr(each, "logs_epsilon", False)]
+            if self._planned is not None and all(each.delta in (None, self._delta) for each in loggers):
                 logs["planned_epsilon"] = self._planned
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -81,7 +82,7 @@ def with_progress(callbacks: Any, plan: PrivacyPlan | None, delta: float | None)
 
 def first_step_message(model: Any) -> str | None:
     """What to tell before a step is traced, if that takes several seconds."""
-    if getattr(model.train_function, "has_run", False) or not model.built:
+    if hasattr(model.train_function, "trained") or not model.built:
         return None
     trainable = {id(variable) for variable in model.trainable_variables}
     seconds = _SECONDS_PER_VARIABLE * len(trainable)

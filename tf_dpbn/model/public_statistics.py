@@ -82,7 +82,8 @@ class PublicStatistics:
             raise ValueError(
                 "The model contains DPBatchNormalization and has no public batch to take statistics from. Set one "
                 "before training, for example model.set_public_batch(tf_dpbn.public_data.uniform_noise("
-                f"{shape}, value_range=(0.0, 1.0))) with the range of your data. Received: public_batch=None"
+                f"{shape}, value_range=(0.0, 1.0))) with the range of your data, dead_leaves for images; or keep "
+                "pretrained statistics: convert(model, statistics='fixed'). Received: public_batch=None"
             )
         return self.batch
 
@@ -97,11 +98,11 @@ class PublicStatistics:
         if not active:
             return
         batch = self.require_batch()
-        kept, refresh = self._refresh
-        if kept != active:
+        if self._refresh[0] != active:
             refresh = tf.function(lambda: refresh_moving_statistics(self._model, batch, active), autograph=False)
-            self._refresh = active, refresh
-        refresh()
+            # Concrete, since TensorFlow warns of functions of several models as of one that is traced again and again.
+            self._refresh = active, refresh.get_concrete_function()
+        self._refresh[1]()
 
     def _calls_in_training(self) -> frozenset[tuple[int, int]]:
         """The normalization calls in training during a step, as far as the public batch decides any of them."""

@@ -191,6 +191,7 @@ def _as_arrays(name: str, nest: Any) -> Any:
         with tf.device("CPU:0"):  # the whole data set need not fit into an accelerator
             tensor = tf.convert_to_tensor(nest)
     except (TypeError, ValueError) as error:
+        remedy += " A missing value (None) is none: fill it in."
         raise _validate.argument_error(name, kind, "hold dense arrays", remedy, TypeError) from error
     if tensor.shape.rank == 0:
         raise _validate.argument_error(name, nest, "hold arrays, not scalars", remedy)
