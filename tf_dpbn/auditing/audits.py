@@ -166,12 +166,12 @@ def audit_training(
         or its rows are users with several examples, which `audit_step` audits.
       RuntimeError: several steps ran between two callbacks (steps_per_execution).
     """
-    if model.ledger.steps:
-        remedy = "It trains the model, on the canaries: give it one that is not used otherwise."
-        raise _validate.argument_error("model", f"{model.ledger.steps} steps", "not be trained yet", remedy)
     if model._unit() == "user":
         remedy = "Canaries are single examples. Audit users by audit_step."
         raise _validate.argument_error("model", model.name, "have max_examples_per_user=1", remedy)
+    if model.ledger.steps:
+        remedy = "It trains the model, on the canaries: give it one that is not used otherwise."
+        raise _validate.argument_error("model", f"{model.ledger.steps} steps", "not be trained yet", remedy)
     count, examples = (len(tf.nest.flatten(each)[0]) for each in (canary_x, x))
     draws, seed = seed, secrets.randbits(63) if seed is None else seed
     included = np.random.default_rng(seed).random(count) < 0.5
