@@ -113,7 +113,7 @@ def test_the_table_of_the_guide_is_what_is_suggested():
     for size, epsilon, cells in rows:
         for network, cell in zip(("features", "shallow", "deep"), cells.split(" | "), strict=True):
             found = accounting.suggest(int(size.replace(",", "")), float(epsilon), network=network, delta=1e-5)
-            assert cell == f"{found.expected_batch_size:,}, {found.steps}, {found.learning_rate:g}"
+            assert cell == f"{found.expected_batch_size:,} / {found.steps} / {found.learning_rate:g}"
 
 
 REFUSED = {
