@@ -37,7 +37,7 @@ def build(
         each residual addition (Klause et al. 2022, arXiv 2203.00324); "batch": ours; "whitening": of
         tf_dpbn.features on the input, "batch" elsewhere.
       classes: how many.
-      initializer: of the convolutions' kernels, by Keras' name.
+      initializer: of the convolutions' kernels, by Keras' name; in "linear" of the dense layer's.
       **batch: arguments of DPBatchNormalization, or of `tf_dpbn.features.whitening`.
 
     Raises:
@@ -74,7 +74,8 @@ def build(
         outputs = _res(inputs, convolve, normalize, int(net[3:]), after_addition=normalization == "scale")
     else:
         raise ValueError(f"`net` must be one of {NETS}. Received: {net!r}")
-    return tf_dpbn.DPModel(inputs, layers.Dense(classes)(outputs))
+    head = layers.Dense(classes, kernel_initializer=initializer if net == "linear" else "glorot_uniform")
+    return tf_dpbn.DPModel(inputs, head(outputs))
 
 
 def _normalization(kind: str, x: Any, batch: dict[str, Any], affine: bool = True) -> _Layer:

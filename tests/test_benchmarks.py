@@ -14,11 +14,16 @@ from absl import flags
 from absl.testing import flagsaver
 
 import applications
+import filters
 import nets
 import report
 import step_time
+import tf_dpbn
+import why
 from architectures import ARCHITECTURES
+from tests import helpers
 from tf_dpbn import DPBatchNormalization, DPModel
+from tf_dpbn._keras import keras
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -77,3 +82,30 @@ def test_a_million_examples_made_as_they_are_drawn_take_little_memory():
     assert found["examples"] == 1_000_000 and found["peak_memory_MiB"] < 2048
     assert found["reading_alone_s"] < 0.1 * found["step_on_a_kept_batch_s"]
     assert found["draw_of_batch_from_1e9_ms"] < 10
+
+
+def test_the_figure_of_the_readme_is_measured_on_both_layers(tmp_path):
+    x, y = helpers.images(5, (4, 4, 1))
+    x[0] = 9.0
+    inputs = keras.Input((4, 4, 1))
+    h = keras.layers.Flatten()(
+        keras.layers.ReLU()(keras.layers.BatchNormalization()(keras.layers.Conv2D(3, 2)(inputs)))
+    )
+    stock = keras.Model(inputs, keras.layers.Dense(3)(h))
+    private = helpers.compiled(tf_dpbn.convert(stock, public_batch=tf_dpbn.public_data.dead_leaves((4, 4, 1))))
+    clip = private.optimizer.l2_norm_clip
+    moves = why.stock_moves(stock, x, y, clip), why.private_moves(private, x, y, clip)
+    assert moves[0].max() > 1.05 and moves[1].max() < 1.00001
+    why.draw(*moves, tmp_path / "why.png")
+    assert (tmp_path / "why.png").is_file()
+
+
+def test_filters_of_gradients_keep_their_scale_and_train():
+    x = np.random.default_rng(0).normal(size=(60, 5)).astype("float32")
+    y = x[:, :3].argmax(1)
+    plan = tf_dpbn.PrivacyPlan(noise_multiplier=0.0, delta=1e-4, num_examples=60, expected_batch_size=60, steps=40)
+    for kind in filters.FILTERS.values():
+        assert sum(kind.taps) == pytest.approx(1.0 - kind.decay)
+        assert filters.train((x, y), (x, y), plan, kind, 4.0, 0) > 0.8
+    look_ahead = filters.disk(0.5)
+    assert (look_ahead.ahead, look_ahead.share, look_ahead.taps) == (1.0, 1.0, (0.5,))
