@@ -72,6 +72,12 @@ def own_variables(layer: Any) -> list[Any]:
     return list(layer._trainable_weights) + list(layer._non_trainable_weights)
 
 
+def trainable_flags(model: Any) -> dict[int, bool]:
+    """Which of a model's variables train, by their ids."""
+    trainable = {id(variable) for variable in model.trainable_variables}
+    return {id(variable): id(variable) in trainable for variable in model.weights}
+
+
 def as_compiled(model: Any) -> Any:
     """A scope in which `trainable` of a compiled model's layers is what its training goes by.
 

@@ -18,7 +18,7 @@ class _PrivacyCallback(keras.callbacks.Callback):
 
     def __init__(self, delta: float | None = None, accountant: str = "rdp") -> None:
         super().__init__()
-        self.delta = None if delta is None else _validate.open_probability("delta", delta)
+        self._delta = None if delta is None else _validate.open_probability("delta", delta)
         self._accountant = _validate.one_of("accountant", accountant, ("rdp", "pld"))
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -28,7 +28,7 @@ class _PrivacyCallback(keras.callbacks.Callback):
             raise _validate.argument_error("model", type(self.model).__name__, requirement, kind=TypeError)
 
     def _delta_of_model(self) -> float:
-        delta: float | None = self.model.optimizer.delta if self.delta is None else self.delta
+        delta: float | None = self.model.optimizer.delta if self._delta is None else self._delta
         if delta is None:
             requirement = "be given where the optimizer does not come from a PrivacyPlan"
             remedy = "Choose it well below 1 / number of examples."
@@ -42,9 +42,9 @@ class _PrivacyCallback(keras.callbacks.Callback):
 class PrivacyLogger(_PrivacyCallback):
     """Adds "epsilon", of all steps taken so far, to the logs at the end of every epoch.
 
-    `fit` does so by itself, at the delta and for the plan of its data set; this callback is for another delta or
-    accountant. It runs before the others, wherever it is in the list, so that progress bar, History, TensorBoard and
-    CSVLogger show epsilon.
+    `fit` does so by itself, at the delta and for the plan of its data set, with "planned_epsilon" beside; this callback
+    is for another delta or accountant, without that. It runs before the others, wherever it is in the list, so that
+    progress bar, History, TensorBoard and CSVLogger show epsilon.
 
     Args:
       delta: in (0, 1); None takes that of the optimizer's PrivacyPlan.
@@ -157,7 +157,7 @@ def plot_history(
       history: what `fit` returned, its `history` dict, or the path of a file that keras.callbacks.CSVLogger wrote.
       path: the image file to write, or None.
       metric: name in the logs, drawn with its "val_" counterpart; None takes the first accuracy, or else "loss".
-      delta: named at epsilon's axis; None takes the plan's, if `fit` returned `history` and logged epsilon at it.
+      delta: named at epsilon's axis, if it is given.
 
     Returns:
       The matplotlib Figure.
@@ -177,8 +177,6 @@ def plot_history(
         if name not in logs:
             remedy = "Train on a PrivacyPlan's data set, or with PrivacyLogger." if name == "epsilon" else ""
             raise _validate.argument_error("history", sorted(logs), f"have {name!r}", remedy)
-    if delta is None and isinstance(history, keras.callbacks.History) and "planned_epsilon" in logs:
-        delta = getattr(history.model.optimizer, "delta", None)
     drawing, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     pyplot.close(drawing)  # a notebook shows what a cell returns, and else would show it twice
     curves = [(left, metric, metric, "o-"), (left, f"val_{metric}", f"val_{metric}", "s-")]

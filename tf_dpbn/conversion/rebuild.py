@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -97,6 +96,8 @@ class Rebuilder:
                 f"Give the class `get_config` and `from_config`, and register it with Keras. Received: layer={old!r}"
             ) from error
         self._check_inside(old, new)
+        for source, target in self._matched(old, new) or ():
+            _copy_vocabulary(source, target)
         return new
 
     def _from_live(self, old: Any, inside: dict[str, Any]) -> Any:
@@ -156,21 +157,34 @@ class Rebuilder:
             return [(old, new)]
         if old.built and not new.built:
             new.build_from_config(old.get_build_config())
-        ours, theirs = [old, *_keras.flatten_layers(old)], [new, *_keras.flatten_layers(new)]
-        names, found = ([_NUMBER.sub("", layer.name) for layer in layers] for layers in (ours, theirs))
-        if names != found:
+        pairs = self._matched(old, new)
+        if pairs is None:
+            names = [[layer.name for layer in _keras.flatten_layers(each)] for each in (old, new)]
             raise ValueError(
                 f"Layer {old.name!r} (class {type(old).__name__}) is rebuilt from its configuration with other layers "
-                "inside. Keep what decides them in its `get_config`, or build the model from these layers instead. "
-                f"Received: {found} instead of {names}"
+                "inside. Keep what decides them, and their names, in its `get_config`, or build the model from these "
+                f"layers instead. Received: {names[1]} instead of {names[0]}"
             )
+        return pairs
+
+    def _matched(self, old: Any, new: Any) -> list[tuple[Any, Any]] | None:
+        """The pairs of a layer and of what is inside it, by name; None if others are inside.
+
+        Keras numbers anew what its own layers make for themselves, in the same order.
+        """
+        ours, theirs = [old, *_keras.flatten_layers(old)], [new, *_keras.flatten_layers(new)]
+        names, found = ([layer.name for layer in layers] for layers in (ours, theirs))
+        if names != found and len({*names}) == len(names) and {*names} == {*found}:
+            theirs.sort(key=lambda layer: names.index(layer.name))
+        elif names != found and not _is_foreign(type(old)):
+            names, found = ([_NUMBER.sub("", name) for name in each] for each in (names, found))
+            if names != found:
+                return None
+        elif names != found:
+            return None
         return list(zip(ours, theirs, strict=True))
 
     def _copy_weights(self, old: Any, new: Any) -> None:
-        if hasattr(old, "save_assets"):  # a lookup that was adapted, whose vocabulary is not in its configuration
-            with tempfile.TemporaryDirectory() as directory:
-                old.save_assets(directory)
-                new.load_assets(directory)
         if not _keras.own_variables(old) or isinstance(old, keras.Model):
             return
         if isinstance(old, _keras.BatchNormalizationBase) and type(old) is not type(new):
@@ -185,6 +199,17 @@ class Rebuilder:
             store: dict[str, Any] = {}
             source.save_own_variables(store)
             target.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+
+
+def _copy_vocabulary(old: Any, new: Any) -> None:
+    """Copies what a lookup has learned by `adapt`, or was told since, which is not in its configuration."""
+    if not hasattr(old, "lookup_table"):
+        return
+    words = old.get_vocabulary(include_special_tokens=False)
+    if not len(words) or list(words) == list(new.get_vocabulary(include_special_tokens=False)):
+        return
+    weights = getattr(old, "idf_weights", None) if old.output_mode == "tf_idf" else None
+    new.set_vocabulary(words, idf_weights=None if weights is None else np.asarray(weights)[-len(words) :])
 
 
 def _config(layer: Any) -> dict[str, Any]:

@@ -327,11 +327,12 @@ def check_loss(model: Any) -> None:
 
 def check_traced(model: Any) -> None:
     """Refuses a step that was traced for other variables than those that train now, and would go on with those."""
-    trained = getattr(model.train_function, "trained", None)
-    if trained is not None and trained != [id(each) for each in model.trainable_variables]:
+    trained, now = getattr(model.train_function, "trained", {}), _keras.trainable_flags(model)
+    if any(now.get(each, flag) != flag for each, flag in trained.items()):
         raise RuntimeError(
             "`trainable` of some layer has changed since the step was traced, which goes on with what trained then. "
-            f"Call compile again, as after any such change in Keras. Received: model={model.name!r}"
+            "Call compile again, with a new optimizer, as after any such change in Keras. Received: "
+            f"model={model.name!r}"
         )
 
 

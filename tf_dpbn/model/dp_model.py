@@ -234,7 +234,7 @@ class DPModel(keras.Model):
             try:
                 result = function(*args, **kwargs)
                 if "trained" not in vars(train_function):  # what it was traced for
-                    vars(train_function)["trained"] = [id(each) for each in self.trainable_variables]
+                    vars(train_function)["trained"] = _keras.trainable_flags(self)
                 return result
             finally:
                 self._is_in_step = False

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_dpbn import _keras
 from tf_dpbn._keras import keras
-from tf_dpbn.accounting import PrivacyPlan
+from tf_dpbn.accounting import Ledger, PrivacyPlan
 from tf_dpbn.accounting.statement import shown_epsilon
 
 # Of the first step for each trainable variable, on two cores: 0.08 to 0.11 in docs/results.md, from ResNet-20 with 65
@@ -41,7 +41,8 @@ class Progress(keras.callbacks.Callback):
         message = first_step_message(self.model)
         if message and (self.params or {}).get("verbose"):
             _keras.print_line(message)
-        if self._plan and self._accountant == "rdp":
+        # Without the steps that come before those of the plan, what is spent is not of what is planned.
+        if self._plan and self.model.ledger.covers(Ledger(self._plan.before)):
             self._planned = _planned(self._plan)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -49,8 +50,8 @@ class Progress(keras.callbacks.Callback):
         epsilon = self._spent() if self._accountant == "rdp" else None
         if logs is not None and epsilon is not None:
             logs["epsilon"] = epsilon
-            loggers = [each for each in self._others if getattr(each, "logs_epsilon", False)]
-            if self._planned is not None and all(each.delta in (None, self._delta) for each in loggers):
+            own = any(getattr(each, "logs_epsilon", False) for each in self._others)  # perhaps at another delta
+            if self._planned is not None and not own:
                 logs["planned_epsilon"] = self._planned
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -60,10 +61,11 @@ class Progress(keras.callbacks.Callback):
             return
         epsilon = self._spent()
         if epsilon is not None:
-            planned = _planned(self._plan) if self._plan else None
-            of = "" if planned is None else f" of {shown_epsilon(planned)} planned"
+            of = "" if self._planned is None else f" of {shown_epsilon(self._planned)} planned"
             spent = f"Epsilon {shown_epsilon(epsilon)}{of}, at delta {self._delta:g}"
-            _keras.print_line(f"{spent}, after {self.model.ledger.steps} private steps.")
+            assumed = any(entry.sampling == "assumed" for entry in self.model.ledger.entries)
+            steps = f"after {self.model.ledger.steps} private steps{', of Poisson samples as is assumed' * assumed}"
+            _keras.print_line(f"{spent}, {steps}.")
 
     def _spent(self) -> float | None:
         """Epsilon of all steps; None without a delta or with unknown sampling, where PrivacyLogger says what to do."""
