@@ -34,10 +34,9 @@ def stock_moves(model: tf.keras.Model, x: np.ndarray, y: np.ndarray, clip: float
         gradients = tf.concat([tf.reshape(part, [len(x), -1]) for part in parts], 1)
         return tf.reduce_sum(tf.clip_by_norm(gradients, clip, 1), 0)
 
-    everyone = tf.function(clipped_sum)(x, y)
-    without = tf.function(clipped_sum)
-    rest = [np.delete(np.arange(len(x)), k) for k in range(len(x))]
-    return np.array([np.linalg.norm(everyone - without(x[kept], y[kept])) / clip for kept in rest])
+    traced = tf.function(clipped_sum)
+    everyone, rest = traced(x, y), [np.delete(np.arange(len(x)), k) for k in range(len(x))]
+    return np.array([np.linalg.norm(everyone - traced(x[kept], y[kept])) / clip for kept in rest])
 
 
 def private_moves(model: tf_dpbn.DPModel, x: np.ndarray, y: np.ndarray, clip: float) -> np.ndarray:
